@@ -1,0 +1,76 @@
+"""Shared blocks for multimodal models on one node: write once, hand over a handle, read in place.
+
+Start with `BlockPool.create` and `BlockPool.attach`; `README.md` shows both in twenty lines.
+"""
+
+from __future__ import annotations
+
+from shmblocks import _platform as _platform
+from shmblocks.config import Field, PoolConfig, multimodal_fields
+from shmblocks.errors import (
+    ForeignHandleError,
+    IncompatiblePoolError,
+    InvalidStateError,
+    MalformedHandleError,
+    PeerDiedError,
+    PoolClosedError,
+    PoolExistsError,
+    PoolNotFoundError,
+    PoolPermissionError,
+    PoolTimeoutError,
+    SharedMemoryFullError,
+    ShmBlocksError,
+    StaleHandleError,
+    TooManyLeasesError,
+    TooManyParticipantsError,
+    TransferError,
+    UnsupportedPlatformError,
+)
+from shmblocks.handle import BlockHandle
+from shmblocks.inspection import AllocationInfo, LeaseInfo, PoolStats, Violation
+from shmblocks.participants import ParticipantId, ParticipantInfo
+from shmblocks.pool import BlockPool, Lease
+from shmblocks.reclaim import ReapReport
+from shmblocks.registry import PoolInspector, PoolSummary, list_pools, open_inspector, remove_pool
+from shmblocks.states import State
+from shmblocks.views import BlockView
+
+__all__ = [
+    "AllocationInfo",
+    "BlockHandle",
+    "BlockPool",
+    "BlockView",
+    "Field",
+    "ForeignHandleError",
+    "IncompatiblePoolError",
+    "InvalidStateError",
+    "Lease",
+    "LeaseInfo",
+    "MalformedHandleError",
+    "ParticipantId",
+    "ParticipantInfo",
+    "PeerDiedError",
+    "PoolClosedError",
+    "PoolConfig",
+    "PoolExistsError",
+    "PoolInspector",
+    "PoolNotFoundError",
+    "PoolPermissionError",
+    "PoolStats",
+    "PoolSummary",
+    "PoolTimeoutError",
+    "ReapReport",
+    "SharedMemoryFullError",
+    "ShmBlocksError",
+    "StaleHandleError",
+    "State",
+    "TooManyLeasesError",
+    "TooManyParticipantsError",
+    "TransferError",
+    "UnsupportedPlatformError",
+    "Violation",
+    "list_pools",
+    "multimodal_fields",
+    "open_inspector",
+    "remove_pool",
+]

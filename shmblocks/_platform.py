@@ -1,0 +1,76 @@
+"""Refuses to be imported where shared state would be wrong instead of merely slow.
+
+Contract:
+
+- `shmblocks/__init__.py` imports this module first, so that an unsupported machine is told so in
+  one sentence, before anything that would fail there in an obscure way.
+- What is looked at is the interpreter, not the machine under it: a 32-bit Python on a 64-bit kernel
+  is refused.
+- It does *not* probe kernel features (`shmblocks doctor` does) and does not look at /dev/shm.
+
+Why exactly these machines: the locks are OFD record locks and the waits are futexes, which only
+Linux has; the words of shared state are 64 bits wide, little-endian and written with single
+stores, and the order of stores that another process reads without a lock was worked out for x86-64
+and aarch64 only.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import NamedTuple
+
+from shmblocks.errors import UnsupportedPlatformError
+
+MACHINES = ("x86_64", "aarch64")
+OLDEST_PYTHON = (3, 10)
+
+
+class Interpreter(NamedTuple):
+    """What shared state depends on, of the Python that runs this."""
+
+    system: str
+    machine: str
+    byteorder: str
+    pointer_bits: int
+    python: tuple[int, int]
+
+    @classmethod
+    def running(cls) -> Interpreter:
+        return cls(
+            system=sys.platform,
+            machine=platform.machine(),
+            byteorder=sys.byteorder,
+            pointer_bits=64 if sys.maxsize > 2**32 else 32,
+            python=sys.version_info[:2],
+        )
+
+    def __str__(self) -> str:
+        major, minor = self.python
+        return (
+            f"{self.system} on {self.machine} "
+            f"({self.pointer_bits}-bit, {self.byteorder}-endian, Python {major}.{minor})"
+        )
+
+
+def is_supported(interpreter: Interpreter) -> bool:
+    return (
+        interpreter.system == "linux"
+        and interpreter.machine in MACHINES
+        and interpreter.byteorder == "little"
+        and interpreter.pointer_bits == 64
+        and interpreter.python >= OLDEST_PYTHON
+    )
+
+
+def require_supported(interpreter: Interpreter) -> None:
+    """Raise `UnsupportedPlatformError` unless pools are right on this interpreter."""
+    if not is_supported(interpreter):
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        raise UnsupportedPlatformError(
+            f"shmblocks needs Linux on {' or '.join(MACHINES)} with a 64-bit little-endian "
+            f"Python {oldest} or newer, but this is {interpreter}"
+        )
+
+
+require_supported(Interpreter.running())

@@ -1,0 +1,394 @@
+"""The block table: records, bitmap and leases, and every change that they know.
+
+Contract
+- Every method runs under the pool's lock. Every change is one commit of the journal: after a death
+  at any line it has happened or it has not.
+- The record at an allocation's start block is the truth; bitmap and free count follow it in the
+  same commit. Records of other blocks are free, whatever else stands in them.
+- Allocation is next fit: the search goes on where the last allocation ended, and wraps. Freed
+  blocks rest longest before they are used again.
+- Nothing read from the segment is believed: numbers that lead outside of the pool are
+  `IncompatiblePoolError`.
+
+What it does not do: decide who is dead, wait, or know of processes other than as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from shmblocks.bitmap import find_zeros
+from shmblocks.errors import IncompatiblePoolError, StaleHandleError, TooManyLeasesError
+from shmblocks.handle import BlockHandle
+from shmblocks.journal import Journal, Store
+from shmblocks.layout import (
+    ALLOCATION_HEAD,
+    H_CURSOR,
+    H_FREE_BLOCKS,
+    H_NEXT_GENERATION,
+    H_UNCLAIMED,
+    LEASE,
+    LEASE_WORDS,
+    RECORD,
+    RECORD_HEAD,
+    RECORD_HEAD_WORDS,
+    RECORD_WORDS,
+    WORD,
+    WORD_STRUCT,
+    Layout,
+    LeaseRecord,
+    Record,
+)
+from shmblocks.states import NUMBER, STATES, Event, State, transition
+
+READS = 1
+WRITES = 2
+
+# Blocks looked at before the whole bitmap. Smaller: the whole is read more often. Larger: each
+# search handles longer integers (4,096 bits: 1 us).
+WINDOW = 4096
+
+_FREE = NUMBER[State.FREE]
+_RESERVED = NUMBER[State.RESERVED]
+
+
+class LeaseKey(NamedTuple):
+    """What tells one lease from every other that was ever in its slot."""
+
+    slot: int
+    generation: int
+    holder: int
+    opened_ns: int
+
+
+class BlockTable:
+    """Blocks, allocations and leases of one segment; borrows its memory."""
+
+    def __init__(
+        self,
+        memory: memoryview,
+        words: memoryview,
+        layout: Layout,
+        max_leases: int,
+        pool_id: int,
+        journal: Journal,
+    ) -> None:
+        self._pool_id = pool_id
+        self._memory = memory
+        self._words = words
+        self._layout = layout
+        self._total = layout.total_blocks
+        self._max_leases = max_leases
+        self._journal = journal
+        self._next_lease = 0
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    @property
+    def free_blocks(self) -> int:
+        count: int = self._words[H_FREE_BLOCKS]
+        return count
+
+    @property
+    def unclaimed_ns(self) -> int:
+        """When published blocks may be reclaimed at the earliest; 0: none are there."""
+        moment: int = self._words[H_UNCLAIMED]
+        return moment
+
+    def record(self, block: int) -> Record:
+        """The record at `block`, checked to lie inside the pool when it is not free."""
+        record = Record._make(
+            RECORD.unpack_from(self._memory, self._layout.records + block * RECORD.size)
+        )
+        if record.state and (
+            record.state >= len(STATES) or not 0 < record.num_blocks <= self._total - block
+        ):
+            raise IncompatiblePoolError(
+                f"the record of block {block} is damaged (state {record.state}, "
+                f"{record.num_blocks} blocks of {self._total}): something else wrote into the "
+                "segment; remove the pool (`shmblocks rm --force`) and create it anew"
+            )
+        return record
+
+    def find(self, handle: BlockHandle) -> Record:
+        """The record of the allocation that the handle's generation names.
+
+        `StaleHandleError` when it was freed, or its blocks given to another since.
+        """
+        if handle.start_block >= self._total:
+            raise StaleHandleError(
+                f"{handle}: expected a start block below {self._total}; the handle is damaged"
+            )
+        record = self.record(handle.start_block)
+        if record.state == _FREE:
+            raise StaleHandleError(f"{handle}: its blocks were freed")
+        if record.generation != handle.generation:
+            raise StaleHandleError(
+                f"{handle}: its blocks were freed; block {handle.start_block} now starts the "
+                f"allocation of generation {record.generation}"
+            )
+        return record
+
+    def find_exact(self, handle: BlockHandle) -> Record:
+        """Like `find`; the handle must also agree on the sizes (grown since: stale)."""
+        record = self.find(handle)
+        if record.num_blocks != handle.num_blocks or record.num_tokens != handle.num_tokens:
+            raise StaleHandleError(
+                f"{handle}: the allocation has {record.num_blocks} blocks and {record.num_tokens} "
+                "tokens: it was grown or published with another length since (use the handle that "
+                "this returned), or the handle is damaged"
+            )
+        return record
+
+    def live(self) -> Iterator[tuple[int, Record]]:
+        """Every allocation, by start block."""
+        first = self._layout.records // WORD
+        end = first + self._total * RECORD_WORDS
+        states = self._words[first:end:RECORD_WORDS].tolist()
+        for block, state in enumerate(states):
+            if state:
+                yield block, self.record(block)
+
+    def leases(self) -> Iterator[tuple[int, LeaseRecord]]:
+        """Every open lease, by slot."""
+        for slot, generation in enumerate(self._lease_generations()):
+            if generation:
+                offset = self._layout.leases + slot * LEASE.size
+                yield slot, LeaseRecord._make(LEASE.unpack_from(self._memory, offset))
+
+    def _lease_generations(self) -> list[int]:
+        first = self._layout.leases // WORD
+        generations: list[int] = self._words[
+            first : first + self._max_leases * LEASE_WORDS : LEASE_WORDS
+        ].tolist()
+        return generations
+
+    def used_bits(self) -> int:
+        """The whole bitmap; bit b is set when block b is in an allocation."""
+        start = self._layout.bitmap
+        return int.from_bytes(self._memory[start : start + self._layout.bitmap_bytes], "little")
+
+    # ---- allocations -------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        num_blocks: int,
+        num_tokens: int,
+        owner: int,
+        req_id: bytes,
+        now_ns: int,
+        made: list[BlockHandle],
+    ) -> BlockHandle | None:
+        """Take consecutive free blocks; None when there are none.
+
+        `made` gets the handle *before* the commit, so that a caller who is interrupted anywhere can
+        give back what it may have taken.
+        """
+        words = self._words
+        free: int = words[H_FREE_BLOCKS]
+        if num_blocks > free:
+            return None
+        start = self._search(words[H_CURSOR], num_blocks)
+        if start < 0:
+            return None
+        generation: int = words[H_NEXT_GENERATION]
+        handle = BlockHandle(start, num_blocks, num_tokens, generation, self._pool_id)
+        end = start + num_blocks
+        made.append(handle)
+        self._journal.commit(
+            (
+                self._head(end % self._total, generation + 1, free - num_blocks),
+                self._marked(start, num_blocks, used=True),
+                (
+                    self._layout.records + start * RECORD.size,
+                    RECORD.pack(
+                        _RESERVED, generation, num_blocks, num_tokens, owner,
+                        0, 0, now_ns, 0, 0, 0, 0, req_id,
+                    ),
+                ),
+            )
+        )  # fmt: skip
+        return handle
+
+    def grow(self, start: int, record: Record, num_blocks: int, num_tokens: int) -> bool:
+        """Extend a reservation in place; False when the blocks behind it are not free."""
+        transition(STATES[record.state], Event.GROW, record.leases, record.readers_left)
+        end, new_end = start + record.num_blocks, start + num_blocks
+        more = num_blocks - record.num_blocks
+        if new_end > self._total or self._bits(end, new_end):
+            return False
+        words = self._words
+        cursor: int = words[H_CURSOR]
+        if end <= cursor < new_end:
+            cursor = new_end % self._total
+        stores = [self._rewritten(start, record, num_blocks=num_blocks, num_tokens=num_tokens)]
+        if more:
+            stores.append(self._head(cursor, words[H_NEXT_GENERATION], self.free_blocks - more))
+            stores.append(self._marked(end, more, used=True))
+        self._journal.commit(stores)
+        return True
+
+    def publish(
+        self, start: int, record: Record, num_tokens: int, readers: int, now_ns: int, until_ns: int
+    ) -> None:
+        """Make a reservation readable by `readers` leases, unclaimed after `until_ns`."""
+        state = transition(STATES[record.state], Event.PUBLISH, 0, readers)
+        earliest = self.unclaimed_ns
+        self._journal.commit(
+            [
+                self._rewritten(
+                    start,
+                    record,
+                    state=NUMBER[state],
+                    num_tokens=num_tokens,
+                    readers_left=readers,
+                    published_ns=now_ns,
+                ),
+                _word(H_UNCLAIMED, min(earliest, until_ns) if earliest else until_ns),
+            ]
+        )
+
+    def note_unclaimed(self, earliest_ns: int) -> None:
+        """Set when published blocks may be reclaimed at the earliest (0: none are there)."""
+        self._journal.commit([_word(H_UNCLAIMED, earliest_ns)])
+
+    def free(self, start: int, record: Record) -> State:
+        """Give an allocation back: at once, or (draining) when its last lease is released."""
+        state = transition(STATES[record.state], Event.FREE, record.leases, 0)
+        self._journal.commit(self._moved(start, record, state, record.leases, 0))
+        return state
+
+    # ---- leases ------------------------------------------------------------------------------
+
+    def open(
+        self, start: int, record: Record, kind: int, holder: int, now_ns: int, made: list[LeaseKey]
+    ) -> LeaseKey:
+        """Take a lease. For readers, one that was expected comes.
+
+        `made` gets the key before the commit, as for `reserve`.
+        """
+        reads = kind == READS
+        leases = record.leases + 1
+        readers_left = record.readers_left - reads
+        event = Event.OPEN if reads else Event.WRITE
+        state = transition(STATES[record.state], event, leases, readers_left)
+        slot = self._free_lease()
+        key = LeaseKey(slot, record.generation, holder, now_ns)
+        lease = LEASE.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0)
+        stores = self._moved(start, record, state, leases, readers_left)
+        stores.append((self._layout.leases + slot * LEASE.size, lease))
+        made.append(key)
+        self._journal.commit(stores)
+        self._next_lease = slot + 1
+        return key
+
+    def release_key(self, key: LeaseKey) -> bool:
+        """End the lease of that key; False when it has ended already."""
+        lease = self.lease(key.slot)
+        if key != (key.slot, lease.generation, lease.holder, lease.opened_ns):
+            return False
+        self.release(key.slot, lease)
+        return True
+
+    def release(self, slot: int, lease: LeaseRecord) -> State:
+        """End a lease; the state of its allocation then."""
+        record = self.record(lease.start_block)
+        leases = record.leases - 1
+        state = transition(STATES[record.state], Event.RELEASE, leases, record.readers_left)
+        stores = self._moved(lease.start_block, record, state, leases, record.readers_left)
+        stores.append((self._layout.leases + slot * LEASE.size, bytes(WORD)))
+        self._journal.commit(stores)
+        self._next_lease = slot
+        return state
+
+    def lease(self, slot: int) -> LeaseRecord:
+        """The lease in a slot."""
+        offset = self._layout.leases + slot * LEASE.size
+        return LeaseRecord._make(LEASE.unpack_from(self._memory, offset))
+
+    def _free_lease(self) -> int:
+        hint = self._next_lease
+        if hint < self._max_leases and self._words[self._layout.lease_word(hint)] == 0:
+            return hint
+        try:
+            return self._lease_generations().index(0)
+        except ValueError:
+            raise TooManyLeasesError(
+                f"all {self._max_leases} leases are open; release some, or create the pool with a "
+                "larger PoolConfig(max_leases=...)"
+            ) from None
+
+    # ---- stores ------------------------------------------------------------------------------
+
+    def _moved(
+        self, start: int, record: Record, state: State, leases: int, readers_left: int
+    ) -> list[Store]:
+        """The stores that bring an allocation into a state; into FREE its blocks come back."""
+        if state is not State.FREE:
+            return [
+                self._rewritten(
+                    start, record, state=NUMBER[state], leases=leases, readers_left=readers_left
+                )
+            ]
+        words = self._words
+        return [
+            self._head(
+                words[H_CURSOR], words[H_NEXT_GENERATION], words[H_FREE_BLOCKS] + record.num_blocks
+            ),
+            self._marked(start, record.num_blocks, used=False),
+            (self._layout.record_word(start) * WORD, bytes(WORD)),
+        ]
+
+    def _rewritten(self, start: int, record: Record, **changes: int) -> Store:
+        return (
+            self._layout.records + start * RECORD.size,
+            RECORD_HEAD.pack(*record._replace(**changes)[:RECORD_HEAD_WORDS]),  # type: ignore[arg-type]
+        )
+
+    @staticmethod
+    def _head(cursor: int, next_generation: int, free: int) -> Store:
+        return (H_CURSOR * WORD, ALLOCATION_HEAD.pack(cursor, next_generation, free))
+
+    def _marked(self, start: int, count: int, *, used: bool) -> Store:
+        """The words of the bitmap around some blocks, with those set or cleared."""
+        low = start // 64 * 8
+        high = (start + count + 63) // 64 * 8
+        offset = self._layout.bitmap + low
+        bits = int.from_bytes(self._memory[offset : offset + high - low], "little")
+        mask = ((1 << count) - 1) << (start - low * 8)
+        bits = bits | mask if used else bits & ~mask
+        return (offset, bits.to_bytes(high - low, "little"))
+
+    # ---- searching ---------------------------------------------------------------------------
+
+    def _bits(self, start: int, end: int) -> int:
+        """Bits `start .. end - 1` of the bitmap, `start` as the lowest."""
+        low = start // 8
+        offset = self._layout.bitmap
+        data = self._memory[offset + low : offset + (end + 7) // 8]
+        bits = int.from_bytes(data, "little") >> (start - low * 8)
+        return bits & ((1 << (end - start)) - 1)
+
+    def _search(self, cursor: int, count: int) -> int:
+        """Where the next `count` consecutive free blocks start at or behind the cursor, or -1.
+
+        What lies next is free more often than not, so that ever wider windows come before the whole
+        bitmap: the cost does not grow with the pool.
+        """
+        total = self._total
+        cursor = min(cursor, total - 1)
+        for width in (count, WINDOW):
+            end = min(cursor + width, total)
+            found = find_zeros(self._bits(cursor, end), end - cursor, count)
+            if found >= 0:
+                return cursor + found
+        found = find_zeros(self._bits(cursor, total), total - cursor, count)
+        if found >= 0:
+            return cursor + found
+        end = min(total, cursor + count - 1)
+        return find_zeros(self._bits(0, end), end, count)
+
+
+def _word(index: int, value: int) -> Store:
+    return (index * WORD, WORD_STRUCT.pack(value))

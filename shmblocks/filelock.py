@@ -1,0 +1,90 @@
+"""Byte locks on an open file description (OFD locks): the kernel's proof of who lives.
+
+Contract
+- A lock belongs to the open file description, not to a thread, a pid or a pid namespace: it is
+  right for threads, under pid reuse and between containers that share /dev/shm.
+- It falls when the last descriptor of the description is closed: at SIGKILL, by the kernel.
+- The description is opened here and never mapped. A mapping keeps its description alive, and a
+  forked child inherits the mapping, so that a lock on a mapped description would outlive its
+  process for as long as the child lives.
+- A forked child shares the description until it calls `close`, which each owner must arrange with
+  `os.register_at_fork`; the close in the child takes nothing from the parent.
+
+What it does not do: wait, or keep threads of one process apart (they share the description).
+
+Sources: fcntl(2), section "Open file description locks"; Linux 3.15.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+
+_FLOCK = struct.Struct("@hhqqi")
+
+# Which bytes are locked. The same in every layout version: see layout.py.
+MUTEX_BYTE = 0
+PLACE_BYTE = 64
+PLACE_BYTES = 65536 - PLACE_BYTE
+
+
+def _request(kind: int, start: int, length: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+
+
+class FileLocks:
+    """Locks on bytes of the file behind `fd`, through a description of their own."""
+
+    def __init__(self, fd: int) -> None:
+        # Opening by /proc reaches the same inode whatever has become of its name.
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that holds the locks; -1 once closed."""
+        return self._fd
+
+    def try_lock(self, byte: int) -> bool:
+        """Lock a byte for writing; False when another description holds it."""
+        return try_set(self._fd, _request(fcntl.F_WRLCK, byte, 1))
+
+    def unlock(self, byte: int) -> None:
+        """Give a byte back; nothing happens when it is not held."""
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))
+
+    def is_locked_by_others(self, byte: int, length: int = 1) -> bool:
+        """Whether another description holds any of the bytes (never True for our own locks)."""
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _request(fcntl.F_WRLCK, byte, length))
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def reopen_after_fork(self) -> None:
+        """In a forked child: leave the parent's description for one of our own."""
+        parents, self._fd = self._fd, -1
+        if parents >= 0:
+            try:
+                self._fd = os.open(f"/proc/self/fd/{parents}", os.O_RDWR | os.O_CLOEXEC)
+            finally:
+                os.close(parents)
+
+    def close(self) -> None:
+        """Close the descriptor; every lock falls unless a fork still shares it. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def try_set(fd: int, request: bytes) -> bool:
+    """One attempt at a prepared lock request; False when another description is in the way."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+LOCK_MUTEX = _request(fcntl.F_WRLCK, MUTEX_BYTE, 1)
+UNLOCK_MUTEX = _request(fcntl.F_UNLCK, MUTEX_BYTE, 1)

@@ -1,0 +1,262 @@
+"""What a pool's shared state says, as plain values, and whether it is right.
+
+Everything here runs under the pool's lock and changes nothing. `check` reads the state as a
+stranger would, so that it names what is wrong instead of failing at it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from shmblocks.blocks import READS
+from shmblocks.errors import IncompatiblePoolError
+from shmblocks.layout import H_CURSOR, H_NEXT_GENERATION, LeaseRecord, Record
+from shmblocks.ledger import Ledger
+from shmblocks.participants import ParticipantId, ParticipantInfo
+from shmblocks.states import STATES, State
+
+
+class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One open lease; `holder` is None when nothing is recorded of its process any more."""
+
+    place: int
+    incarnation: int
+    holder: ParticipantInfo | None
+    kind: str
+    age: float
+
+
+class AllocationInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One allocation; ages are seconds since it was made."""
+
+    start_block: int
+    num_blocks: int
+    num_tokens: int
+    generation: int
+    state: State
+    owner_place: int
+    owner_incarnation: int
+    owner: ParticipantInfo | None
+    req_id: str
+    age: float
+    readers_left: int
+    leases: list[LeaseInfo]
+
+
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers of one moment. free + reserved + published + leased + draining = total blocks."""
+
+    name: str
+    pool_id: int
+    size_bytes: int
+    block_size: int
+    total_blocks: int
+    free_blocks: int
+    reserved_blocks: int
+    published_blocks: int
+    leased_blocks: int
+    draining_blocks: int
+    allocations: int
+    leases: int
+    participants: int
+    dead_participants: int
+    next_generation: int
+    age: float
+
+
+class Violation(msgspec.Struct, frozen=True):
+    """An invariant that does not hold: its number in the README, and what was seen."""
+
+    invariant: int
+    message: str
+
+
+def allocations(ledger: Ledger) -> list[AllocationInfo]:
+    """Every allocation, by start block."""
+    leases: dict[int, list[LeaseInfo]] = {}
+    now = time.monotonic_ns()
+    for _, lease in ledger.blocks.leases():
+        leases.setdefault(lease.start_block, []).append(_lease_info(ledger, lease, now))
+    return [
+        _allocation_info(ledger, start, record, leases.get(start, []), now)
+        for start, record in ledger.blocks.live()
+    ]
+
+
+def _lease_info(ledger: Ledger, lease: LeaseRecord, now_ns: int) -> LeaseInfo:
+    holder = ParticipantId.of(lease.holder)
+    return LeaseInfo(
+        place=holder.place,
+        incarnation=holder.incarnation,
+        holder=ledger.participants.info(holder),
+        kind="reads" if lease.kind == READS else "writes",
+        age=max(0, now_ns - lease.opened_ns) / 1e9,
+    )
+
+
+def _allocation_info(
+    ledger: Ledger, start: int, record: Record, leases: list[LeaseInfo], now_ns: int
+) -> AllocationInfo:
+    owner = ParticipantId.of(record.owner)
+    return AllocationInfo(
+        start_block=start,
+        num_blocks=record.num_blocks,
+        num_tokens=record.num_tokens,
+        generation=record.generation,
+        state=STATES[record.state],
+        owner_place=owner.place,
+        owner_incarnation=owner.incarnation,
+        owner=ledger.participants.info(owner),
+        req_id=record.req_id.decode("utf-8", "replace"),
+        age=max(0, now_ns - record.created_ns) / 1e9,
+        readers_left=record.readers_left,
+        leases=leases,
+    )
+
+
+def stats(ledger: Ledger) -> PoolStats:
+    """Counts of blocks by state, of allocations, leases and participants."""
+    blocks = dict.fromkeys(State, 0)
+    live = list(ledger.blocks.live())
+    for _, record in live:
+        blocks[STATES[record.state]] += record.num_blocks
+    taken = sum(1 for _ in ledger.participants.taken())
+    dead = len(ledger.participants.dead())
+    return PoolStats(
+        name=ledger.name,
+        pool_id=ledger.pool_id,
+        size_bytes=ledger.segment.size_bytes,
+        block_size=ledger.config.block_size,
+        total_blocks=ledger.config.total_blocks,
+        free_blocks=ledger.blocks.free_blocks,
+        reserved_blocks=blocks[State.RESERVED],
+        published_blocks=blocks[State.PUBLISHED],
+        leased_blocks=blocks[State.LEASED],
+        draining_blocks=blocks[State.DRAINING],
+        allocations=len(live),
+        leases=sum(1 for _ in ledger.blocks.leases()),
+        participants=taken - dead,
+        dead_participants=dead,
+        next_generation=ledger.segment.words[H_NEXT_GENERATION],
+        age=max(0, time.monotonic_ns() - ledger.created_ns) / 1e9,
+    )
+
+
+def check(ledger: Ledger) -> list[Violation]:
+    """Every invariant that does not hold; an empty list when the pool is right."""
+    try:
+        live = list(ledger.blocks.live())
+    except IncompatiblePoolError as error:
+        return [Violation(2, str(error))]
+    return [
+        *_check_blocks(ledger, live),
+        *_check_owners(ledger, live),
+        *_check_leases(ledger, live),
+        *_check_generations(ledger, live),
+    ]
+
+
+def _check_blocks(ledger: Ledger, live: list[tuple[int, Record]]) -> list[Violation]:
+    """Invariants 1 and 2: the table, the bitmap and the free count tell the same."""
+    violations = []
+    total = ledger.config.total_blocks
+    bits = 0
+    behind = 0
+    for start, record in live:
+        if start < behind:
+            violations.append(Violation(1, f"block {start} is in two allocations"))
+        behind = max(behind, start + record.num_blocks)
+        bits |= ((1 << record.num_blocks) - 1) << start
+        if not 0 < record.num_tokens <= record.num_blocks * ledger.config.block_size:
+            violations.append(
+                Violation(2, f"{_name(start, record)} claims {record.num_tokens} tokens")
+            )
+    used = ledger.blocks.used_bits()
+    if used != bits:
+        wrong = used ^ bits
+        first = (wrong & -wrong).bit_length() - 1
+        violations.append(
+            Violation(
+                1,
+                f"bitmap and table differ in {bin(wrong).count('1')} blocks, the first is "
+                f"{first}: the bitmap says {'used' if used >> first & 1 else 'free'}",
+            )
+        )
+    free = total - bits.bit_count()
+    if free != ledger.blocks.free_blocks:
+        violations.append(
+            Violation(1, f"{free} blocks are free, the count says {ledger.blocks.free_blocks}")
+        )
+    if ledger.segment.words[H_CURSOR] >= total:
+        violations.append(Violation(2, "the cursor is outside of the pool"))
+    return violations
+
+
+def _check_owners(ledger: Ledger, live: list[tuple[int, Record]]) -> list[Violation]:
+    """Invariant 3: somebody, or a deadline, will give every block back."""
+    violations = []
+    for start, record in live:
+        state = STATES[record.state]
+        owner = ParticipantId.of(record.owner)
+        if state is State.RESERVED and not ledger.participants.is_recorded(owner):
+            violations.append(
+                Violation(3, f"{_name(start, record)} belongs to nobody: {owner} is not there")
+            )
+        if state is State.PUBLISHED and (record.readers_left < 1 or not ledger.blocks.unclaimed_ns):
+            violations.append(
+                Violation(3, f"{_name(start, record)} has neither readers to come nor a deadline")
+            )
+        if state in (State.LEASED, State.DRAINING) and record.leases == 0:
+            violations.append(
+                Violation(3, f"{_name(start, record)} has no lease that would end it")
+            )
+    return violations
+
+
+def _check_leases(ledger: Ledger, live: list[tuple[int, Record]]) -> list[Violation]:
+    """Invariant 3 for leases: each belongs to a living allocation that counts it."""
+    violations = []
+    counts: dict[int, int] = {}
+    records = dict(live)
+    for slot, lease in ledger.blocks.leases():
+        counts[lease.start_block] = counts.get(lease.start_block, 0) + 1
+        record = records.get(lease.start_block)
+        if record is None or record.generation != lease.generation:
+            violations.append(
+                Violation(
+                    3, f"lease {slot} is of generation {lease.generation}, which is not there"
+                )
+            )
+        holder = ParticipantId.of(lease.holder)
+        if not ledger.participants.is_recorded(holder):
+            violations.append(Violation(3, f"lease {slot} belongs to nobody: {holder}"))
+    for start, record in live:
+        if record.leases != counts.get(start, 0):
+            violations.append(
+                Violation(
+                    3,
+                    f"{_name(start, record)} counts {record.leases} leases, "
+                    f"{counts.get(start, 0)} are open",
+                )
+            )
+    return violations
+
+
+def _check_generations(ledger: Ledger, live: list[tuple[int, Record]]) -> list[Violation]:
+    """Invariant 4: a generation is handed out once."""
+    violations = []
+    seen: set[int] = set()
+    following: int = ledger.segment.words[H_NEXT_GENERATION]
+    for start, record in live:
+        if record.generation in seen or not 0 < record.generation < following:
+            violations.append(
+                Violation(4, f"{_name(start, record)}: its generation is not its own")
+            )
+        seen.add(record.generation)
+    return violations
+
+
+def _name(start: int, record: Record) -> str:
+    return f"the {STATES[record.state]} allocation at block {start}"

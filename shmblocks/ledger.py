@@ -1,0 +1,291 @@
+"""The shared state of one pool: segment, lock, journal, participants, blocks, put together.
+
+Contract
+- `Ledger.create` and `Ledger.open` give a whole one or raise and leave nothing behind.
+- `run(body, ...)` is the only way in: `body` runs under the lock, on a state that is whole.
+- A ledger can be open without being a participant (the inspector): then it keeps nothing alive.
+
+Creating and attaching meet like this:
+
+  creator   1 makes and fills a nameless segment, joins it, so that it is alive from the start
+            2 links it to the name; if the name is taken:
+              2a by a living pool or a foreign file: PoolExistsError
+              2b by a dead pool: takes *its* lock, looks again, unlinks, goes to 2
+  attacher  1 opens the name, checks the bytes, maps
+            2 takes the lock; under it: the pool must live, not be removed, and still have its name
+              (else 2b or the last leaver was faster: it is not found, and looked for again)
+            3 joins
+  leaver    under the lock: gives everything back, empties its place, and if nobody else lives marks
+            the pool as removed and unlinks it
+
+so that nobody joins a pool that is being replaced or removed, and nobody removes one that lives.
+
+What it does not do: know tensors, handles of other pools, or what a block is used for.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from shmblocks.blocks import BlockTable
+from shmblocks.config import PoolConfig
+from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
+from shmblocks.filelock import MUTEX_BYTE, FileLocks
+from shmblocks.journal import Journal
+from shmblocks.layout import (
+    CONFIG_BYTES,
+    H_CREATED,
+    H_FREE_BLOCKS,
+    H_LOCK_HOLDER,
+    H_NEXT_GENERATION,
+    H_NEXT_INCARNATION,
+    H_REMOVED,
+    HEADER_BYTES,
+    IDENTITY,
+    LAYOUT_VERSION,
+    MAGIC,
+    WORD,
+    Layout,
+)
+from shmblocks.mutex import LONGEST_SLEEP, Mutex
+from shmblocks.participants import ParticipantId, Participants, anyone_lives
+from shmblocks.reclaim import reclaim
+from shmblocks.segment import (
+    Identity,
+    Segment,
+    create_unnamed,
+    file_identity,
+    is_pool,
+    link_name,
+    normal_name,
+    open_existing,
+    unlink_file,
+)
+
+T = TypeVar("T")
+
+
+class Ledger:
+    """The shared state of one pool as one process sees it. Owns the mapping and its file locks."""
+
+    def __init__(self, fd: int, name: str, config: PoolConfig, pool_id: int) -> None:
+        """Map the segment behind `fd` (which stays the caller's)."""
+        self.name = name
+        self.config = config
+        self.pool_id = pool_id
+        self.layout = layout = Layout(config)
+        self.segment = segment = Segment(fd, layout.segment_bytes, name)
+        self.locks = FileLocks(fd)
+        memory, words = segment.memory, segment.words
+        self.journal = Journal(
+            memory, words, layout.journal, layout.journal_bytes, layout.ledger_bytes
+        )
+        self.participants = Participants(
+            memory, words, layout, config.max_participants, self.locks, self.journal
+        )
+        self.blocks = BlockTable(memory, words, layout, config.max_leases, pool_id, self.journal)
+        self.mutex = Mutex(
+            self.locks,
+            name=name,
+            timeout=config.lock_timeout,
+            entered=self._entered,
+            describe_holder=self._describe_holder,
+        )
+
+    # ---- making and finding --------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, name: str, config: PoolConfig, role: str) -> Ledger:
+        """A new pool of that name with this process as its first participant."""
+        name = normal_name(name)
+        fd = create_unnamed(Layout(config).segment_bytes, name, config.group)
+        try:
+            pool_id = secrets.randbits(64) or 1
+            _write_header(fd, config, pool_id)
+            ledger = cls(fd, name, config, pool_id)
+            try:
+                ledger.run(ledger.join, role, True)
+                while not link_name(fd, name):
+                    _remove_dead(name, config.lock_timeout)
+            except BaseException:
+                ledger.segment.unlink()
+                ledger.close()
+                raise
+            return ledger
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def open(cls, name: str) -> Ledger:
+        """The pool of that name, without becoming a participant."""
+        name = normal_name(name)
+        fd = open_existing(name)
+        try:
+            identity = Identity(fd, name)
+            config = _read_config(fd, name)
+            if Layout(config).segment_bytes != identity.size_bytes:
+                raise IncompatiblePoolError(
+                    f"pool {name}: its config needs {Layout(config).segment_bytes} bytes, the "
+                    f"segment has {identity.size_bytes}: the header is damaged"
+                )
+            return cls(fd, name, config, identity.pool_id)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def attach(cls, name: str, role: str) -> Ledger:
+        """The living pool of that name, with this process as a participant."""
+        ledger = cls.open(name)
+        try:
+            ledger.run(ledger.join, role, False)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def join(self, role: str, is_creator: bool) -> ParticipantId:
+        """Under the lock: become a participant, if there is still something to join."""
+        if not is_creator:
+            if self.segment.words[H_REMOVED] or not self.segment.has_name:
+                raise PoolNotFoundError(f"pool {self.name}: it was removed just now")
+            if not self.participants.others_live():
+                raise PoolNotFoundError(
+                    f"pool {self.name}: all its processes are dead, what is there is a leftover; "
+                    "the next `create` of that name replaces it (`shmblocks reap --all` removes it)"
+                )
+        return self.participants.join(role, is_creator=is_creator)
+
+    @property
+    def created_ns(self) -> int:
+        """When the pool was created, on the system's monotonic clock."""
+        moment: int = self.segment.words[H_CREATED]
+        return moment
+
+    # ---- the way in ----------------------------------------------------------------------------
+
+    def run(self, body: Callable[..., T], *args: object) -> T:
+        """`body(*args)` under the lock; see `mutex.Mutex.run`."""
+        return self.mutex.run(body, *args)
+
+    def _entered(self) -> None:
+        me = self.participants.me
+        self.segment.words[H_LOCK_HOLDER] = me.place + 1 if me else 0
+        if self.journal.is_open:
+            self.journal.replay()
+
+    def _describe_holder(self) -> str:
+        place = self.segment.words[H_LOCK_HOLDER] - 1
+        for who in self.participants.taken():
+            if who.place == place:
+                return self.participants.describe(who)
+        return "a process that is not attached (an inspector, or one that has left since)"
+
+    # ---- leaving -------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Give everything back, as the last one remove the pool, and close. Idempotent.
+
+        The mapping goes with its last view.
+        """
+        self.segment.stop_prefault()
+        if self.locks.fd >= 0:
+            self.run(self._leave)
+
+    def _leave(self) -> None:
+        if self.participants.me is not None:
+            self._give_back(self.participants.me)
+        # Inside the section: no other thread can be about to lock the descriptor that closes here.
+        self.locks.close()
+
+    def _give_back(self, me: ParticipantId) -> None:
+        reclaim(self.blocks, lambda who: who == me, self.config.unclaimed_timeout)
+        self.participants.leave()
+        if not self.participants.others_live():
+            self.segment.words[H_REMOVED] = 1
+            self.segment.unlink()
+
+    def close(self) -> None:
+        """Drop the locks and nothing else, as death does. Idempotent."""
+        self.segment.stop_prefault()
+        self.locks.close()
+
+    def reset_after_fork(self) -> None:
+        """In a forked child: not a participant, and on locks of its own."""
+        self.participants.me = None
+        self.segment.forget_prefault()
+        self.mutex.reset_after_fork()
+        self.locks.reopen_after_fork()
+
+
+def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
+    layout = Layout(config)
+    encoded = msgspec.msgpack.encode(config)
+    if len(encoded) + WORD > CONFIG_BYTES:
+        raise ValueError(
+            f"config: expected at most {CONFIG_BYTES - WORD} bytes when encoded, got "
+            f"{len(encoded)}: use fewer fields or shorter names"
+        )
+    first_words = {
+        H_NEXT_GENERATION: 1,
+        H_FREE_BLOCKS: config.total_blocks,
+        H_NEXT_INCARNATION: 1,
+    }
+    for index, value in first_words.items():
+        os.pwrite(fd, value.to_bytes(WORD, "little"), index * WORD)
+    os.pwrite(fd, len(encoded).to_bytes(WORD, "little") + encoded, HEADER_BYTES)
+    identity = IDENTITY.pack(
+        MAGIC, LAYOUT_VERSION, pool_id, layout.segment_bytes, time.monotonic_ns()
+    )
+    os.pwrite(fd, identity, 0)
+
+
+def _read_config(fd: int, name: str) -> PoolConfig:
+    length = int.from_bytes(os.pread(fd, WORD, HEADER_BYTES), "little")
+    if length > CONFIG_BYTES - WORD:
+        raise IncompatiblePoolError(f"pool {name}: its config is damaged ({length} bytes)")
+    try:
+        return _config_decoder.decode(os.pread(fd, length, HEADER_BYTES + WORD))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise IncompatiblePoolError(f"pool {name}: its config is damaged: {error}") from error
+
+
+_config_decoder = msgspec.msgpack.Decoder(PoolConfig)
+
+
+def _remove_dead(name: str, timeout: float) -> None:
+    """Unlink what holds the name, if it is a pool that nobody lives in."""
+    try:
+        fd = open_existing(name)
+    except PoolNotFoundError:
+        return
+    locks = FileLocks(fd)
+    try:
+        if not is_pool(fd):
+            raise PoolExistsError(
+                f"pool {name}: a segment that is not a pool holds the name; remove it "
+                f"(`rm /dev/shm{name}`) or choose another name"
+            )
+        _lock_within(locks, name, timeout)
+        if anyone_lives(locks):
+            raise PoolExistsError(
+                f"pool {name}: a living pool holds the name (`shmblocks stat {name[1:]}` shows "
+                "who); attach to it, or choose another name"
+            )
+        unlink_file(name, file_identity(fd))
+    finally:
+        locks.close()
+        os.close(fd)
+
+
+def _lock_within(locks: FileLocks, name: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not locks.try_lock(MUTEX_BYTE):
+        if anyone_lives(locks) or time.monotonic() >= deadline:
+            raise PoolExistsError(f"pool {name}: a pool that is in use holds the name")
+        time.sleep(LONGEST_SLEEP)

@@ -1,0 +1,595 @@
+"""`BlockPool`: one pool of blocks in POSIX shared memory, as one process uses it.
+
+    writer:   handle = pool.alloc(n) -> pool.view(handle) -> handle = pool.publish(handle,
+    readers=r) queue:    handle.encode() ... BlockHandle.decode(data)
+    reader:   with pool.open(handle) as lease: lease["input_embeddings"]   # the last one frees
+
+Contract
+- Every method may be called from any thread and from any attached process, at any time.
+- A call that raises has changed nothing; one that is interrupted (KeyboardInterrupt) has either
+  changed nothing or done its work; an interrupted `alloc` or `open` has given back what it took.
+- What a process holds (its reservations and leases) comes back when it closes the pool or dies.
+- After `fork` the child may go on using the pool: it becomes a participant of its own at its first
+  call. It holds nothing of what its parent holds.
+
+What it does not do: carry handles (any queue does), wait for blocks, or keep a tensor's content
+after its lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from shmblocks import inspection
+from shmblocks.blocks import READS, WRITES, LeaseKey
+from shmblocks.config import MAX_BLOCKS, PoolConfig
+from shmblocks.errors import (
+    ForeignHandleError,
+    InvalidStateError,
+    PoolClosedError,
+    PoolNotFoundError,
+    ShmBlocksError,
+    StaleHandleError,
+)
+from shmblocks.handle import BlockHandle
+from shmblocks.inspection import AllocationInfo, PoolStats, Violation
+from shmblocks.layout import REQUEST_ID_BYTES
+from shmblocks.ledger import Ledger
+from shmblocks.participants import ParticipantId, ParticipantInfo, utf8_prefix
+from shmblocks.reclaim import ReapReport, is_due, reap
+from shmblocks.states import STATES, State
+from shmblocks.views import BlockView, FieldTensors
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+PREFAULT = ("background", "now", "off")
+# Seconds between two looks for a pool that is not there yet.
+ATTACH_POLL = 0.01
+
+
+class BlockPool:
+    """A pool that this process is attached to. Make one with `create` or `attach`."""
+
+    def __init__(self, ledger: Ledger, role: str, prefault: str) -> None:
+        """For `create` and `attach`; takes over the ledger, whose participant we are."""
+        self._ledger = ledger
+        self._role = role
+        self._prefault = prefault
+        self._tensors = FieldTensors(ledger.segment.mapping, ledger.config, ledger.layout)
+        # Leases that were dropped without release where it could not be done at once.
+        self._dropped: list[LeaseKey] = []
+        ledger.segment.prefault(prefault)
+        self._leave_at_exit()
+
+    # ---- life --------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, name: str, config: PoolConfig, *, role: str = "", prefault: str = "background"
+    ) -> BlockPool:
+        """Make a pool and be its first participant.
+
+        name      1 to 200 of A-Z a-z 0-9 . _ - ; what other processes attach by
+        role      up to 31 bytes that inspectors and errors show for this process
+        prefault  map all pages `"now"`, in the `"background"` (a thread), or `"off"` as touched
+
+        All memory is allocated before the name appears. The leftover of a dead pool of the same
+        name is replaced. Raises `PoolExistsError`, `SharedMemoryFullError`.
+        """
+        _known_prefault(prefault)
+        return cls._owning(Ledger.create(name, config, role), role, prefault)
+
+    @classmethod
+    def attach(
+        cls, name: str, *, timeout: float = 0.0, role: str = "", prefault: str = "background"
+    ) -> BlockPool:
+        """Become a participant of an existing pool; wait up to `timeout` seconds for it to appear.
+
+        Raises `PoolNotFoundError`, `IncompatiblePoolError`, `PoolPermissionError`,
+        `TooManyParticipantsError`.
+        """
+        _known_prefault(prefault)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                ledger = Ledger.attach(name, role)
+            except PoolNotFoundError as error:
+                if time.monotonic() >= deadline:
+                    waited = f" (waited {timeout:g} s)" if timeout else ""
+                    raise PoolNotFoundError(f"{error}{waited}") from None
+                time.sleep(ATTACH_POLL)
+            else:
+                return cls._owning(ledger, role, prefault)
+
+    @classmethod
+    def _owning(cls, ledger: Ledger, role: str, prefault: str) -> BlockPool:
+        try:
+            return cls(ledger, role, prefault)
+        except BaseException:
+            ledger.leave()
+            raise
+
+    def close(self) -> None:
+        """Leave the pool: reservations and leases of this process come back; idempotent.
+
+        The last participant to leave removes the segment. Tensors of views stay readable, but their
+        blocks are no longer theirs.
+        """
+        self._finalizer.detach()
+        self._ledger.leave()
+
+    def __enter__(self) -> BlockPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., BlockPool], tuple[str, int, str, str]]:
+        return (_reattach, (self.name, self.pool_id, self._role, self._prefault))
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else f"{self.participant or 'not joined yet'}"
+        return (
+            f"BlockPool({self.name!r}, {self.config.total_blocks} blocks of "
+            f"{self.config.block_size} tokens, {state})"
+        )
+
+    def _leave_at_exit(self) -> None:
+        self._finalizer = weakref.finalize(self, self._ledger.leave)
+        _living.add(self._ledger)
+        # Children of multiprocessing end with os._exit and run only these finalizers.
+        if "multiprocessing.util" in sys.modules:
+            from multiprocessing import util
+
+            reference = weakref.ref(self._ledger)
+            util.Finalize(None, _leave_quietly, args=(reference,), exitpriority=10)
+
+    # ---- what it is --------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """With its leading slash."""
+        return self._ledger.name
+
+    @property
+    def config(self) -> PoolConfig:
+        return self._ledger.config
+
+    @property
+    def pool_id(self) -> int:
+        """A random 64-bit number; handles carry it."""
+        return self._ledger.pool_id
+
+    @property
+    def participant(self) -> ParticipantId | None:
+        """This process in the pool; None when closed, or forked and not used yet."""
+        return self._ledger.participants.me
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether this process has left the pool."""
+        return self._ledger.locks.fd < 0
+
+    # ---- allocation --------------------------------------------------------------------------
+
+    def alloc(
+        self, num_tokens: int, req_id: str | None = None, fake: bool = False
+    ) -> BlockHandle | None:
+        """Reserve ceil(num_tokens / block_size) consecutive blocks; None: no room now.
+
+        The reservation is this process's until it is published or freed. `req_id` is shown by
+        inspectors (63 bytes of it). `fake` gives a handle of no blocks at all, for warm-up
+        requests.
+        """
+        num_tokens = _whole("num_tokens", num_tokens)
+        return self.alloc_blocks(self.config.blocks_for(num_tokens), num_tokens, req_id, fake)
+
+    def alloc_default(self, req_id: str | None = None, fake: bool = False) -> BlockHandle | None:
+        """Reserve the config's `default_num_blocks`, for a length that is not known yet."""
+        config = self.config
+        num_tokens = config.default_num_blocks * config.block_size
+        return self.alloc_blocks(config.default_num_blocks, num_tokens, req_id, fake)
+
+    def alloc_blocks(
+        self, num_blocks: int, num_tokens: int, req_id: str | None = None, fake: bool = False
+    ) -> BlockHandle | None:
+        """Reserve `num_blocks` consecutive blocks for `num_tokens` tokens; None: no room now.
+
+        Raises ValueError for what this pool can never serve.
+        """
+        num_blocks = _whole("num_blocks", num_blocks)
+        num_tokens = _whole("num_tokens", num_tokens)
+        if num_tokens > num_blocks * self.config.block_size:
+            raise ValueError(
+                f"num_tokens: expected at most {num_blocks * self.config.block_size} for "
+                f"{num_blocks} blocks, got {num_tokens}"
+            )
+        if fake:
+            return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
+        if num_blocks > self.config.total_blocks:
+            raise ValueError(
+                f"pool {self.name}: has {self.config.total_blocks} blocks, {num_blocks} can never "
+                "be served: create a larger pool, or send the tokens in several allocations"
+            )
+        made: list[BlockHandle] = []
+        try:
+            return self._run(
+                self._reserve,
+                num_blocks,
+                num_tokens,
+                utf8_prefix(req_id or "", REQUEST_ID_BYTES),
+                made,
+            )
+        except BaseException:
+            self._take_back(made)
+            raise
+
+    def _reserve(
+        self, num_blocks: int, num_tokens: int, req_id: bytes, made: list[BlockHandle]
+    ) -> BlockHandle | None:
+        blocks = self._ledger.blocks
+        me = self._me.word
+        now = time.monotonic_ns()
+        handle = blocks.reserve(num_blocks, num_tokens, me, req_id, now, made)
+        if handle is None and is_due(blocks, self._ledger.participants):
+            self._reap()
+            handle = blocks.reserve(num_blocks, num_tokens, me, req_id, now, made)
+        return handle
+
+    def _take_back(self, made: list[BlockHandle]) -> None:
+        """Free what an interrupted `alloc` may have reserved."""
+        for handle in made:
+            with contextlib.suppress(StaleHandleError, PoolClosedError):
+                self.free(handle)
+
+    def grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
+        """Extend a reservation in place to `num_tokens` tokens; None: the blocks behind are taken.
+
+        The content stays. The handle that this returns replaces the old one, which is stale.
+        """
+        num_tokens = _whole("num_tokens", num_tokens)
+        if num_tokens < handle.num_tokens:
+            raise ValueError(
+                f"num_tokens: expected at least the {handle.num_tokens} that the handle has, "
+                f"got {num_tokens}"
+            )
+        return self._run(self._grow, self._real(handle), num_tokens)
+
+    def _grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
+        blocks = self._ledger.blocks
+        record = blocks.find_exact(handle)
+        num_blocks = max(self.config.blocks_for(num_tokens), record.num_blocks)
+        start = handle.start_block
+        if not blocks.grow(start, record, num_blocks, num_tokens):
+            return None
+        return BlockHandle(start, num_blocks, num_tokens, handle.generation, handle.pool_id)
+
+    def free(
+        self,
+        handle: BlockHandle,
+        req_id: str | None = None,
+        fake: bool = False,
+    ) -> None:
+        """Give an allocation back; any process may. With open leases: the last one released does.
+
+        A fake handle is left alone. Raises `StaleHandleError` for what was freed before, and
+        changes nothing then. (`req_id` is accepted for symmetry with `alloc`.)
+        """
+        if fake or handle.is_fake:
+            return
+        self._run(self._free, self._real(handle))
+
+    def _free(self, handle: BlockHandle) -> None:
+        record = self._ledger.blocks.find(handle)
+        self._ledger.blocks.free(handle.start_block, record)
+
+    def available_blocks(self) -> int:
+        """Blocks in no allocation, of this moment."""
+        return self._run(lambda: self._ledger.blocks.free_blocks)
+
+    # ---- writing and publishing --------------------------------------------------------------
+
+    def view(self, handle: BlockHandle) -> BlockView:
+        """The fields of a reservation of this process, to write (or, after a landing, to read)."""
+        self._run(self._check_mine, self._real(handle))
+        return self._view(handle)
+
+    def _check_mine(self, handle: BlockHandle) -> None:
+        record = self._ledger.blocks.find_exact(handle)
+        owner = ParticipantId.of(record.owner)
+        if STATES[record.state] is not State.RESERVED or owner != self._me:
+            raise InvalidStateError(
+                f"{handle}: expected a reservation of this process, it is "
+                f"{STATES[record.state]} and belongs to "
+                f"{self._ledger.participants.describe(owner)}: use `open` to read what is "
+                "published, `write` for a reservation of another process"
+            )
+
+    def _view(self, handle: BlockHandle) -> BlockView:
+        return BlockView(self._tensors, handle, handle.start_block * self.config.block_size, self)
+
+    def write(self, handle: BlockHandle) -> Lease:
+        """A writer's lease on a reservation, whoever owns it (a landing allocation).
+
+        While it is open the blocks are not used again, even when their owner frees them.
+        """
+        return self._open(handle, WRITES)
+
+    def publish(
+        self, handle: BlockHandle, *, readers: int = 1, num_tokens: int | None = None
+    ) -> BlockHandle:
+        """Make a reservation readable by `readers` leases; the last one released frees the blocks.
+
+        `num_tokens` is the length actually written, if it is not the handle's. Give the handle that
+        this returns to the readers. Unopened for the config's `unclaimed_timeout`, it is freed.
+        """
+        readers = _whole("readers", readers)
+        length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
+        if length > handle.num_blocks * self.config.block_size:
+            raise ValueError(
+                f"num_tokens: expected at most {handle.num_blocks * self.config.block_size} for "
+                f"{handle}, got {length}"
+            )
+        self._run(self._publish, self._real(handle), length, readers)
+        if length == handle.num_tokens:
+            return handle
+        start, blocks = handle.start_block, handle.num_blocks
+        return BlockHandle(start, blocks, length, handle.generation, handle.pool_id)
+
+    def _publish(self, handle: BlockHandle, num_tokens: int, readers: int) -> None:
+        blocks = self._ledger.blocks
+        record = blocks.find_exact(handle)
+        if record.leases and STATES[record.state] is State.RESERVED:
+            raise InvalidStateError(
+                f"{handle}: {record.leases} writer's lease(s) are open; release them, then publish"
+            )
+        now = time.monotonic_ns()
+        until = now + int(self.config.unclaimed_timeout * 1e9)
+        blocks.publish(handle.start_block, record, num_tokens, readers, now, until)
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    def open(self, handle: BlockHandle) -> Lease:
+        """A reader's lease on published blocks; use it in a `with` statement.
+
+        Raises `StaleHandleError` when they were freed (all expected readers were there, or nobody
+        came in time), `InvalidStateError` when they are not published.
+        """
+        return self._open(handle, READS)
+
+    def _open(self, handle: BlockHandle, kind: int) -> Lease:
+        made: list[LeaseKey] = []
+        try:
+            key = self._run(self._take_lease, self._real(handle), kind, made)
+            return Lease(self, self._view(handle), key)
+        except BaseException:
+            for key in made:
+                with contextlib.suppress(PoolClosedError):
+                    self._release(key)
+            raise
+
+    def _take_lease(self, handle: BlockHandle, kind: int, made: list[LeaseKey]) -> LeaseKey:
+        blocks = self._ledger.blocks
+        record = blocks.find_exact(handle)
+        if kind == READS and STATES[record.state] is State.LEASED and record.readers_left == 0:
+            raise InvalidStateError(
+                f"{handle}: every reader that `publish(readers=...)` announced is there already"
+            )
+        now = time.monotonic_ns()
+        return blocks.open(handle.start_block, record, kind, self._me.word, now, made)
+
+    def _release(self, key: LeaseKey) -> None:
+        me = self._ledger.participants.me
+        if me is None or key.holder != me.word:
+            # Closed: given back already. Forked: it is the parent's.
+            return
+        self._run(self._ledger.blocks.release_key, key)
+
+    # ---- looking after it --------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """Counts of blocks by state, allocations, leases and participants."""
+        return self._run(inspection.stats, self._ledger)
+
+    def allocations(self) -> list[AllocationInfo]:
+        """Every allocation: who holds it, for which request, since when, under which leases."""
+        return self._run(inspection.allocations, self._ledger)
+
+    def participants(self) -> list[ParticipantInfo]:
+        """Everyone attached, and the dead who were not reaped yet."""
+        return self._run(self._ledger.participants.infos)
+
+    def is_alive(self, who: ParticipantId) -> bool:
+        """Whether that process is attached and lives."""
+        return self._run(self._ledger.participants.is_alive, who)
+
+    def describe(self, who: ParticipantId) -> str:
+        """For messages: `participant 3 (pid 4242, embedding)`."""
+        return self._run(self._ledger.participants.describe, who)
+
+    def check(self) -> list[Violation]:
+        """Every invariant that does not hold; empty when the pool is right."""
+        return self._run(inspection.check, self._ledger)
+
+    def reap(self) -> ReapReport:
+        """Give back what the dead held and what nobody claimed in time.
+
+        Runs by itself when an allocation would otherwise fail.
+        """
+        return self._run(self._reap)
+
+    def _reap(self) -> ReapReport:
+        ledger = self._ledger
+        return reap(ledger.blocks, ledger.participants, self.config.unclaimed_timeout)
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    @property
+    def _me(self) -> ParticipantId:
+        me = self._ledger.participants.me
+        if me is None:
+            raise PoolClosedError(f"pool {self.name}: closed in this process; attach it again")
+        return me
+
+    def _run(self, body: Callable[..., T], *args: object) -> T:
+        ledger = self._ledger
+        if ledger.participants.me is None:
+            self._rejoin()
+        if self._dropped:
+            self._release_dropped()
+        return ledger.mutex.run(body, *args)
+
+    def _rejoin(self) -> None:
+        """In a forked child: become a participant of its own."""
+        if self.is_closed:
+            raise PoolClosedError(f"pool {self.name}: closed in this process; attach it again")
+        self._ledger.run(self._join_once)
+        self._leave_at_exit()
+
+    def _join_once(self) -> None:
+        if self._ledger.participants.me is None:
+            self._ledger.participants.join(self._role, is_creator=False)
+
+    def _release_dropped(self) -> None:
+        dropped, self._dropped = self._dropped, []
+        for key in dropped:
+            self._release(key)
+
+    def _real(self, handle: BlockHandle) -> BlockHandle:
+        """The handle, if it can be one of this pool."""
+        if not isinstance(handle, BlockHandle):
+            raise TypeError(f"handle: expected BlockHandle, got {type(handle).__name__}")
+        if handle.pool_id != self._ledger.pool_id:
+            raise ForeignHandleError(
+                f"{handle}: it is of pool {handle.pool_id:#x}, this is {self.name} "
+                f"({self.pool_id:#x}): attach the pool that made it"
+            )
+        if handle.is_fake:
+            raise InvalidStateError(
+                f"{handle}: a fake handle names no blocks; it can only be freed"
+            )
+        return handle
+
+
+class Lease:
+    """A claim on blocks of a pool; release it, or use it in a `with` statement.
+
+    Owns the claim, keeps the pool alive. `lease[name]` is a field as in `lease.view[name]`.
+    """
+
+    __slots__ = ("__weakref__", "_key", "_pool", "view")
+
+    def __init__(self, pool: BlockPool, view: BlockView, key: LeaseKey) -> None:
+        self._pool = pool
+        self._key: LeaseKey | None = key
+        self.view = view
+
+    @property
+    def handle(self) -> BlockHandle:
+        """The handle of the allocation."""
+        return self.view.handle
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it was released, or its pool closed in this process."""
+        return self._key is None or self._pool.is_closed
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self.is_released:
+            raise InvalidStateError(f"{self.handle}: the lease was released; read within it")
+        return self.view[name]
+
+    @property
+    def aux(self) -> torch.Tensor:
+        """int32[16] of the allocation."""
+        return self.view.aux
+
+    def release(self) -> None:
+        """End the claim; idempotent."""
+        key = self._key
+        if key is not None and not self._pool.is_closed:
+            self._pool._release(key)
+        self._key = None
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        key = getattr(self, "_key", None)
+        if key is None or sys.is_finalizing() or self._pool.is_closed:
+            return
+        # Not released here: the collector may run in the middle of an operation on the same pool.
+        # The pool's next call does it.
+        self._pool._dropped.append(key)
+        warnings.warn(f"{self.handle}: lease was not released", ResourceWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        return f"Lease({self.handle}, {'released' if self.is_released else 'open'})"
+
+
+def _reattach(name: str, pool_id: int, role: str, prefault: str) -> BlockPool:
+    """Unpickling in another process: attach, and make sure that it is the same pool."""
+    pool = BlockPool.attach(name, role=role, prefault=prefault)
+    if pool.pool_id != pool_id:
+        pool.close()
+        raise PoolNotFoundError(
+            f"pool {name}: the pool that was sent is gone, another has taken its name"
+        )
+    return pool
+
+
+def _known_prefault(prefault: str) -> None:
+    if prefault not in PREFAULT:
+        raise ValueError(f"prefault: expected one of {', '.join(PREFAULT)}, got {prefault!r}")
+
+
+def _whole(what: str, value: int) -> int:
+    """A whole number of at least 1 that no pool's arithmetic can overflow."""
+    number = operator.index(value)
+    if not 1 <= number <= MAX_BLOCKS << 20:
+        raise ValueError(f"{what}: expected a whole number of at least 1, got {value}")
+    return number
+
+
+# Every ledger of this process, for the fork handler.
+_living: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _reset_after_fork() -> None:
+    for ledger in list(_living):
+        ledger.reset_after_fork()
+
+
+def _leave_quietly(reference: weakref.ref[Ledger]) -> None:
+    ledger = reference()
+    if ledger is not None:
+        with contextlib.suppress(ShmBlocksError):
+            ledger.leave()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,0 +1,94 @@
+"""Giving back what belongs to nobody any more.
+
+Runs under the pool's lock, one journal commit per thing given back: killed at any line it is taken
+up by the next, since a dead participant's place is emptied last.
+
+What a living process holds is never taken from it, however old; what is published and not yet
+opened is taken after the config's `unclaimed_timeout`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from shmblocks.blocks import BlockTable
+from shmblocks.layout import Record
+from shmblocks.participants import ParticipantId, Participants
+from shmblocks.states import NUMBER, State
+
+_RESERVED = NUMBER[State.RESERVED]
+_PUBLISHED = NUMBER[State.PUBLISHED]
+
+
+class ReapReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `reap()` gave back."""
+
+    reservations: int = 0
+    leases: int = 0
+    unclaimed: int = 0
+    blocks: int = 0
+    participants: int = 0
+
+
+def reclaim(
+    blocks: BlockTable, is_gone: Callable[[ParticipantId], bool], unclaimed_timeout: float
+) -> ReapReport:
+    """Release leases and free reservations of those who are gone, and what nobody claimed."""
+    free_before = blocks.free_blocks
+    leases = _release_leases(blocks, is_gone)
+    now = time.monotonic_ns()
+    patience = int(unclaimed_timeout * 1e9)
+    reservations = unclaimed = 0
+    earliest = 0
+    for start, record in list(blocks.live()):
+        if record.state == _RESERVED and is_gone(ParticipantId.of(record.owner)):
+            blocks.free(start, record)
+            reservations += 1
+        elif record.state == _PUBLISHED and record.published_ns + patience <= now:
+            blocks.free(start, record)
+            unclaimed += 1
+        else:
+            earliest = _earlier(earliest, record, patience)
+    if blocks.unclaimed_ns != earliest:
+        blocks.note_unclaimed(earliest)
+    return ReapReport(
+        reservations=reservations,
+        leases=leases,
+        unclaimed=unclaimed,
+        blocks=blocks.free_blocks - free_before,
+    )
+
+
+def _release_leases(blocks: BlockTable, is_gone: Callable[[ParticipantId], bool]) -> int:
+    released = 0
+    for slot, lease in list(blocks.leases()):
+        if is_gone(ParticipantId.of(lease.holder)):
+            blocks.release(slot, lease)
+            released += 1
+    return released
+
+
+def _earlier(earliest: int, record: Record, patience: int) -> int:
+    """The earlier of two moments at which something may be unclaimed (0: never)."""
+    if record.readers_left == 0:
+        return earliest
+    moment = record.published_ns + patience
+    return min(earliest, moment) if earliest else moment
+
+
+def reap(blocks: BlockTable, participants: Participants, unclaimed_timeout: float) -> ReapReport:
+    """`reclaim` for all who are dead, then empty their places."""
+    dead = participants.dead()
+    report = reclaim(blocks, lambda who: not participants.is_alive(who), unclaimed_timeout)
+    for who in dead:
+        participants.clear(who.place)
+    return msgspec.structs.replace(report, participants=len(dead))
+
+
+def is_due(blocks: BlockTable, participants: Participants) -> bool:
+    """Whether `reap` may find something: someone is dead, or a deadline has passed."""
+    moment = blocks.unclaimed_ns
+    return bool(participants.dead()) or 0 < moment <= time.monotonic_ns()

@@ -1,0 +1,182 @@
+"""The pools of this node: listing them, looking into one without joining it, removing one.
+
+An inspector is no participant: it keeps no pool alive, and a pool that it looks at is removed by
+its last participant as if nobody looked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import TracebackType
+
+import msgspec
+
+from shmblocks import inspection
+from shmblocks.config import PoolConfig
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PoolExistsError,
+    PoolNotFoundError,
+    PoolPermissionError,
+    ShmBlocksError,
+)
+from shmblocks.filelock import FileLocks
+from shmblocks.inspection import AllocationInfo, PoolStats, Violation
+from shmblocks.ledger import Ledger
+from shmblocks.participants import ParticipantInfo, anyone_lives
+from shmblocks.reclaim import ReapReport, reap
+from shmblocks.segment import (
+    SHM_DIRECTORY,
+    file_identity,
+    is_pool,
+    normal_name,
+    open_existing,
+    unlink_file,
+)
+
+
+class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One pool in a listing.
+
+    `state`: `alive`, `dead` (all its processes died: a leftover), `incompatible` (of another layout
+    version, or damaged), `no access` (of another user). `stats` is None when it cannot be read.
+    """
+
+    name: str
+    size_bytes: int
+    state: str
+    stats: PoolStats | None = None
+    problem: str = ""
+
+
+class PoolInspector:
+    """Read access to one pool, living or dead. Close it, or use it in a `with` statement."""
+
+    def __init__(self, name: str) -> None:
+        self._ledger = Ledger.open(name)
+
+    @property
+    def name(self) -> str:
+        return self._ledger.name
+
+    @property
+    def config(self) -> PoolConfig:
+        return self._ledger.config
+
+    @property
+    def pool_id(self) -> int:
+        return self._ledger.pool_id
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether any process is attached."""
+        return anyone_lives(self._ledger.locks)
+
+    def stats(self) -> PoolStats:
+        """As `BlockPool.stats`."""
+        return self._ledger.run(inspection.stats, self._ledger)
+
+    def allocations(self) -> list[AllocationInfo]:
+        """As `BlockPool.allocations`."""
+        return self._ledger.run(inspection.allocations, self._ledger)
+
+    def participants(self) -> list[ParticipantInfo]:
+        """As `BlockPool.participants`."""
+        return self._ledger.run(self._ledger.participants.infos)
+
+    def check(self) -> list[Violation]:
+        """As `BlockPool.check`."""
+        return self._ledger.run(inspection.check, self._ledger)
+
+    def reap(self) -> ReapReport:
+        """As `BlockPool.reap`."""
+        ledger = self._ledger
+        return ledger.run(reap, ledger.blocks, ledger.participants, ledger.config.unclaimed_timeout)
+
+    def close(self) -> None:
+        """End the access; the pool goes on as before."""
+        self._ledger.close()
+
+    def __enter__(self) -> PoolInspector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_inspector(name: str) -> PoolInspector:
+    """Look into a pool without joining it."""
+    return PoolInspector(name)
+
+
+def list_pools() -> list[PoolSummary]:
+    """Every pool of the node that can be seen, by name. Other segments are left out."""
+    summaries = []
+    for entry in sorted(os.listdir(SHM_DIRECTORY)):
+        # A name that no pool can have is no pool, and one that goes while we look is gone.
+        with contextlib.suppress(ValueError, PoolNotFoundError):
+            summary = _summary(normal_name(entry))
+            if summary is not None:
+                summaries.append(summary)
+    return summaries
+
+
+def _summary(name: str) -> PoolSummary | None:
+    try:
+        with _opened(name) as (fd, locks):
+            if not is_pool(fd):
+                return None
+            size = os.fstat(fd).st_size
+            state = "alive" if anyone_lives(locks) else "dead"
+    except PoolPermissionError:
+        return None
+    try:
+        with open_inspector(name) as inspector:
+            return PoolSummary(name=name, size_bytes=size, state=state, stats=inspector.stats())
+    except IncompatiblePoolError as error:
+        return PoolSummary(name=name, size_bytes=size, state="incompatible", problem=str(error))
+    except ShmBlocksError as error:
+        return PoolSummary(name=name, size_bytes=size, state=state, problem=str(error))
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[tuple[int, FileLocks]]:
+    fd = open_existing(name)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        locks = FileLocks(fd)
+        stack.callback(locks.close)
+        yield fd, locks
+
+
+def remove_pool(name: str, force: bool = False) -> None:
+    """Remove a pool's name. With `force` even while processes use it: they go on, nobody joins.
+
+    Raises `PoolExistsError` when somebody lives in it, `PoolNotFoundError`, and
+    `IncompatiblePoolError` for a segment that is no pool.
+    """
+    name = normal_name(name)
+    with _opened(name) as (fd, locks):
+        if not is_pool(fd):
+            raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a pool")
+        if anyone_lives(locks) and not force:
+            raise PoolExistsError(
+                f"pool {name}: {_who_lives(name)} still use it; end them, or remove it by force"
+            )
+        unlink_file(name, file_identity(fd))
+
+
+def _who_lives(name: str) -> str:
+    try:
+        with open_inspector(name) as inspector:
+            living = [str(info) for info in inspector.participants() if info.is_alive]
+    except ShmBlocksError:
+        living = []
+    return ", ".join(living) or "some processes"

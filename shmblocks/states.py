@@ -1,0 +1,79 @@
+"""The states of an allocation: one table, one function.
+
+    reserved    its owner writes (or, as a landing allocation, lets a writer's lease write)
+    published   complete; waits for readers
+    leased      at least one reader has it open
+    draining    given back while leases are open; the last lease released frees it
+
+What it does not do: touch shared memory, or know who asks.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from shmblocks.errors import InvalidStateError
+
+
+class State(str, enum.Enum):
+    """State of an allocation."""
+
+    FREE = "free"
+    RESERVED = "reserved"
+    PUBLISHED = "published"
+    LEASED = "leased"
+    DRAINING = "draining"
+
+    __str__ = str.__str__
+
+
+class Event(str, enum.Enum):
+    """What can happen to an allocation."""
+
+    GROW = "grow"
+    PUBLISH = "publish"
+    OPEN = "open"
+    WRITE = "write"
+    RELEASE = "release"
+    FREE = "free"
+
+    __str__ = str.__str__
+
+
+# The number of a state in a record. FREE is 0, so that zeroed memory is a pool of free blocks.
+STATES = tuple(State)
+NUMBER = {state: number for number, state in enumerate(STATES)}
+
+# (state, event) -> (state while leases are open after the event, state when none is).
+# An event that is not here is not allowed in that state.
+TRANSITIONS: dict[tuple[State, Event], tuple[State, State]] = {
+    (State.RESERVED, Event.GROW): (State.RESERVED, State.RESERVED),
+    (State.RESERVED, Event.PUBLISH): (State.PUBLISHED, State.PUBLISHED),
+    (State.RESERVED, Event.WRITE): (State.RESERVED, State.RESERVED),
+    (State.RESERVED, Event.RELEASE): (State.RESERVED, State.RESERVED),
+    (State.RESERVED, Event.FREE): (State.DRAINING, State.FREE),
+    (State.PUBLISHED, Event.OPEN): (State.LEASED, State.LEASED),
+    (State.PUBLISHED, Event.FREE): (State.DRAINING, State.FREE),
+    (State.LEASED, Event.OPEN): (State.LEASED, State.LEASED),
+    (State.LEASED, Event.RELEASE): (State.LEASED, State.PUBLISHED),
+    (State.LEASED, Event.FREE): (State.DRAINING, State.FREE),
+    (State.DRAINING, Event.FREE): (State.DRAINING, State.FREE),
+    (State.DRAINING, Event.RELEASE): (State.DRAINING, State.FREE),
+}
+
+
+def transition(state: State, event: Event, leases: int, readers_left: int) -> State:
+    """The state after `event`, given what is open and still expected *after* it.
+
+    Raises `InvalidStateError` when the event is not allowed.
+    """
+    after = TRANSITIONS.get((state, event))
+    if after is None:
+        allowed = [str(known) for known, its_event in TRANSITIONS if its_event is event]
+        raise InvalidStateError(
+            f"{event}: expected an allocation that is {' or '.join(allowed)}, this one is {state}"
+        )
+    following = after[0] if leases else after[1]
+    if following is State.PUBLISHED and event is Event.RELEASE and readers_left == 0:
+        return State.FREE
+    return following
