@@ -167,9 +167,8 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_participants    processes that can be attached at once
     max_leases          leases that can be open at once, over all allocations
     unclaimed_timeout   seconds after which published blocks that nobody opened are reclaimed
-    lock_timeout        seconds to wait for the pool's lock; then `PoolTimeoutError` names its
-    holder group               name of the Unix group that may use the pool too (mode 0660); None:
-    0600
+    lock_timeout        seconds to wait for the pool's lock before `PoolTimeoutError`
+    group               name of the Unix group that may use the pool too (mode 0660); None: 0600
     """
 
     total_tokens: int

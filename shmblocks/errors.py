@@ -12,8 +12,9 @@
      +- StaleHandleError           what it names was freed, grown or published anew since
      +- InvalidStateError          not allowed in the state that the allocation is in
      +- PeerDiedError              the process at the other end is dead
-     +- PoolTimeoutError           a deadline passed (also a TimeoutError); it says who is in the
-     way +- TooManyParticipantsError   all places of the pool are taken by living processes
+     +- PoolTimeoutError           a deadline passed (also a TimeoutError); it says who is
+     |                             in the way
+     +- TooManyParticipantsError   all places of the pool are taken by living processes
      +- TooManyLeasesError         all lease slots of the pool are in use
      +- TransferError              a transfer ended as Failed; the text is the reason
      +- UnsupportedPlatformError   not Linux on x86-64 or aarch64 (also an ImportError)

@@ -180,7 +180,7 @@ def _check_blocks(ledger: Ledger, live: list[tuple[int, Record]]) -> list[Violat
         violations.append(
             Violation(
                 1,
-                f"bitmap and table differ in {bin(wrong).count('1')} blocks, the first is "
+                f"bitmap and table differ in {wrong.bit_count()} blocks, the first is "
                 f"{first}: the bitmap says {'used' if used >> first & 1 else 'free'}",
             )
         )

@@ -17,7 +17,7 @@ Everything before `aux` is the *ledger*: written under the pool's lock, and only
 journal, but for the single words that say so. All words are 64-bit, native (little-endian), 8-byte
 aligned.
 
-The first 64 bytes of the header, and the bytes that participants lock (`lock.py`), are the same in
+The first 64 bytes of the header and the bytes that participants lock (filelock.py) are the same in
 every layout version, so that any version can tell whether a pool is one, and whether it is in use.
 
     header words                            record words (`Record` in this order)

@@ -191,7 +191,7 @@ class Ledger:
     def leave(self) -> None:
         """Give everything back, as the last one remove the pool, and close. Idempotent.
 
-        The mapping goes with its last view.
+        The mapping goes at once, or with its last view.
         """
         self.segment.stop_prefault()
         if self.locks.fd >= 0:
@@ -200,8 +200,8 @@ class Ledger:
     def _leave(self) -> None:
         if self.participants.me is not None:
             self._give_back(self.participants.me)
-        # Inside the section: no other thread can be about to lock the descriptor that closes here.
-        self.locks.close()
+        # Inside the section: no other thread is in it, or about to lock the descriptor.
+        self._drop()
 
     def _give_back(self, me: ParticipantId) -> None:
         reclaim(self.blocks, lambda who: who == me, self.config.unclaimed_timeout)
@@ -213,7 +213,12 @@ class Ledger:
     def close(self) -> None:
         """Drop the locks and nothing else, as death does. Idempotent."""
         self.segment.stop_prefault()
+        if self.locks.fd >= 0:
+            self._drop()
+
+    def _drop(self) -> None:
         self.locks.close()
+        self.segment.drop()
 
     def reset_after_fork(self) -> None:
         """In a forked child: not a participant, and on locks of its own."""

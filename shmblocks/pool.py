@@ -67,7 +67,9 @@ class BlockPool:
         self._ledger = ledger
         self._role = role
         self._prefault = prefault
-        self._tensors = FieldTensors(ledger.segment.mapping, ledger.config, ledger.layout)
+        self._tensors: FieldTensors | None = FieldTensors(
+            ledger.segment.mapping, ledger.config, ledger.layout
+        )
         # Leases that were dropped without release where it could not be done at once.
         self._dropped: list[LeaseKey] = []
         ledger.segment.prefault(prefault)
@@ -129,6 +131,7 @@ class BlockPool:
         """
         self._finalizer.detach()
         self._ledger.leave()
+        self._tensors = None
 
     def __enter__(self) -> BlockPool:
         return self
@@ -304,6 +307,34 @@ class BlockPool:
         """Blocks in no allocation, of this moment."""
         return self._run(lambda: self._ledger.blocks.free_blocks)
 
+    def handle_at(self, start_block: int) -> BlockHandle:
+        """The handle of the allocation that starts at a block, for those who kept only the number.
+
+        Raises `StaleHandleError` when none starts there. It proves nothing: between the reading and
+        the use of the number the blocks may have gone to another.
+        """
+        return self._run(self._handle_at, start_block)
+
+    def _handle_at(self, start_block: int) -> BlockHandle:
+        if not 0 <= start_block < self.config.total_blocks:
+            raise ValueError(
+                f"start_block: expected 0 to {self.config.total_blocks - 1}, got {start_block}"
+            )
+        record = self._ledger.blocks.record(start_block)
+        if STATES[record.state] is State.FREE:
+            raise StaleHandleError(f"block {start_block}: no allocation starts there")
+        return BlockHandle(
+            start_block, record.num_blocks, record.num_tokens, record.generation, self.pool_id
+        )
+
+    def field(self, name: str) -> torch.Tensor:
+        """A field of the whole pool, `[total_tokens, *shape]`, as stored; `"aux"`: `[blocks, 16]`.
+
+        For engines that register memory; everyone else takes a view of an allocation.
+        """
+        tensors = self._open_tensors
+        return tensors.aux() if name == "aux" else tensors.tensor(name)
+
     # ---- writing and publishing --------------------------------------------------------------
 
     def view(self, handle: BlockHandle) -> BlockView:
@@ -323,7 +354,9 @@ class BlockPool:
             )
 
     def _view(self, handle: BlockHandle) -> BlockView:
-        return BlockView(self._tensors, handle, handle.start_block * self.config.block_size, self)
+        return BlockView(
+            self._open_tensors, handle, handle.start_block * self.config.block_size, self
+        )
 
     def write(self, handle: BlockHandle) -> Lease:
         """A writer's lease on a reservation, whoever owns it (a landing allocation).
@@ -445,8 +478,17 @@ class BlockPool:
     def _me(self) -> ParticipantId:
         me = self._ledger.participants.me
         if me is None:
-            raise PoolClosedError(f"pool {self.name}: closed in this process; attach it again")
+            raise self._closed()
         return me
+
+    @property
+    def _open_tensors(self) -> FieldTensors:
+        if self._tensors is None:
+            raise self._closed()
+        return self._tensors
+
+    def _closed(self) -> PoolClosedError:
+        return PoolClosedError(f"pool {self.name}: closed in this process; attach it again")
 
     def _run(self, body: Callable[..., T], *args: object) -> T:
         ledger = self._ledger
@@ -459,7 +501,7 @@ class BlockPool:
     def _rejoin(self) -> None:
         """In a forked child: become a participant of its own."""
         if self.is_closed:
-            raise PoolClosedError(f"pool {self.name}: closed in this process; attach it again")
+            raise self._closed()
         self._ledger.run(self._join_once)
         self._leave_at_exit()
 

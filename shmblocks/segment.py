@@ -7,7 +7,7 @@ Contract
 - The memory is really there once `create` returns (`posix_fallocate`): a full /dev/shm is told now,
   not by SIGBUS later.
 - `open_existing` opens by name (`shm_open`) and checks identity and size before anything is mapped.
-- A mapping lives until its last view is gone; nothing here ever unmaps.
+- A mapping lives until its last user is gone; nothing here ever unmaps under one.
 
 It knows the identity words of the header (layout.py), and nothing of what lies behind them.
 
@@ -97,6 +97,12 @@ class Segment:
         running, self._prefault = self._prefault, None
         if running is not None:
             running.stop()
+
+    def drop(self) -> None:
+        """Let go of the mapping: it goes at once, or with the last tensor or view that uses it."""
+        self.words.release()
+        self.memory.release()
+        del self.mapping
 
     def forget_prefault(self) -> None:
         """In a forked child: the thread stayed in the parent."""
