@@ -51,6 +51,7 @@ WINDOW = 4096
 
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]
+_PUBLISHED = NUMBER[State.PUBLISHED]
 
 
 class LeaseKey(NamedTuple):
@@ -70,10 +71,12 @@ class BlockTable:
         memory: memoryview,
         words: memoryview,
         layout: Layout,
+        block_size: int,
         max_leases: int,
         pool_id: int,
         journal: Journal,
     ) -> None:
+        self._block_size = block_size
         self._pool_id = pool_id
         self._memory = memory
         self._words = words
@@ -101,15 +104,20 @@ class BlockTable:
         record = Record._make(
             RECORD.unpack_from(self._memory, self._layout.records + block * RECORD.size)
         )
-        if record.state and (
-            record.state >= len(STATES) or not 0 < record.num_blocks <= self._total - block
-        ):
-            raise IncompatiblePoolError(
-                f"the record of block {block} is damaged (state {record.state}, "
-                f"{record.num_blocks} blocks of {self._total}): something else wrote into the "
-                "segment; remove the pool (`shmblocks rm --force`) and create it anew"
-            )
+        if record.state:
+            self._believe(block, record)
         return record
+
+    def _believe(self, block: int, record: Record) -> None:
+        """Refuse numbers that lead outside of the pool, or that no operation leaves behind."""
+        if (
+            record.state >= len(STATES)
+            or not 0 < record.num_blocks <= self._total - block
+            or record.num_tokens > record.num_blocks * self._block_size
+            or record.leases > self._max_leases
+            or (record.state == _PUBLISHED and not record.readers_left)
+        ):
+            raise _damaged(f"the record of block {block} says {record}")
 
     def find(self, handle: BlockHandle) -> Record:
         """The record of the allocation that the handle's generation names.
@@ -293,7 +301,11 @@ class BlockTable:
 
     def release(self, slot: int, lease: LeaseRecord) -> State:
         """End a lease; the state of its allocation then."""
+        if lease.start_block >= self._total:
+            raise _damaged(f"lease {slot} is of block {lease.start_block} of {self._total}")
         record = self.record(lease.start_block)
+        if record.generation != lease.generation or not record.leases:
+            raise _damaged(f"lease {slot} is of an allocation that does not count it")
         leases = record.leases - 1
         state = transition(STATES[record.state], Event.RELEASE, leases, record.readers_left)
         stores = self._moved(lease.start_block, record, state, leases, record.readers_left)
@@ -392,3 +404,10 @@ class BlockTable:
 
 def _word(index: int, value: int) -> Store:
     return (index * WORD, WORD_STRUCT.pack(value))
+
+
+def _damaged(what: str) -> IncompatiblePoolError:
+    return IncompatiblePoolError(
+        f"{what}: something else wrote into the segment; remove the pool (`shmblocks rm --force`) "
+        "and create it anew"
+    )

@@ -41,15 +41,11 @@ class Journal:
     ) -> None:
         self._memory = memory
         self._words = words
-        self._head = offset // 8
+        # The index of the word that is not 0 while a committed change may be incomplete.
+        self.head = offset // 8
         self._entries = offset + _HEAD_BYTES
         self._capacity = size - _HEAD_BYTES
         self._ledger_bytes = ledger_bytes
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a committed change may not be complete in its places."""
-        return self._words[self._head] != 0
 
     def commit(self, stores: Iterable[Store]) -> None:
         """Make all stores, or (killed before step 2) none."""
@@ -62,20 +58,20 @@ class Journal:
             )
         start = self._entries
         memory[start : start + len(log)] = log
-        self._words[self._head] = len(log)
+        self._words[self.head] = len(log)
         for offset, data in stores:
             memory[offset : offset + len(data)] = data
-        self._words[self._head] = 0
+        self._words[self.head] = 0
 
     def replay(self) -> None:
         """Finish the change that a holder of the lock committed and did not complete."""
-        length: int = self._words[self._head]
+        length: int = self._words[self.head]
         if length > self._capacity:
             raise self._damaged(f"it claims {length} bytes of {self._capacity}")
         log = bytes(self._memory[self._entries : self._entries + length])
         for offset, data in self._decode(log):
             self._memory[offset : offset + len(data)] = data
-        self._words[self._head] = 0
+        self._words[self.head] = 0
 
     def _decode(self, log: bytes) -> list[Store]:
         stores = []

@@ -89,7 +89,9 @@ class Ledger:
         self.participants = Participants(
             memory, words, layout, config.max_participants, self.locks, self.journal
         )
-        self.blocks = BlockTable(memory, words, layout, config.max_leases, pool_id, self.journal)
+        self.blocks = BlockTable(
+            memory, words, layout, config.block_size, config.max_leases, pool_id, self.journal
+        )
         self.mutex = Mutex(
             self.locks,
             name=name,
@@ -174,9 +176,10 @@ class Ledger:
         return self.mutex.run(body, *args)
 
     def _entered(self) -> None:
+        words = self.segment.words
         me = self.participants.me
-        self.segment.words[H_LOCK_HOLDER] = me.place + 1 if me else 0
-        if self.journal.is_open:
+        words[H_LOCK_HOLDER] = me[0] + 1 if me else 0
+        if words[self.journal.head]:
             self.journal.replay()
 
     def _describe_holder(self) -> str:
