@@ -59,6 +59,7 @@ from typing import NamedTuple
 from shmblocks.config import PoolConfig
 
 MAGIC = int.from_bytes(b"SHMBLKS\0", "little")
+QUEUE_MAGIC = int.from_bytes(b"SHMBLKQ\0", "little")
 LAYOUT_VERSION = 1
 
 PAGE = 4096

@@ -8,12 +8,10 @@ Contract
 Creating and attaching meet like this:
 
   creator   1 makes and fills a nameless segment, joins it, so that it is alive from the start
-            2 links it to the name; if the name is taken:
-              2a by a living pool or a foreign file: PoolExistsError
-              2b by a dead pool: takes *its* lock, looks again, unlinks, goes to 2
+            2 gives it the name (naming.py)
   attacher  1 opens the name, checks the bytes, maps
             2 takes the lock; under it: the pool must live, not be removed, and still have its name
-              (else 2b or the last leaver was faster: it is not found, and looked for again)
+              (else a creator or the last leaver was faster: it is not found, and looked for again)
             3 joins
   leaver    under the lock: gives everything back, empties its place, and if nobody else lives marks
             the pool as removed and unlinks it
@@ -28,15 +26,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import msgspec
 
 from shmblocks.blocks import BlockTable
 from shmblocks.config import PoolConfig
-from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
-from shmblocks.filelock import MUTEX_BYTE, FileLocks
+from shmblocks.errors import IncompatiblePoolError, PoolNotFoundError
 from shmblocks.journal import Journal
 from shmblocks.layout import (
     CONFIG_BYTES,
@@ -53,36 +48,24 @@ from shmblocks.layout import (
     WORD,
     Layout,
 )
-from shmblocks.mutex import LONGEST_SLEEP, Mutex
-from shmblocks.participants import ParticipantId, Participants, anyone_lives
+from shmblocks.naming import take_name
+from shmblocks.participants import ParticipantId, Participants
 from shmblocks.reclaim import reclaim
-from shmblocks.segment import (
-    Identity,
-    Segment,
-    create_unnamed,
-    file_identity,
-    is_pool,
-    link_name,
-    normal_name,
-    open_existing,
-    unlink_file,
-)
-
-T = TypeVar("T")
+from shmblocks.segment import Identity, create_unnamed, normal_name, open_existing
+from shmblocks.shared import SharedSegment
 
 
-class Ledger:
+class Ledger(SharedSegment):
     """The shared state of one pool as one process sees it. Owns the mapping and its file locks."""
 
     def __init__(self, fd: int, name: str, config: PoolConfig, pool_id: int) -> None:
         """Map the segment behind `fd` (which stays the caller's)."""
-        self.name = name
+        layout = Layout(config)
+        super().__init__(fd, layout.segment_bytes, name, config.lock_timeout)
         self.config = config
         self.pool_id = pool_id
-        self.layout = layout = Layout(config)
-        self.segment = segment = Segment(fd, layout.segment_bytes, name)
-        self.locks = FileLocks(fd)
-        memory, words = segment.memory, segment.words
+        self.layout = layout
+        memory, words = self.segment.memory, self.segment.words
         self.journal = Journal(
             memory, words, layout.journal, layout.journal_bytes, layout.ledger_bytes
         )
@@ -91,13 +74,6 @@ class Ledger:
         )
         self.blocks = BlockTable(
             memory, words, layout, config.block_size, config.max_leases, pool_id, self.journal
-        )
-        self.mutex = Mutex(
-            self.locks,
-            name=name,
-            timeout=config.lock_timeout,
-            entered=self._entered,
-            describe_holder=self._describe_holder,
         )
 
     # ---- making and finding --------------------------------------------------------------------
@@ -113,8 +89,7 @@ class Ledger:
             ledger = cls(fd, name, config, pool_id)
             try:
                 ledger.run(ledger.join, role, True)
-                while not link_name(fd, name):
-                    _remove_dead(name, config.lock_timeout)
+                take_name(fd, name, config.lock_timeout)
             except BaseException:
                 ledger.segment.unlink()
                 ledger.close()
@@ -171,18 +146,14 @@ class Ledger:
 
     # ---- the way in ----------------------------------------------------------------------------
 
-    def run(self, body: Callable[..., T], *args: object) -> T:
-        """`body(*args)` under the lock; see `mutex.Mutex.run`."""
-        return self.mutex.run(body, *args)
-
-    def _entered(self) -> None:
+    def entered(self) -> None:
         words = self.segment.words
         me = self.participants.me
         words[H_LOCK_HOLDER] = me[0] + 1 if me else 0
         if words[self.journal.head]:
             self.journal.replay()
 
-    def _describe_holder(self) -> str:
+    def describe_holder(self) -> str:
         place = self.segment.words[H_LOCK_HOLDER] - 1
         for who in self.participants.taken():
             if who.place == place:
@@ -197,14 +168,14 @@ class Ledger:
         The mapping goes at once, or with its last view.
         """
         self.segment.stop_prefault()
-        if self.locks.fd >= 0:
+        if not self.is_closed:
             self.run(self._leave)
 
     def _leave(self) -> None:
         if self.participants.me is not None:
             self._give_back(self.participants.me)
         # Inside the section: no other thread is in it, or about to lock the descriptor.
-        self._drop()
+        self.drop()
 
     def _give_back(self, me: ParticipantId) -> None:
         reclaim(self.blocks, lambda who: who == me, self.config.unclaimed_timeout)
@@ -213,22 +184,8 @@ class Ledger:
             self.segment.words[H_REMOVED] = 1
             self.segment.unlink()
 
-    def close(self) -> None:
-        """Drop the locks and nothing else, as death does. Idempotent."""
-        self.segment.stop_prefault()
-        if self.locks.fd >= 0:
-            self._drop()
-
-    def _drop(self) -> None:
-        self.locks.close()
-        self.segment.drop()
-
-    def reset_after_fork(self) -> None:
-        """In a forked child: not a participant, and on locks of its own."""
+    def forget_parent(self) -> None:
         self.participants.me = None
-        self.segment.forget_prefault()
-        self.mutex.reset_after_fork()
-        self.locks.reopen_after_fork()
 
 
 def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
@@ -264,36 +221,3 @@ def _read_config(fd: int, name: str) -> PoolConfig:
 
 
 _config_decoder = msgspec.msgpack.Decoder(PoolConfig)
-
-
-def _remove_dead(name: str, timeout: float) -> None:
-    """Unlink what holds the name, if it is a pool that nobody lives in."""
-    try:
-        fd = open_existing(name)
-    except PoolNotFoundError:
-        return
-    locks = FileLocks(fd)
-    try:
-        if not is_pool(fd):
-            raise PoolExistsError(
-                f"pool {name}: a segment that is not a pool holds the name; remove it "
-                f"(`rm /dev/shm{name}`) or choose another name"
-            )
-        _lock_within(locks, name, timeout)
-        if anyone_lives(locks):
-            raise PoolExistsError(
-                f"pool {name}: a living pool holds the name (`shmblocks stat {name[1:]}` shows "
-                "who); attach to it, or choose another name"
-            )
-        unlink_file(name, file_identity(fd))
-    finally:
-        locks.close()
-        os.close(fd)
-
-
-def _lock_within(locks: FileLocks, name: str, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not locks.try_lock(MUTEX_BYTE):
-        if anyone_lives(locks) or time.monotonic() >= deadline:
-            raise PoolExistsError(f"pool {name}: a pool that is in use holds the name")
-        time.sleep(LONGEST_SLEEP)

@@ -222,11 +222,6 @@ class Participants:
         return str(info) if info else f"participant {who.place} (gone)"
 
 
-def anyone_lives(locks: FileLocks) -> bool:
-    """Whether a segment of any layout version is in use by a process other than through `locks`."""
-    return locks.is_locked_by_others(PLACE_BYTE, PLACE_BYTES)
-
-
 def _pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 

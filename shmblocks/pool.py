@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import os
 import sys
 import time
 import warnings
@@ -156,7 +155,6 @@ class BlockPool:
 
     def _leave_at_exit(self) -> None:
         self._finalizer = weakref.finalize(self, self._ledger.leave)
-        _living.add(self._ledger)
         # Children of multiprocessing end with os._exit and run only these finalizers.
         if "multiprocessing.util" in sys.modules:
             from multiprocessing import util
@@ -188,7 +186,7 @@ class BlockPool:
     @property
     def is_closed(self) -> bool:
         """Whether this process has left the pool."""
-        return self._ledger.locks.fd < 0
+        return self._ledger.is_closed
 
     # ---- allocation --------------------------------------------------------------------------
 
@@ -618,20 +616,8 @@ def _whole(what: str, value: int) -> int:
     return number
 
 
-# Every ledger of this process, for the fork handler.
-_living: weakref.WeakSet[Ledger] = weakref.WeakSet()
-
-
-def _reset_after_fork() -> None:
-    for ledger in list(_living):
-        ledger.reset_after_fork()
-
-
 def _leave_quietly(reference: weakref.ref[Ledger]) -> None:
     ledger = reference()
     if ledger is not None:
         with contextlib.suppress(ShmBlocksError):
             ledger.leave()
-
-
-os.register_at_fork(after_in_child=_reset_after_fork)

@@ -25,7 +25,8 @@ from shmblocks.errors import (
 from shmblocks.filelock import FileLocks
 from shmblocks.inspection import AllocationInfo, PoolStats, Violation
 from shmblocks.ledger import Ledger
-from shmblocks.participants import ParticipantInfo, anyone_lives
+from shmblocks.naming import anyone_lives
+from shmblocks.participants import ParticipantInfo
 from shmblocks.reclaim import ReapReport, reap
 from shmblocks.segment import (
     SHM_DIRECTORY,

@@ -34,7 +34,7 @@ from shmblocks.errors import (
     PoolPermissionError,
     SharedMemoryFullError,
 )
-from shmblocks.layout import HEADER_BYTES, IDENTITY, LAYOUT_VERSION, MAGIC
+from shmblocks.layout import HEADER_BYTES, IDENTITY, LAYOUT_VERSION, MAGIC, QUEUE_MAGIC
 
 SHM_DIRECTORY = "/dev/shm"
 MIB = 1 << 20
@@ -243,18 +243,20 @@ def open_existing(name: str) -> int:
 class Identity:
     """What the first words of a segment say it is; checked against its file."""
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str, expected: int = MAGIC) -> None:
+        """`expected` is the magic number that the segment must have."""
+        what = "pool" if expected == MAGIC else "queue"
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size < HEADER_BYTES:
             raise IncompatiblePoolError(
                 f"pool {name}: expected a segment of at least {HEADER_BYTES} bytes, got "
-                f"{status.st_size}: truncated, or not a pool"
+                f"{status.st_size}: truncated, or not a {what}"
             )
         magic, version, self.pool_id, size, self.created_ns = IDENTITY.unpack(
             os.pread(fd, IDENTITY.size, 0)
         )
-        if magic != MAGIC:
-            raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a pool")
+        if magic != expected:
+            raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a {what}")
         if version != LAYOUT_VERSION:
             raise IncompatiblePoolError(
                 f"pool {name}: expected layout version {LAYOUT_VERSION}, got {version}: use the "
@@ -269,4 +271,13 @@ class Identity:
 
 def is_pool(fd: int) -> bool:
     """Whether the file starts as a pool of any layout version does."""
-    return os.pread(fd, 8, 0) == MAGIC.to_bytes(8, "little")
+    return _magic(fd) == MAGIC
+
+
+def is_ours(fd: int) -> bool:
+    """Whether the file starts as a pool or a queue of any layout version does."""
+    return _magic(fd) in (MAGIC, QUEUE_MAGIC)
+
+
+def _magic(fd: int) -> int:
+    return int.from_bytes(os.pread(fd, 8, 0), "little")

@@ -1,0 +1,66 @@
+"""Taking the name of a segment: from nobody, or from the leftover of dead processes.
+
+    1  link the nameless segment to the name; done if the name was free
+    2  the name is taken by a living segment of ours, or by a foreign file: `PoolExistsError`
+    3  it is taken by a leftover: take *its* lock, look again (somebody may have joined or replaced
+       it), unlink it, go to 1
+
+Step 3 holds the leftover's own lock, under which anyone who attaches looks whether it still has its
+name: so nobody joins what is being replaced, and of two that replace one fails at step 1 and finds
+a living segment at step 2.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from shmblocks.errors import PoolExistsError, PoolNotFoundError
+from shmblocks.filelock import MUTEX_BYTE, PLACE_BYTE, PLACE_BYTES, FileLocks
+from shmblocks.segment import file_identity, is_ours, link_name, open_existing, unlink_file
+
+# Seconds between two looks at a lock that another process holds.
+POLL = 1e-3
+
+
+def anyone_lives(locks: FileLocks) -> bool:
+    """Whether a segment, of any layout version, is in use by others than the owner of `locks`."""
+    return locks.is_locked_by_others(PLACE_BYTE, PLACE_BYTES)
+
+
+def take_name(fd: int, name: str, timeout: float) -> None:
+    """Give the segment behind `fd` its name; `timeout` seconds for a leftover's lock."""
+    while not link_name(fd, name):
+        _remove_dead(name, timeout)
+
+
+def _remove_dead(name: str, timeout: float) -> None:
+    try:
+        fd = open_existing(name)
+    except PoolNotFoundError:
+        return
+    locks = FileLocks(fd)
+    try:
+        if not is_ours(fd):
+            raise PoolExistsError(
+                f"pool {name}: a segment that is not a pool holds the name; remove it "
+                f"(`rm /dev/shm{name}`) or choose another name"
+            )
+        _lock_within(locks, name, timeout)
+        if anyone_lives(locks):
+            raise PoolExistsError(
+                f"pool {name}: a living pool holds the name (`shmblocks stat {name[1:]}` shows "
+                "who); attach to it, or choose another name"
+            )
+        unlink_file(name, file_identity(fd))
+    finally:
+        locks.close()
+        os.close(fd)
+
+
+def _lock_within(locks: FileLocks, name: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not locks.try_lock(MUTEX_BYTE):
+        if anyone_lives(locks) or time.monotonic() >= deadline:
+            raise PoolExistsError(f"pool {name}: a pool that is in use holds the name")
+        time.sleep(POLL)
