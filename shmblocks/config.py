@@ -45,6 +45,8 @@ MAX_PARTICIPANTS = 1024
 MAX_LEASES = 1 << 16
 # Of every element a field has per token, in bytes; a bound for untrusted headers again.
 MAX_TOKEN_BYTES = 1 << 26
+# 31 years; nanoseconds since boot plus this many still fit a word.
+MAX_SECONDS = 1e9
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -220,5 +222,5 @@ def _in_range(what: str, value: int, largest: int) -> None:
 
 
 def _positive_seconds(what: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{what}: expected seconds > 0, got {value}")
+    if not 0 < value <= MAX_SECONDS:
+        raise ValueError(f"{what}: expected seconds > 0 and at most {MAX_SECONDS:g}, got {value}")

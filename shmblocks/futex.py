@@ -50,6 +50,12 @@ class Futex:
         self._word: ctypes.c_uint32 | None = ctypes.c_uint32.from_buffer(mapping, offset)
         self._address = ctypes.c_void_p(ctypes.addressof(self._word))
 
+    @property
+    def value(self) -> int:
+        """The word now; -1 after `drop`."""
+        word = self._word
+        return -1 if word is None else word.value
+
     def wait(self, expected: int, timeout: float) -> None:
         """Sleep while the word (32 bits of it) is `expected`, at most `timeout` seconds."""
         timeout = min(max(timeout, 0.0), LONGEST_SLEEP)

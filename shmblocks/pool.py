@@ -23,7 +23,6 @@ import operator
 import sys
 import time
 import warnings
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -36,9 +35,9 @@ from shmblocks.errors import (
     InvalidStateError,
     PoolClosedError,
     PoolNotFoundError,
-    ShmBlocksError,
     StaleHandleError,
 )
+from shmblocks.exits import leave_at_exit
 from shmblocks.handle import BlockHandle
 from shmblocks.inspection import AllocationInfo, PoolStats, Violation
 from shmblocks.layout import REQUEST_ID_BYTES
@@ -72,7 +71,7 @@ class BlockPool:
         # Leases that were dropped without release where it could not be done at once.
         self._dropped: list[LeaseKey] = []
         ledger.segment.prefault(prefault)
-        self._leave_at_exit()
+        self._finalizer = leave_at_exit(self, ledger)
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -152,15 +151,6 @@ class BlockPool:
             f"BlockPool({self.name!r}, {self.config.total_blocks} blocks of "
             f"{self.config.block_size} tokens, {state})"
         )
-
-    def _leave_at_exit(self) -> None:
-        self._finalizer = weakref.finalize(self, self._ledger.leave)
-        # Children of multiprocessing end with os._exit and run only these finalizers.
-        if "multiprocessing.util" in sys.modules:
-            from multiprocessing import util
-
-            reference = weakref.ref(self._ledger)
-            util.Finalize(None, _leave_quietly, args=(reference,), exitpriority=10)
 
     # ---- what it is --------------------------------------------------------------------------
 
@@ -501,7 +491,7 @@ class BlockPool:
         if self.is_closed:
             raise self._closed()
         self._ledger.run(self._join_once)
-        self._leave_at_exit()
+        self._finalizer = leave_at_exit(self, self._ledger)
 
     def _join_once(self) -> None:
         if self._ledger.participants.me is None:
@@ -614,10 +604,3 @@ def _whole(what: str, value: int) -> int:
     if not 1 <= number <= MAX_BLOCKS << 20:
         raise ValueError(f"{what}: expected a whole number of at least 1, got {value}")
     return number
-
-
-def _leave_quietly(reference: weakref.ref[Ledger]) -> None:
-    ledger = reference()
-    if ledger is not None:
-        with contextlib.suppress(ShmBlocksError):
-            ledger.leave()

@@ -1,0 +1,345 @@
+"""`HandleQueue`: handles and other small messages between processes, through shared memory.
+
+    queue = HandleQueue.create("embeddings", message_type=BlockHandle)     # one process
+    queue = HandleQueue.attach("embeddings", message_type=BlockHandle)     # others
+    queue.put(handle); handle = queue.get(timeout=1.0)
+
+Contract
+- Bounded, FIFO, any number of processes and threads on either side. `put`, `get`, timeouts,
+  `queue.Full` and `queue.Empty` are those of the standard library's queues, so that it stands in
+  wherever one is expected.
+- Messages are `bytes`, or msgspec Structs when `message_type` says which; nothing is unpickled.
+- A process that is killed anywhere loses at most the messages it had in hand, and blocks nobody.
+- Nobody waiting: no system call but for the lock. Waiting: a short spin, then sleep.
+- Whoever leaves last removes it, with what is in it.
+
+What it does not do: keep a message that was taken by a process that then died, or carry tensors.
+"""
+
+from __future__ import annotations
+
+import queue as standard
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, TypeVar, overload
+
+import msgspec
+
+from shmblocks.errors import MalformedHandleError, PoolClosedError, PoolNotFoundError
+from shmblocks.exits import leave_at_exit
+from shmblocks.ring import (
+    FULL,
+    MAX_CAPACITY,
+    MAX_MESSAGE_BYTES,
+    Q_HEAD,
+    Q_TAIL,
+    Ring,
+)
+from shmblocks.sleeper import Sleeper
+from shmblocks.waiting import LONGEST_SPIN, deadline_of
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+# Seconds between two looks for a queue that is not there yet.
+ATTACH_POLL = 0.01
+
+
+class HandleQueue(Generic[T]):
+    """A queue that this process takes part in. Make one with `create` or `attach`."""
+
+    def __init__(self, ring: Ring, message_type: type[T] | None, spin: float) -> None:
+        """For `create` and `attach`; takes over the ring."""
+        self._ring = ring
+        self._message_type = message_type
+        self._spin = spin
+        self._decoder = msgspec.msgpack.Decoder(message_type) if message_type else None
+        self._getting = Sleeper(
+            self._run, ring.puts, ring.getter_sleeps, ring.getter_gives_up, spin
+        )
+        self._putting = Sleeper(
+            self._run, ring.gets, ring.putter_sleeps, ring.putter_gives_up, spin
+        )
+        self._finalizer = leave_at_exit(self, ring)
+
+    # ---- life --------------------------------------------------------------------------------
+
+    @overload
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        capacity: int = ...,
+        *,
+        message_bytes: int = ...,
+        message_type: type[S],
+        spin: float = ...,
+        group: str | None = ...,
+    ) -> HandleQueue[S]: ...
+
+    @overload
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        capacity: int = ...,
+        *,
+        message_bytes: int = ...,
+        message_type: None = ...,
+        spin: float = ...,
+        group: str | None = ...,
+    ) -> HandleQueue[bytes]: ...
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        capacity: int = 1024,
+        *,
+        message_bytes: int = 256,
+        message_type: type[S] | None = None,
+        spin: float = LONGEST_SPIN,
+        group: str | None = None,
+    ) -> HandleQueue[S] | HandleQueue[bytes]:
+        """Make a queue of `capacity` messages of up to `message_bytes` bytes each.
+
+        message_type  a msgspec Struct that messages are encoded from and decoded to; None: bytes
+        spin          seconds to spin for a message before sleeping; 0: never
+        group         name of the Unix group that may use it too; None: this user alone
+        """
+        _in_range("capacity", capacity, MAX_CAPACITY)
+        _in_range("message_bytes", message_bytes, MAX_MESSAGE_BYTES)
+        ring = Ring.create(name, capacity, message_bytes, group)
+        return _owning(ring, message_type, spin)
+
+    @overload
+    @classmethod
+    def attach(
+        cls, name: str, *, timeout: float = ..., message_type: type[S], spin: float = ...
+    ) -> HandleQueue[S]: ...
+
+    @overload
+    @classmethod
+    def attach(
+        cls, name: str, *, timeout: float = ..., message_type: None = ..., spin: float = ...
+    ) -> HandleQueue[bytes]: ...
+
+    @classmethod
+    def attach(
+        cls,
+        name: str,
+        *,
+        timeout: float = 0.0,
+        message_type: type[S] | None = None,
+        spin: float = LONGEST_SPIN,
+    ) -> HandleQueue[S] | HandleQueue[bytes]:
+        """Take part in an existing queue; wait up to `timeout` seconds for it to appear."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return _owning(Ring.attach(name), message_type, spin)
+            except PoolNotFoundError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(ATTACH_POLL)
+
+    def close(self) -> None:
+        """Leave the queue; the last one to leave removes it. Idempotent."""
+        self._finalizer.detach()
+        self._getting.close()
+        self._putting.close()
+        self._ring.leave()
+
+    def __enter__(self) -> HandleQueue[T]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., object], tuple[str, type[T] | None, float]]:
+        return (_reattach, (self.name, self._message_type, self._spin))
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else f"{self.qsize()} of {self.capacity} messages"
+        return f"HandleQueue({self.name!r}, {state})"
+
+    @property
+    def name(self) -> str:
+        """With its leading slash."""
+        return self._ring.name
+
+    @property
+    def capacity(self) -> int:
+        """Messages that it can hold."""
+        return self._ring.capacity
+
+    @property
+    def message_bytes(self) -> int:
+        """The longest message, in bytes."""
+        return self._ring.message_bytes
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether this process has left it."""
+        return self._ring.is_closed
+
+    def qsize(self) -> int:
+        """Messages in it, of this moment."""
+        words = self._words()
+        return max(0, words[Q_TAIL] - words[Q_HEAD])
+
+    def empty(self) -> bool:
+        """Whether no message is in it, of this moment."""
+        return self.qsize() == 0
+
+    def full(self) -> bool:
+        """Whether it has no room, of this moment."""
+        return self.qsize() >= self.capacity
+
+    # ---- putting -----------------------------------------------------------------------------
+
+    def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
+        """Append a message; `queue.Full` when there is no room (within `timeout` seconds)."""
+        message = self._encode(item)
+        if self._try_put(message):
+            return
+        if not block:
+            raise standard.Full
+        deadline = deadline_of(timeout)
+        while not self._try_put(message):
+            if not self._putting.until_changed(deadline):
+                raise standard.Full
+
+    def put_nowait(self, item: T) -> None:
+        """`put` that never waits."""
+        self.put(item, block=False)
+
+    async def put_async(self, item: T) -> None:
+        """`put` for asyncio; cancelling it leaves no trace."""
+        message = self._encode(item)
+        while not self._try_put(message):
+            await self._putting.until_changed_async()
+
+    def _try_put(self, message: bytes) -> bool:
+        wake = self._run(self._ring.put, message)
+        if wake > 0:
+            self._ring.puts.wake(wake)
+        return wake != FULL
+
+    # ---- getting -----------------------------------------------------------------------------
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:
+        """The oldest message; `queue.Empty` when there is none (within `timeout` seconds)."""
+        return self.get_many(1, block, timeout)[0]
+
+    def get_nowait(self) -> T:
+        """`get` that never waits."""
+        return self.get(block=False)
+
+    def get_many(self, limit: int, block: bool = True, timeout: float | None = None) -> list[T]:
+        """At least one and up to `limit` messages, oldest first, under one lock."""
+        messages = self._try_get(limit)
+        if not messages:
+            if not block:
+                raise standard.Empty
+            messages = self._wait_for_messages(limit, deadline_of(timeout))
+        return [self._decode(message) for message in messages]
+
+    def _wait_for_messages(self, limit: int, deadline: float | None) -> list[bytes]:
+        while self._getting.until_changed(deadline):
+            messages = self._try_get(limit)
+            if messages:
+                return messages
+        raise standard.Empty
+
+    async def get_async(self) -> T:
+        """`get` for asyncio; cancelling it takes no message."""
+        while True:
+            messages = self._try_get(1)
+            if messages:
+                return self._decode(messages[0])
+            await self._getting.until_changed_async()
+
+    def _try_get(self, limit: int) -> list[bytes]:
+        words = self._words()
+        if words[Q_TAIL] == words[Q_HEAD]:
+            # Nothing there, and no lock taken to see that. Should the words be stale on this
+            # processor, the wait that follows looks again under the lock.
+            return []
+        taken = self._run(self._ring.get, limit)
+        if taken.wake:
+            self._ring.gets.wake(taken.wake)
+        return taken.messages
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _words(self) -> memoryview:
+        if self.is_closed:
+            raise PoolClosedError(f"queue {self.name}: closed in this process; attach it again")
+        return self._ring.segment.words
+
+    def _run(self, body: Callable[..., S], *args: object) -> S:
+        ring = self._ring
+        if ring.place < 0:
+            self._words()
+            ring.run(ring.take_place)
+            self._finalizer = leave_at_exit(self, ring)
+        return ring.mutex.run(body, *args)
+
+    # ---- messages ----------------------------------------------------------------------------
+
+    def _encode(self, item: T) -> bytes:
+        message: bytes
+        if isinstance(item, bytes):
+            message = item
+        elif isinstance(item, msgspec.Struct):
+            message = _encoder.encode(item)
+        else:
+            raise TypeError(f"item: expected bytes or a msgspec Struct, got {type(item).__name__}")
+        if len(message) > self._ring.message_bytes:
+            raise ValueError(
+                f"item: expected at most {self._ring.message_bytes} bytes, got {len(message)}; "
+                "create the queue with larger message_bytes"
+            )
+        return message
+
+    def _decode(self, message: bytes) -> T:
+        if self._decoder is None:
+            return message  # type: ignore[return-value]
+        try:
+            return self._decoder.decode(message)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise MalformedHandleError(
+                f"queue {self.name}: expected {self._message_type}, got {message!r}: {error}"
+            ) from error
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def _owning(ring: Ring, message_type: type[S] | None, spin: float) -> HandleQueue[S]:
+    try:
+        return HandleQueue(ring, message_type, spin)
+    except BaseException:
+        ring.leave()
+        raise
+
+
+def _reattach(
+    name: str, message_type: type[S] | None, spin: float
+) -> HandleQueue[S] | HandleQueue[bytes]:
+    """Unpickling in another process."""
+    return _owning(Ring.attach(name), message_type, spin)
+
+
+def _in_range(what: str, value: int, largest: int) -> None:
+    if not 1 <= value <= largest:
+        raise ValueError(f"{what}: expected 1 to {largest}, got {value}")

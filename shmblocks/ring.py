@@ -1,0 +1,266 @@
+"""The shared state of a queue: a ring of fixed slots in a segment of its own.
+
+    offset
+    0       header, words:  0-4 as in layout.py   8 removed   9 pid of the last lock holder
+                            16 head: messages taken so far    18 getters asleep on `tail`
+                            17 tail: messages put so far      19 putters asleep on `head`
+                            24 capacity                       25 bytes per message
+    4096    slot 0: length (8 bytes), then the message
+            slot 1 ...      slot k holds message number n when n % capacity == k
+
+Contract
+- Order is FIFO over all putters. Every operation runs under the lock and has one store that commits
+  it: of `tail` for a put, of `head` for a get. Killed before it, nothing happened; after it, a
+  getter takes the messages that it had in hand with it, and nobody else notices.
+- Lengths and counts read from the segment are checked before they are used.
+- `asleep` counts may be too high (a sleeper died or was woken otherwise), which costs a needless
+  system call and corrects itself with each wake-up; never too low.
+
+What it does not do: wait, encode, or know what the messages mean.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+import time
+from typing import NamedTuple
+
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PoolNotFoundError,
+    TooManyParticipantsError,
+)
+from shmblocks.filelock import PLACE_BYTE, PLACE_BYTES
+from shmblocks.futex import Futex
+from shmblocks.layout import (
+    H_LOCK_HOLDER,
+    H_REMOVED,
+    HEADER_BYTES,
+    IDENTITY,
+    LAYOUT_VERSION,
+    QUEUE_MAGIC,
+    WORD,
+)
+from shmblocks.naming import anyone_lives, take_name
+from shmblocks.segment import Identity, create_unnamed, normal_name, open_existing
+from shmblocks.shared import SharedSegment
+
+Q_HEAD = 16
+Q_TAIL = 17
+Q_GETTERS_ASLEEP = 18
+Q_PUTTERS_ASLEEP = 19
+_SIZES = struct.Struct("=2Q")
+_SIZES_OFFSET = 24 * WORD
+
+MAX_CAPACITY = 1 << 24
+MAX_MESSAGE_BYTES = 1 << 20
+LOCK_TIMEOUT = 30.0
+
+FULL = -1
+
+
+class Taken(NamedTuple):
+    """What a get took, and how many putters it must wake."""
+
+    messages: list[bytes]
+    wake: int
+
+
+class Ring(SharedSegment):
+    """One queue's segment as one process sees it."""
+
+    def __init__(self, fd: int, name: str, capacity: int, message_bytes: int) -> None:
+        """Map the segment behind `fd` (which stays the caller's)."""
+        super().__init__(fd, segment_bytes(capacity, message_bytes), name, LOCK_TIMEOUT)
+        self.capacity = capacity
+        self.message_bytes = message_bytes
+        self._slot_bytes = _slot_bytes(message_bytes)
+        self.place = -1
+        self.puts = Futex(self.segment.mapping, Q_TAIL * WORD)
+        self.gets = Futex(self.segment.mapping, Q_HEAD * WORD)
+
+    # ---- making and finding ------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, name: str, capacity: int, message_bytes: int, group: str | None) -> Ring:
+        """A new queue of that name; a dead leftover of the name is replaced."""
+        name = normal_name(name)
+        size = segment_bytes(capacity, message_bytes)
+        fd = create_unnamed(size, name, group)
+        try:
+            identity = IDENTITY.pack(
+                QUEUE_MAGIC, LAYOUT_VERSION, secrets.randbits(64), size, time.monotonic_ns()
+            )
+            os.pwrite(fd, identity, 0)
+            os.pwrite(fd, _SIZES.pack(capacity, message_bytes), _SIZES_OFFSET)
+            ring = cls(fd, name, capacity, message_bytes)
+            try:
+                ring.run(ring.take_place)
+                take_name(fd, name, LOCK_TIMEOUT)
+            except BaseException:
+                ring.segment.unlink()
+                ring.close()
+                raise
+            return ring
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def attach(cls, name: str) -> Ring:
+        """The living queue of that name."""
+        name = normal_name(name)
+        fd = open_existing(name)
+        try:
+            identity = Identity(fd, name, QUEUE_MAGIC)
+            capacity, message_bytes = _SIZES.unpack(os.pread(fd, _SIZES.size, _SIZES_OFFSET))
+            if (
+                not 1 <= capacity <= MAX_CAPACITY
+                or not 1 <= message_bytes <= MAX_MESSAGE_BYTES
+                or segment_bytes(capacity, message_bytes) != identity.size_bytes
+            ):
+                raise IncompatiblePoolError(f"queue {name}: its header is damaged")
+            ring = cls(fd, name, capacity, message_bytes)
+            try:
+                ring.run(ring.join)
+            except BaseException:
+                ring.close()
+                raise
+            return ring
+        finally:
+            os.close(fd)
+
+    def join(self) -> None:
+        """Under the lock: take part, if there is still something to take part in."""
+        if self.segment.words[H_REMOVED] or not self.segment.has_name:
+            raise PoolNotFoundError(f"queue {self.name}: it was removed just now")
+        if not anyone_lives(self.locks):
+            raise PoolNotFoundError(
+                f"queue {self.name}: all its processes are dead, what is there is a leftover; the "
+                "next `create` of that name replaces it"
+            )
+        self.take_place()
+
+    def take_place(self) -> None:
+        """Lock a byte that says, for as long as this process lives, that the queue is in use."""
+        for place in range(PLACE_BYTES):
+            if self.locks.try_lock(PLACE_BYTE + place):
+                self.place = place
+                return
+        raise TooManyParticipantsError(f"queue {self.name}: {PLACE_BYTES} processes use it")
+
+    def entered(self) -> None:
+        self.segment.words[H_LOCK_HOLDER] = os.getpid()
+
+    def describe_holder(self) -> str:
+        return f"a process with pid {self.segment.words[H_LOCK_HOLDER]}"
+
+    def forget_parent(self) -> None:
+        self.place = -1
+
+    def leave(self) -> None:
+        """Leave; the last one removes the queue with what is in it. Idempotent."""
+        if not self.is_closed:
+            self.run(self._leave)
+
+    def _leave(self) -> None:
+        if self.place >= 0 and not anyone_lives(self.locks):
+            self.segment.words[H_REMOVED] = 1
+            self.segment.unlink()
+        self.drop()
+
+    def drop(self) -> None:
+        self.puts.drop()
+        self.gets.drop()
+        super().drop()
+
+    # ---- under the lock ----------------------------------------------------------------------
+
+    def put(self, message: bytes) -> int:
+        """Append a message; how many sleeping getters must be woken, or `FULL`."""
+        words = self.segment.words
+        tail: int = words[Q_TAIL]
+        if tail - words[Q_HEAD] >= self.capacity:
+            return FULL
+        offset = HEADER_BYTES + tail % self.capacity * self._slot_bytes
+        slot = len(message).to_bytes(WORD, "little") + message
+        self.segment.memory[offset : offset + len(slot)] = slot
+        words[Q_TAIL] = tail + 1
+        asleep: int = words[Q_GETTERS_ASLEEP]
+        if asleep:
+            words[Q_GETTERS_ASLEEP] = asleep - 1
+            return 1
+        return 0
+
+    def get(self, limit: int) -> Taken:
+        """Take up to `limit` messages, oldest first; none when the queue is empty."""
+        words = self.segment.words
+        head: int = words[Q_HEAD]
+        there: int = words[Q_TAIL] - head
+        if not 0 <= there <= self.capacity:
+            raise self._damaged(f"it counts {there} messages in {self.capacity} slots")
+        count = min(limit, there)
+        if not count:
+            return _NOTHING
+        messages = [self._message(number) for number in range(head, head + count)]
+        words[Q_HEAD] = head + count
+        asleep: int = words[Q_PUTTERS_ASLEEP]
+        wake = min(asleep, count)
+        if wake:
+            words[Q_PUTTERS_ASLEEP] = asleep - wake
+        return Taken(messages, wake)
+
+    def _message(self, number: int) -> bytes:
+        offset = HEADER_BYTES + number % self.capacity * self._slot_bytes
+        length: int = self.segment.words[offset // WORD]
+        if length > self.message_bytes:
+            raise self._damaged(f"a message claims {length} of {self.message_bytes} bytes")
+        return bytes(self.segment.memory[offset + WORD : offset + WORD + length])
+
+    def getter_sleeps(self) -> int:
+        """Register as asleep; the value of `tail` to sleep on, or -1 when a message is there."""
+        words = self.segment.words
+        tail: int = words[Q_TAIL]
+        if tail != words[Q_HEAD]:
+            return -1
+        words[Q_GETTERS_ASLEEP] += 1
+        return tail
+
+    def getter_gives_up(self, seen: int) -> None:
+        """Take back a registration, unless a put has counted it off already."""
+        words = self.segment.words
+        if words[Q_TAIL] == seen and words[Q_GETTERS_ASLEEP]:
+            words[Q_GETTERS_ASLEEP] -= 1
+
+    def putter_sleeps(self) -> int:
+        """Register as asleep; the value of `head` to sleep on, or -1 when there is room."""
+        words = self.segment.words
+        head: int = words[Q_HEAD]
+        if words[Q_TAIL] - head < self.capacity:
+            return -1
+        words[Q_PUTTERS_ASLEEP] += 1
+        return head
+
+    def putter_gives_up(self, seen: int) -> None:
+        """Take back a registration, unless a get has counted it off already."""
+        words = self.segment.words
+        if words[Q_HEAD] == seen and words[Q_PUTTERS_ASLEEP]:
+            words[Q_PUTTERS_ASLEEP] -= 1
+
+    def _damaged(self, why: str) -> IncompatiblePoolError:
+        return IncompatiblePoolError(
+            f"queue {self.name}: {why}: something else wrote into the segment; create it anew"
+        )
+
+
+_NOTHING = Taken([], 0)
+
+
+def _slot_bytes(message_bytes: int) -> int:
+    return WORD + -(-message_bytes // WORD) * WORD
+
+
+def segment_bytes(capacity: int, message_bytes: int) -> int:
+    """Size of the segment of a queue."""
+    return HEADER_BYTES + capacity * _slot_bytes(message_bytes)

@@ -1,0 +1,86 @@
+"""Waiting for a word of a segment as `waiting.py` draws it, from a thread or from asyncio.
+
+One `Sleeper` stands for one thing to wait for (a message, room) in one process. What is particular
+to it are two operations under the segment's lock:
+
+    register() -> seen    count one more asleep and give the word's value; -1: no need to sleep
+    give_up(seen)         take that back, if nobody has counted it off already
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from shmblocks.futex import Futex
+from shmblocks.loops import LoopWaiters
+from shmblocks.waiting import Spinner, seconds_left
+
+T = TypeVar("T")
+
+
+class Run(Protocol):
+    """Runs an operation under the segment's lock."""
+
+    def __call__(self, body: Callable[..., T], *args: object) -> T: ...
+
+
+class Sleeper:
+    """Waits for one word; any number of threads and coroutines may wait at once."""
+
+    def __init__(
+        self,
+        run: Run,
+        futex: Futex,
+        register: Callable[[], int],
+        give_up: Callable[[int], None],
+        spin: float,
+    ) -> None:
+        """`spin`: seconds to spin before sleeping."""
+        self._run = run
+        self._futex = futex
+        self._register = register
+        self._give_up = give_up
+        self._spinner = Spinner(spin)
+        self._loops = LoopWaiters(futex)
+
+    def until_changed(self, deadline: float | None) -> bool:
+        """True when it is time to look again; False when the deadline has passed."""
+        futex = self._futex
+        if self._spinner.until_changed(futex, futex.value):
+            return True
+        if seconds_left(deadline) <= 0:
+            return False
+        seen = self._run(self._register)
+        return seen < 0 or self._sleep(seen, deadline)
+
+    def _sleep(self, seen: int, deadline: float | None) -> bool:
+        changed = False
+        try:
+            while not changed:
+                left = seconds_left(deadline)
+                if left <= 0:
+                    return False
+                self._futex.wait(seen, left)
+                changed = self._futex.value != seen & 0xFFFFFFFF
+        finally:
+            if not changed:
+                self._run(self._give_up, seen)
+        return True
+
+    async def until_changed_async(self) -> None:
+        """Return when it is time to look again."""
+        seen = self._run(self._register)
+        if seen < 0:
+            return
+        changed = False
+        try:
+            await self._loops.sleep(seen)
+            changed = True
+        finally:
+            if not changed:
+                self._run(self._give_up, seen)
+
+    def close(self) -> None:
+        """End the waits of this process's event loops."""
+        self._loops.close()

@@ -1,0 +1,75 @@
+"""Waiting for a word of shared memory to change: spin briefly, then sleep.
+
+    seen = word                       1 what the waiter looked at when it found nothing
+    spin while word == seen           2 both sides awake: under a microsecond after the change
+    register as asleep, under lock    3 the next who changes the word will know that it must wake
+    futex wait(seen)                  4 returns at once when the word changed between 1 and 4
+
+No wake-up is lost: whoever changes the word after 3 sees the registration and wakes; whoever
+changed it before 3 is seen by 3 itself, which looks again under the lock; between 3 and 4 the
+kernel compares. A waker that dies between its change and its wake-up costs the sleeper at most
+`futex.LONGEST_SLEEP`.
+
+Spinning reads the word without the lock. That is right on every processor: what is read is only a
+hint to go and look under the lock, whose system calls order the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Protocol
+
+# Seconds to spin at most. Smaller: a partner that answers within that time finds us asleep, which
+# costs both a system call and a wake-up of some 50 us. Larger: a processor is kept busy for
+# nothing.
+LONGEST_SPIN = 200e-6
+# The budget falls to this when spinning was in vain again and again.
+SHORTEST_SPIN = 5e-6
+# Looks between two moments at which the interpreter's lock is offered to other threads.
+LOOKS = 64
+
+
+class Word(Protocol):
+    """Something whose value can be looked at."""
+
+    @property
+    def value(self) -> int: ...
+
+
+class Spinner:
+    """Spins as long as it has paid lately; never where there is only one processor."""
+
+    def __init__(self, longest: float = LONGEST_SPIN) -> None:
+        """`longest` in seconds; 0 never spins."""
+        alone = len(os.sched_getaffinity(0)) == 1
+        self._longest_ns = 0 if alone else int(longest * 1e9)
+        self._shortest_ns = min(int(SHORTEST_SPIN * 1e9), self._longest_ns)
+        self._budget_ns = self._longest_ns
+
+    def until_changed(self, word: Word, seen: int) -> bool:
+        """Whether the word came to differ from `seen` before the budget ran out."""
+        end = time.monotonic_ns() + self._budget_ns
+        while True:
+            for _ in range(LOOKS):
+                if word.value != seen:
+                    self._budget_ns = min(2 * self._budget_ns, self._longest_ns)
+                    return True
+            if time.monotonic_ns() >= end:
+                self._budget_ns = max(self._budget_ns // 2, self._shortest_ns)
+                return False
+            time.sleep(0)
+
+
+def seconds_left(deadline: float | None) -> float:
+    """Seconds until a moment of the monotonic clock (None: for ever)."""
+    return float("inf") if deadline is None else deadline - time.monotonic()
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """The moment `timeout` seconds from now; ValueError for a negative timeout, as in `queue`."""
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise ValueError(f"timeout: expected seconds >= 0, got {timeout}")
+    return time.monotonic() + timeout
