@@ -30,8 +30,16 @@ from shmblocks.handle import BlockHandle
 from shmblocks.inspection import AllocationInfo, LeaseInfo, PoolStats, Violation
 from shmblocks.participants import ParticipantId, ParticipantInfo
 from shmblocks.pool import BlockPool, Lease
+from shmblocks.queue import HandleQueue
 from shmblocks.reclaim import ReapReport
-from shmblocks.registry import PoolInspector, PoolSummary, list_pools, open_inspector, remove_pool
+from shmblocks.registry import (
+    PoolInspector,
+    PoolSnapshot,
+    PoolSummary,
+    list_pools,
+    open_inspector,
+    remove_pool,
+)
 from shmblocks.states import State
 from shmblocks.views import BlockView
 
@@ -42,6 +50,7 @@ __all__ = [
     "BlockView",
     "Field",
     "ForeignHandleError",
+    "HandleQueue",
     "IncompatiblePoolError",
     "InvalidStateError",
     "Lease",
@@ -56,6 +65,7 @@ __all__ = [
     "PoolInspector",
     "PoolNotFoundError",
     "PoolPermissionError",
+    "PoolSnapshot",
     "PoolStats",
     "PoolSummary",
     "PoolTimeoutError",

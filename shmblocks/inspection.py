@@ -10,12 +10,19 @@ import time
 
 import msgspec
 
+from shmblocks.bitmap import longest_zeros
 from shmblocks.blocks import READS
 from shmblocks.errors import IncompatiblePoolError
 from shmblocks.layout import H_CURSOR, H_NEXT_GENERATION, LeaseRecord, Record
 from shmblocks.ledger import Ledger
 from shmblocks.participants import ParticipantId, ParticipantInfo
 from shmblocks.states import STATES, State
+
+# Nanoseconds. A first waiter looks at least every quarter of a second; one that did not for so long
+# is not woken as it should be.
+SLOW_NS = 5_000_000_000
+# Lines of a message that names holders; the inspector shows all.
+MOST_LINES = 20
 
 
 class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +69,7 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     leases: int
     participants: int
     dead_participants: int
+    waiters: int
     next_generation: int
     age: float
 
@@ -116,6 +124,26 @@ def _allocation_info(
     )
 
 
+def who_holds(ledger: Ledger) -> str:
+    """One line per holder: how many blocks in which allocation, for which request, since when."""
+    lines = [f"{ledger.blocks.free_blocks} of {ledger.config.total_blocks} blocks are free"]
+    for allocation in allocations(ledger):
+        holders = [str(lease.holder or "a process that is gone") for lease in allocation.leases]
+        if allocation.state in (State.RESERVED, State.PUBLISHED) or not holders:
+            holders.append(str(allocation.owner or "a process that is gone"))
+        request = f" for request {allocation.req_id}" if allocation.req_id else ""
+        lines.append(
+            f"{allocation.num_blocks} blocks from {allocation.start_block}{request}: "
+            f"{allocation.state} since {allocation.age:.1f} s, held by {', '.join(holders)}"
+        )
+    for place, (_, waiter) in enumerate(ledger.line.waiters()):
+        who = ledger.participants.describe(ParticipantId.of(waiter.who))
+        lines.append(f"{place + 1}. in the waiting line: {waiter.num_blocks} blocks for {who}")
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more (`shmblocks stat`)"]
+    return "\n  ".join(lines)
+
+
 def stats(ledger: Ledger) -> PoolStats:
     """Counts of blocks by state, of allocations, leases and participants."""
     blocks = dict.fromkeys(State, 0)
@@ -139,6 +167,7 @@ def stats(ledger: Ledger) -> PoolStats:
         leases=sum(1 for _ in ledger.blocks.leases()),
         participants=taken - dead,
         dead_participants=dead,
+        waiters=ledger.line.length,
         next_generation=ledger.segment.words[H_NEXT_GENERATION],
         age=max(0, time.monotonic_ns() - ledger.created_ns) / 1e9,
     )
@@ -155,6 +184,7 @@ def check(ledger: Ledger) -> list[Violation]:
         *_check_owners(ledger, live),
         *_check_leases(ledger, live),
         *_check_generations(ledger, live),
+        *_check_line(ledger),
     ]
 
 
@@ -255,6 +285,26 @@ def _check_generations(ledger: Ledger, live: list[tuple[int, Record]]) -> list[V
                 Violation(4, f"{_name(start, record)}: its generation is not its own")
             )
         seen.add(record.generation)
+    return violations
+
+
+def _check_line(ledger: Ledger) -> list[Violation]:
+    """Invariant 5: nobody waits while what it waits for is there."""
+    violations = []
+    waiters = list(ledger.line.waiters())
+    if len(waiters) != ledger.line.length:
+        violations.append(Violation(5, f"{len(waiters)} wait, the count says {ledger.line.length}"))
+    now = time.monotonic_ns()
+    first = ledger.line.first(ledger.participants.is_alive, now)
+    if first is None:
+        return violations
+    waiter = first[1]
+    longest = longest_zeros(ledger.blocks.used_bits(), ledger.config.total_blocks)
+    if waiter.num_blocks <= longest and now - max(waiter.since_ns, waiter.looked_ns) > SLOW_NS:
+        who = ledger.participants.describe(ParticipantId.of(waiter.who))
+        violations.append(
+            Violation(5, f"{who} waits for {waiter.num_blocks} blocks, {longest} are there")
+        )
     return violations
 
 

@@ -35,8 +35,15 @@ every layout version, so that any version can tell whether a pool is one, and wh
     20  unclaimed: earliest time at which   12  request id, 64 bytes, a Pascal string
         published blocks may be
         reclaimed, monotonic ns, 0: none
-    24  freed: counts frees (futex word)
-    25  waiters: asleep on `freed`
+    24  next ticket of the waiting line     waiter words
+    25  waiters: how many are in the line   0   ticket, 0: free
+                                            1   who waits, a participant word
+                                            2   blocks that it waits for
+                                            3   offered: since when it has been its turn,
+                                                monotonic ns, 0: it has tried since
+                                            4   since when it waits, monotonic ns
+                                            5   when it last looked, monotonic ns
+                                            6   request id, 16 bytes, a Pascal string
 
     lease words                             participant words
     0   generation of its allocation, 0: free   0   incarnation, 0: free
@@ -45,7 +52,9 @@ every layout version, so that any version can tell whether a pool is one, and wh
     3   kind (1 reads, 2 writes)            3   process start time, clock ticks since boot
     4   opened, monotonic ns                4   attached, monotonic ns
     5   acknowledged: generation,           5   flags (1: created the pool)
-        written in stream order             8   role, 32 bytes, a Pascal string
+        written in stream order             6   doorbell: counts its turns in the waiting
+                                                line (futex word)
+                                            8   role, 32 bytes, a Pascal string
 
 A *participant word* is `incarnation << 16 | place`: the place alone would be wrong once a place is
 used again.
@@ -80,6 +89,8 @@ H_NEXT_GENERATION = 17
 H_FREE_BLOCKS = 18
 H_NEXT_INCARNATION = 19
 H_UNCLAIMED = 20
+H_NEXT_TICKET = 24
+H_WAITERS = 25
 
 IDENTITY = struct.Struct("=5Q")
 # cursor, next generation, free blocks: one store of the journal, since they change together.
@@ -101,7 +112,14 @@ PARTICIPANT = struct.Struct("=8Q32p32x")
 PARTICIPANT_WORDS = PARTICIPANT.size // WORD
 ROLE_BYTES = 31
 
-WAITER_BYTES = 64
+# Word of a participant's record that its waiters sleep on.
+P_DOORBELL = 6
+
+WAITER = struct.Struct("=6Q16p")
+W_OFFERED = 3
+W_LOOKED = 5
+WAITER_WORDS = WAITER.size // WORD
+# Threads and coroutines, over all processes, that can wait for blocks at once.
 MAX_WAITERS = 256
 
 AUX_BYTES = 64
@@ -138,6 +156,18 @@ class LeaseRecord(NamedTuple):
     spare1: int
 
 
+class WaiterRecord(NamedTuple):
+    """One place in the waiting line, as the words above."""
+
+    ticket: int
+    who: int
+    num_blocks: int
+    offered_ns: int
+    since_ns: int
+    looked_ns: int
+    req_id: bytes
+
+
 def _page_up(offset: int) -> int:
     return -(-offset // PAGE) * PAGE
 
@@ -154,7 +184,7 @@ class Layout:
         self.journal = HEADER_BYTES + CONFIG_BYTES
         self.participants = _page_up(self.journal + self.journal_bytes)
         self.waiters = _page_up(self.participants + config.max_participants * PARTICIPANT.size)
-        self.leases = _page_up(self.waiters + MAX_WAITERS * WAITER_BYTES)
+        self.leases = _page_up(self.waiters + MAX_WAITERS * WAITER.size)
         self.records = _page_up(self.leases + config.max_leases * LEASE.size)
         self.bitmap = _page_up(self.records + blocks * RECORD.size)
         self.aux = _page_up(self.bitmap + self.bitmap_bytes)
@@ -173,6 +203,14 @@ class Layout:
     def lease_word(self, slot: int) -> int:
         """Index of the first word of a lease slot."""
         return self.leases // WORD + slot * LEASE_WORDS
+
+    def waiter_word(self, slot: int) -> int:
+        """Index of the first word of a place in the waiting line."""
+        return self.waiters // WORD + slot * WAITER_WORDS
+
+    def doorbell_word(self, place: int) -> int:
+        """Index of the word that a participant's waiters sleep on."""
+        return self.participant_word(place) + P_DOORBELL
 
     def participant_word(self, place: int) -> int:
         """Index of the first word of a participant's place."""

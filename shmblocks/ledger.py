@@ -31,7 +31,8 @@ import msgspec
 
 from shmblocks.blocks import BlockTable
 from shmblocks.config import PoolConfig
-from shmblocks.errors import IncompatiblePoolError, PoolNotFoundError
+from shmblocks.errors import IncompatiblePoolError, PoolNotFoundError, TooManyParticipantsError
+from shmblocks.futex import Futex
 from shmblocks.journal import Journal
 from shmblocks.layout import (
     CONFIG_BYTES,
@@ -48,9 +49,10 @@ from shmblocks.layout import (
     WORD,
     Layout,
 )
+from shmblocks.line import WaitingLine
 from shmblocks.naming import take_name
 from shmblocks.participants import ParticipantId, Participants
-from shmblocks.reclaim import reclaim
+from shmblocks.reclaim import ReapReport, reap, reclaim
 from shmblocks.segment import Identity, create_unnamed, normal_name, open_existing
 from shmblocks.shared import SharedSegment
 
@@ -58,10 +60,18 @@ from shmblocks.shared import SharedSegment
 class Ledger(SharedSegment):
     """The shared state of one pool as one process sees it. Owns the mapping and its file locks."""
 
-    def __init__(self, fd: int, name: str, config: PoolConfig, pool_id: int) -> None:
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        config: PoolConfig,
+        pool_id: int,
+        lock_timeout: float | None = None,
+    ) -> None:
         """Map the segment behind `fd` (which stays the caller's)."""
         layout = Layout(config)
-        super().__init__(fd, layout.segment_bytes, name, config.lock_timeout)
+        timeout = config.lock_timeout if lock_timeout is None else lock_timeout
+        super().__init__(fd, layout.segment_bytes, name, timeout)
         self.config = config
         self.pool_id = pool_id
         self.layout = layout
@@ -72,6 +82,7 @@ class Ledger(SharedSegment):
         self.participants = Participants(
             memory, words, layout, config.max_participants, self.locks, self.journal
         )
+        self.line = WaitingLine(memory, words, layout, self.journal)
         self.blocks = BlockTable(
             memory, words, layout, config.block_size, config.max_leases, pool_id, self.journal
         )
@@ -99,8 +110,11 @@ class Ledger(SharedSegment):
             os.close(fd)
 
     @classmethod
-    def open(cls, name: str) -> Ledger:
-        """The pool of that name, without becoming a participant."""
+    def open(cls, name: str, lock_timeout: float | None = None) -> Ledger:
+        """The pool of that name, without becoming a participant.
+
+        `lock_timeout` in seconds instead of the config's.
+        """
         name = normal_name(name)
         fd = open_existing(name)
         try:
@@ -111,7 +125,7 @@ class Ledger(SharedSegment):
                     f"pool {name}: its config needs {Layout(config).segment_bytes} bytes, the "
                     f"segment has {identity.size_bytes}: the header is damaged"
                 )
-            return cls(fd, name, config, identity.pool_id)
+            return cls(fd, name, config, identity.pool_id, lock_timeout)
         finally:
             os.close(fd)
 
@@ -136,7 +150,16 @@ class Ledger(SharedSegment):
                     f"pool {self.name}: all its processes are dead, what is there is a leftover; "
                     "the next `create` of that name replaces it (`shmblocks reap --all` removes it)"
                 )
-        return self.participants.join(role, is_creator=is_creator)
+        return self.take_place(role, is_creator)
+
+    def take_place(self, role: str, is_creator: bool) -> ParticipantId:
+        """Under the lock: join; when every place is taken, the places of the dead are emptied."""
+        try:
+            return self.participants.join(role, is_creator=is_creator)
+        except TooManyParticipantsError:
+            if not self.reap().participants:
+                raise
+            return self.participants.join(role, is_creator=is_creator)
 
     @property
     def created_ns(self) -> int:
@@ -178,11 +201,35 @@ class Ledger(SharedSegment):
         self.drop()
 
     def _give_back(self, me: ParticipantId) -> None:
-        reclaim(self.blocks, lambda who: who == me, self.config.unclaimed_timeout)
+        reclaim(self.blocks, self.line, lambda who: who == me, self.config.unclaimed_timeout)
         self.participants.leave()
+        self.ring()
         if not self.participants.others_live():
             self.segment.words[H_REMOVED] = 1
             self.segment.unlink()
+
+    def reap(self) -> ReapReport:
+        """Under the lock: give back what the dead held and what nobody claimed in time."""
+        report = reap(self.blocks, self.line, self.participants, self.config.unclaimed_timeout)
+        self.ring()
+        return report
+
+    # ---- the waiting line ----------------------------------------------------------------------
+
+    def doorbell(self, place: int) -> Futex:
+        """The word that a participant's waiters sleep on."""
+        return Futex(self.segment.mapping, self.layout.doorbell_word(place) * WORD)
+
+    def ring(self) -> None:
+        """Under the lock, after blocks came free: wake the first in the line.
+
+        Waking under the lock costs the sleeper one more look at it; waking after it would be one
+        more thing to be interrupted at, and only those who wait pay.
+        """
+        if self.line.length:
+            place = self.line.turn(self.participants.is_alive, time.monotonic_ns())
+            if place is not None:
+                self.doorbell(place).wake()
 
     def forget_parent(self) -> None:
         self.participants.me = None

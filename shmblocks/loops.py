@@ -15,22 +15,28 @@ Contract
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections import deque
+from typing import TYPE_CHECKING
 
 from shmblocks.futex import LONGEST_SLEEP, Futex
 
-_Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+if TYPE_CHECKING:
+    import asyncio
+
+    _Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
 _MASK = 0xFFFFFFFF
 
 
 class LoopWaiters:
     """Everyone in this process who awaits one word."""
 
-    def __init__(self, futex: Futex) -> None:
+    def __init__(self, futex: Futex, *, tells_all: bool = False) -> None:
+        """`tells_all`: each change concerns everyone, whatever the word goes up by."""
         self._futex = futex
+        self._tells_all = tells_all
         self._lock = threading.Lock()
         self._waiters: deque[_Waiter] = deque()
         self._seen = 0
@@ -39,6 +45,8 @@ class LoopWaiters:
 
     async def sleep(self, seen: int) -> None:
         """Return when the word may have gone up since it was `seen`."""
+        import asyncio  # only for those who use it: it takes longer to import than all of ours
+
         loop = asyncio.get_running_loop()
         waiter: _Waiter = (loop, loop.create_future())
         with self._lock:
@@ -67,8 +75,9 @@ class LoopWaiters:
 
     def _notice(self, value: int) -> None:
         """The word is seen to be `value`: tell as many as it has gone up by."""
-        if self._waiters:
-            self._tell((value - self._seen) & _MASK)
+        gone_up = (value - self._seen) & _MASK
+        if gone_up:
+            self._tell(len(self._waiters) if self._tells_all else gone_up)
         self._seen = value & _MASK
 
     def _tell(self, count: int) -> None:

@@ -46,21 +46,24 @@ def _remove_dead(name: str, timeout: float) -> None:
                 f"pool {name}: a segment that is not a pool holds the name; remove it "
                 f"(`rm /dev/shm{name}`) or choose another name"
             )
-        _lock_within(locks, name, timeout)
-        if anyone_lives(locks):
+        if not unlink_dead(fd, locks, name, timeout):
             raise PoolExistsError(
                 f"pool {name}: a living pool holds the name (`shmblocks stat {name[1:]}` shows "
                 "who); attach to it, or choose another name"
             )
-        unlink_file(name, file_identity(fd))
     finally:
         locks.close()
         os.close(fd)
 
 
-def _lock_within(locks: FileLocks, name: str, timeout: float) -> None:
+def unlink_dead(fd: int, locks: FileLocks, name: str, timeout: float) -> bool:
+    """Unlink a segment under its own lock; False, and nothing done, when somebody lives in it."""
     deadline = time.monotonic() + timeout
     while not locks.try_lock(MUTEX_BYTE):
         if anyone_lives(locks) or time.monotonic() >= deadline:
-            raise PoolExistsError(f"pool {name}: a pool that is in use holds the name")
+            return False
         time.sleep(POLL)
+    if anyone_lives(locks):
+        return False
+    unlink_file(name, file_identity(fd))
+    return True

@@ -1,7 +1,7 @@
 """`BlockPool`: one pool of blocks in POSIX shared memory, as one process uses it.
 
-    writer:   handle = pool.alloc(n) -> pool.view(handle) -> handle = pool.publish(handle,
-    readers=r) queue:    handle.encode() ... BlockHandle.decode(data)
+    writer:   handle = pool.alloc(n) -> pool.view(handle) -> pool.publish(handle, readers=r)
+    queue:    handle.encode() ... BlockHandle.decode(data)
     reader:   with pool.open(handle) as lease: lease["input_embeddings"]   # the last one frees
 
 Contract
@@ -12,8 +12,7 @@ Contract
 - After `fork` the child may go on using the pool: it becomes a participant of its own at its first
   call. It holds nothing of what its parent holds.
 
-What it does not do: carry handles (any queue does), wait for blocks, or keep a tensor's content
-after its lease.
+What it does not do: carry handles (any queue does), or keep a tensor's content after its lease.
 """
 
 from __future__ import annotations
@@ -43,14 +42,17 @@ from shmblocks.inspection import AllocationInfo, PoolStats, Violation
 from shmblocks.layout import REQUEST_ID_BYTES
 from shmblocks.ledger import Ledger
 from shmblocks.participants import ParticipantId, ParticipantInfo, utf8_prefix
-from shmblocks.reclaim import ReapReport, is_due, reap
+from shmblocks.reclaim import ReapReport
+from shmblocks.reservations import Reservations, Want
 from shmblocks.states import STATES, State
 from shmblocks.views import BlockView, FieldTensors
+from shmblocks.waiting import deadline_of
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 PREFAULT = ("background", "now", "off")
 # Seconds between two looks for a pool that is not there yet.
@@ -71,6 +73,7 @@ class BlockPool:
         # Leases that were dropped without release where it could not be done at once.
         self._dropped: list[LeaseKey] = []
         ledger.segment.prefault(prefault)
+        self._reservations = Reservations(ledger, self._run)
         self._finalizer = leave_at_exit(self, ledger)
 
     # ---- life --------------------------------------------------------------------------------
@@ -128,6 +131,7 @@ class BlockPool:
         blocks are no longer theirs.
         """
         self._finalizer.detach()
+        self._reservations.close()
         self._ledger.leave()
         self._tensors = None
 
@@ -181,30 +185,70 @@ class BlockPool:
     # ---- allocation --------------------------------------------------------------------------
 
     def alloc(
-        self, num_tokens: int, req_id: str | None = None, fake: bool = False
+        self,
+        num_tokens: int,
+        req_id: str | None = None,
+        fake: bool = False,
+        timeout: float | None = 0.0,
     ) -> BlockHandle | None:
         """Reserve ceil(num_tokens / block_size) consecutive blocks; None: no room now.
 
         The reservation is this process's until it is published or freed. `req_id` is shown by
         inspectors (63 bytes of it). `fake` gives a handle of no blocks at all, for warm-up
         requests.
+
+        `timeout` > 0 waits so many seconds (None: for ever), first come, first served over all
+        processes, then raises `PoolTimeoutError`, which names those who hold the blocks. While
+        somebody waits, calls that don't get None.
         """
         num_tokens = _whole("num_tokens", num_tokens)
-        return self.alloc_blocks(self.config.blocks_for(num_tokens), num_tokens, req_id, fake)
+        num_blocks = self.config.blocks_for(num_tokens)
+        return self.alloc_blocks(num_blocks, num_tokens, req_id, fake, timeout)
 
-    def alloc_default(self, req_id: str | None = None, fake: bool = False) -> BlockHandle | None:
+    def alloc_default(
+        self,
+        req_id: str | None = None,
+        fake: bool = False,
+        timeout: float | None = 0.0,
+    ) -> BlockHandle | None:
         """Reserve the config's `default_num_blocks`, for a length that is not known yet."""
         config = self.config
         num_tokens = config.default_num_blocks * config.block_size
-        return self.alloc_blocks(config.default_num_blocks, num_tokens, req_id, fake)
+        return self.alloc_blocks(config.default_num_blocks, num_tokens, req_id, fake, timeout)
 
     def alloc_blocks(
-        self, num_blocks: int, num_tokens: int, req_id: str | None = None, fake: bool = False
+        self,
+        num_blocks: int,
+        num_tokens: int,
+        req_id: str | None = None,
+        fake: bool = False,
+        timeout: float | None = 0.0,
     ) -> BlockHandle | None:
         """Reserve `num_blocks` consecutive blocks for `num_tokens` tokens; None: no room now.
 
-        Raises ValueError for what this pool can never serve.
+        Raises ValueError for what this pool can never serve. `timeout` as in `alloc`.
         """
+        want = self._want(num_blocks, num_tokens, req_id, fake)
+        if fake:
+            return BlockHandle(0, want.num_blocks, want.num_tokens, 0, self.pool_id)
+        handle = self._reserving(self._reservations.try_reserve, want)
+        if handle is None and timeout != 0.0:
+            return self._reserving(self._reservations.wait, want, deadline_of(timeout))
+        return handle
+
+    async def alloc_async(
+        self, num_tokens: int, req_id: str | None = None, timeout: float | None = None
+    ) -> BlockHandle:
+        """`alloc` that waits its turn in asyncio; cancelling it leaves no trace."""
+        num_tokens = _whole("num_tokens", num_tokens)
+        want = self._want(self.config.blocks_for(num_tokens), num_tokens, req_id, fake=False)
+        try:
+            return await self._reservations.wait_async(want, deadline_of(timeout))
+        except BaseException:
+            self._take_back(want.made)
+            raise
+
+    def _want(self, num_blocks: int, num_tokens: int, req_id: str | None, fake: bool) -> Want:
         num_blocks = _whole("num_blocks", num_blocks)
         num_tokens = _whole("num_tokens", num_tokens)
         if num_tokens > num_blocks * self.config.block_size:
@@ -212,37 +256,19 @@ class BlockPool:
                 f"num_tokens: expected at most {num_blocks * self.config.block_size} for "
                 f"{num_blocks} blocks, got {num_tokens}"
             )
-        if fake:
-            return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
-        if num_blocks > self.config.total_blocks:
+        if num_blocks > self.config.total_blocks and not fake:
             raise ValueError(
                 f"pool {self.name}: has {self.config.total_blocks} blocks, {num_blocks} can never "
                 "be served: create a larger pool, or send the tokens in several allocations"
             )
-        made: list[BlockHandle] = []
-        try:
-            return self._run(
-                self._reserve,
-                num_blocks,
-                num_tokens,
-                utf8_prefix(req_id or "", REQUEST_ID_BYTES),
-                made,
-            )
-        except BaseException:
-            self._take_back(made)
-            raise
+        return Want(num_blocks, num_tokens, utf8_prefix(req_id or "", REQUEST_ID_BYTES), [])
 
-    def _reserve(
-        self, num_blocks: int, num_tokens: int, req_id: bytes, made: list[BlockHandle]
-    ) -> BlockHandle | None:
-        blocks = self._ledger.blocks
-        me = self._me.word
-        now = time.monotonic_ns()
-        handle = blocks.reserve(num_blocks, num_tokens, me, req_id, now, made)
-        if handle is None and is_due(blocks, self._ledger.participants):
-            self._reap()
-            handle = blocks.reserve(num_blocks, num_tokens, me, req_id, now, made)
-        return handle
+    def _reserving(self, reserve: Callable[..., R], want: Want, *args: object) -> R:
+        try:
+            return reserve(want, *args)
+        except BaseException:
+            self._take_back(want.made)
+            raise
 
     def _take_back(self, made: list[BlockHandle]) -> None:
         """Free what an interrupted `alloc` may have reserved."""
@@ -290,6 +316,7 @@ class BlockPool:
     def _free(self, handle: BlockHandle) -> None:
         record = self._ledger.blocks.find(handle)
         self._ledger.blocks.free(handle.start_block, record)
+        self._ledger.ring()
 
     def available_blocks(self) -> int:
         """Blocks in no allocation, of this moment."""
@@ -421,7 +448,11 @@ class BlockPool:
         if me is None or key.holder != me.word:
             # Closed: given back already. Forked: it is the parent's.
             return
-        self._run(self._ledger.blocks.release_key, key)
+        self._run(self._release_key, key)
+
+    def _release_key(self, key: LeaseKey) -> None:
+        if self._ledger.blocks.release_key(key):
+            self._ledger.ring()
 
     # ---- looking after it --------------------------------------------------------------------
 
@@ -454,11 +485,7 @@ class BlockPool:
 
         Runs by itself when an allocation would otherwise fail.
         """
-        return self._run(self._reap)
-
-    def _reap(self) -> ReapReport:
-        ledger = self._ledger
-        return reap(ledger.blocks, ledger.participants, self.config.unclaimed_timeout)
+        return self._run(self._ledger.reap)
 
     # ---- inside ------------------------------------------------------------------------------
 
@@ -495,7 +522,7 @@ class BlockPool:
 
     def _join_once(self) -> None:
         if self._ledger.participants.me is None:
-            self._ledger.participants.join(self._role, is_creator=False)
+            self._ledger.take_place(self._role, is_creator=False)
 
     def _release_dropped(self) -> None:
         dropped, self._dropped = self._dropped, []

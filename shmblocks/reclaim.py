@@ -16,6 +16,7 @@ import msgspec
 
 from shmblocks.blocks import BlockTable
 from shmblocks.layout import Record
+from shmblocks.line import WaitingLine
 from shmblocks.participants import ParticipantId, Participants
 from shmblocks.states import NUMBER, State
 
@@ -34,9 +35,18 @@ class ReapReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def reclaim(
-    blocks: BlockTable, is_gone: Callable[[ParticipantId], bool], unclaimed_timeout: float
+    blocks: BlockTable,
+    line: WaitingLine,
+    is_gone: Callable[[ParticipantId], bool],
+    unclaimed_timeout: float,
 ) -> ReapReport:
-    """Release leases and free reservations of those who are gone, and what nobody claimed."""
+    """Take those who are gone out of the line, release their leases, free their reservations.
+
+    Frees what nobody claimed in time, too.
+    """
+    for ticket, waiter in list(line.waiters()) if line.length else ():
+        if is_gone(ParticipantId.of(waiter.who)):
+            line.leave(ticket)
     free_before = blocks.free_blocks
     leases = _release_leases(blocks, is_gone)
     now = time.monotonic_ns()
@@ -79,10 +89,12 @@ def _earlier(earliest: int, record: Record, patience: int) -> int:
     return min(earliest, moment) if earliest else moment
 
 
-def reap(blocks: BlockTable, participants: Participants, unclaimed_timeout: float) -> ReapReport:
+def reap(
+    blocks: BlockTable, line: WaitingLine, participants: Participants, unclaimed_timeout: float
+) -> ReapReport:
     """`reclaim` for all who are dead, then empty their places."""
     dead = participants.dead()
-    report = reclaim(blocks, lambda who: not participants.is_alive(who), unclaimed_timeout)
+    report = reclaim(blocks, line, lambda who: not participants.is_alive(who), unclaimed_timeout)
     for who in dead:
         participants.clear(who.place)
     return msgspec.structs.replace(report, participants=len(dead))

@@ -25,9 +25,9 @@ from shmblocks.errors import (
 from shmblocks.filelock import FileLocks
 from shmblocks.inspection import AllocationInfo, PoolStats, Violation
 from shmblocks.ledger import Ledger
-from shmblocks.naming import anyone_lives
+from shmblocks.naming import anyone_lives, unlink_dead
 from shmblocks.participants import ParticipantInfo
-from shmblocks.reclaim import ReapReport, reap
+from shmblocks.reclaim import ReapReport
 from shmblocks.segment import (
     SHM_DIRECTORY,
     file_identity,
@@ -37,12 +37,15 @@ from shmblocks.segment import (
     unlink_file,
 )
 
+# Seconds that a listing or a removal waits for one pool whose lock a stopped process holds.
+LOCK_TIMEOUT = 1.0
+
 
 class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
     """One pool in a listing.
 
     `state`: `alive`, `dead` (all its processes died: a leftover), `incompatible` (of another layout
-    version, or damaged), `no access` (of another user). `stats` is None when it cannot be read.
+    version, or damaged). `stats` is None when they cannot be read; `problem` says why.
     """
 
     name: str
@@ -52,11 +55,21 @@ class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
+class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All that there is to know of a pool, of one moment."""
+
+    stats: PoolStats
+    allocations: list[AllocationInfo]
+    participants: list[ParticipantInfo]
+    violations: list[Violation]
+
+
 class PoolInspector:
     """Read access to one pool, living or dead. Close it, or use it in a `with` statement."""
 
-    def __init__(self, name: str) -> None:
-        self._ledger = Ledger.open(name)
+    def __init__(self, name: str, lock_timeout: float | None = None) -> None:
+        """`lock_timeout`: seconds to wait for a stopped holder of the lock; None: the config's."""
+        self._ledger = Ledger.open(name, lock_timeout)
 
     @property
     def name(self) -> str:
@@ -91,10 +104,22 @@ class PoolInspector:
         """As `BlockPool.check`."""
         return self._ledger.run(inspection.check, self._ledger)
 
+    def snapshot(self) -> PoolSnapshot:
+        """`stats`, `allocations`, `participants` and `check` of one and the same moment."""
+        return self._ledger.run(self._snapshot)
+
+    def _snapshot(self) -> PoolSnapshot:
+        ledger = self._ledger
+        return PoolSnapshot(
+            stats=inspection.stats(ledger),
+            allocations=inspection.allocations(ledger),
+            participants=ledger.participants.infos(),
+            violations=inspection.check(ledger),
+        )
+
     def reap(self) -> ReapReport:
         """As `BlockPool.reap`."""
-        ledger = self._ledger
-        return ledger.run(reap, ledger.blocks, ledger.participants, ledger.config.unclaimed_timeout)
+        return self._ledger.run(self._ledger.reap)
 
     def close(self) -> None:
         """End the access; the pool goes on as before."""
@@ -112,9 +137,9 @@ class PoolInspector:
         self.close()
 
 
-def open_inspector(name: str) -> PoolInspector:
-    """Look into a pool without joining it."""
-    return PoolInspector(name)
+def open_inspector(name: str, *, lock_timeout: float | None = None) -> PoolInspector:
+    """Look into a pool without joining it; see `PoolInspector`."""
+    return PoolInspector(name, lock_timeout)
 
 
 def list_pools() -> list[PoolSummary]:
@@ -139,7 +164,7 @@ def _summary(name: str) -> PoolSummary | None:
     except PoolPermissionError:
         return None
     try:
-        with open_inspector(name) as inspector:
+        with open_inspector(name, lock_timeout=LOCK_TIMEOUT) as inspector:
             return PoolSummary(name=name, size_bytes=size, state=state, stats=inspector.stats())
     except IncompatiblePoolError as error:
         return PoolSummary(name=name, size_bytes=size, state="incompatible", problem=str(error))
@@ -167,16 +192,17 @@ def remove_pool(name: str, force: bool = False) -> None:
     with _opened(name) as (fd, locks):
         if not is_pool(fd):
             raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a pool")
-        if anyone_lives(locks) and not force:
+        if force:
+            unlink_file(name, file_identity(fd))
+        elif not unlink_dead(fd, locks, name, LOCK_TIMEOUT):
             raise PoolExistsError(
                 f"pool {name}: {_who_lives(name)} still use it; end them, or remove it by force"
             )
-        unlink_file(name, file_identity(fd))
 
 
 def _who_lives(name: str) -> str:
     try:
-        with open_inspector(name) as inspector:
+        with open_inspector(name, lock_timeout=LOCK_TIMEOUT) as inspector:
             living = [str(info) for info in inspector.participants() if info.is_alive]
     except ShmBlocksError:
         living = []

@@ -10,19 +10,10 @@ to it are two operations under the segment's lock:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
 
 from shmblocks.futex import Futex
 from shmblocks.loops import LoopWaiters
-from shmblocks.waiting import Spinner, seconds_left
-
-T = TypeVar("T")
-
-
-class Run(Protocol):
-    """Runs an operation under the segment's lock."""
-
-    def __call__(self, body: Callable[..., T], *args: object) -> T: ...
+from shmblocks.waiting import Run, Spinner, seconds_left
 
 
 class Sleeper:

@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 # Seconds to spin at most. Smaller: a partner that answers within that time finds us asleep, which
 # costs both a system call and a wake-up of some 50 us. Larger: a processor is kept busy for
@@ -28,6 +31,12 @@ LONGEST_SPIN = 200e-6
 SHORTEST_SPIN = 5e-6
 # Looks between two moments at which the interpreter's lock is offered to other threads.
 LOOKS = 64
+
+
+class Run(Protocol):
+    """Runs an operation under the segment's lock."""
+
+    def __call__(self, body: Callable[..., T], *args: object) -> T: ...
 
 
 class Word(Protocol):
