@@ -51,7 +51,10 @@ class Journal:
         """Make all stores, or (killed before step 2) none."""
         memory = self._memory
         pack = _ENTRY.pack
-        log = b"".join([pack(offset, len(data)) + data for offset, data in stores])
+        parts = []
+        for offset, data in stores:
+            parts += (pack(offset, len(data)), data)
+        log = b"".join(parts)
         if len(log) > self._capacity:
             raise IncompatiblePoolError(
                 f"a change of {len(log)} bytes does not fit the journal of {self._capacity} bytes"

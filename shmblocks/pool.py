@@ -203,7 +203,7 @@ class BlockPool:
         """
         num_tokens = _whole("num_tokens", num_tokens)
         num_blocks = self.config.blocks_for(num_tokens)
-        return self.alloc_blocks(num_blocks, num_tokens, req_id, fake, timeout)
+        return self._alloc(num_blocks, num_tokens, req_id, fake, timeout)
 
     def alloc_default(
         self,
@@ -214,7 +214,7 @@ class BlockPool:
         """Reserve the config's `default_num_blocks`, for a length that is not known yet."""
         config = self.config
         num_tokens = config.default_num_blocks * config.block_size
-        return self.alloc_blocks(config.default_num_blocks, num_tokens, req_id, fake, timeout)
+        return self._alloc(config.default_num_blocks, num_tokens, req_id, fake, timeout)
 
     def alloc_blocks(
         self,
@@ -228,9 +228,21 @@ class BlockPool:
 
         Raises ValueError for what this pool can never serve. `timeout` as in `alloc`.
         """
+        num_blocks = _whole("num_blocks", num_blocks)
+        num_tokens = _whole("num_tokens", num_tokens)
+        return self._alloc(num_blocks, num_tokens, req_id, fake, timeout)
+
+    def _alloc(
+        self,
+        num_blocks: int,
+        num_tokens: int,
+        req_id: str | None,
+        fake: bool,
+        timeout: float | None,
+    ) -> BlockHandle | None:
         want = self._want(num_blocks, num_tokens, req_id, fake)
         if fake:
-            return BlockHandle(0, want.num_blocks, want.num_tokens, 0, self.pool_id)
+            return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
         handle = self._reserving(self._reservations.try_reserve, want)
         if handle is None and timeout != 0.0:
             return self._reserving(self._reservations.wait, want, deadline_of(timeout))
@@ -249,8 +261,6 @@ class BlockPool:
             raise
 
     def _want(self, num_blocks: int, num_tokens: int, req_id: str | None, fake: bool) -> Want:
-        num_blocks = _whole("num_blocks", num_blocks)
-        num_tokens = _whole("num_tokens", num_tokens)
         if num_tokens > num_blocks * self.config.block_size:
             raise ValueError(
                 f"num_tokens: expected at most {num_blocks * self.config.block_size} for "
@@ -261,7 +271,8 @@ class BlockPool:
                 f"pool {self.name}: has {self.config.total_blocks} blocks, {num_blocks} can never "
                 "be served: create a larger pool, or send the tokens in several allocations"
             )
-        return Want(num_blocks, num_tokens, utf8_prefix(req_id or "", REQUEST_ID_BYTES), [])
+        request = utf8_prefix(req_id, REQUEST_ID_BYTES) if req_id else b""
+        return Want(num_blocks, num_tokens, request, [])
 
     def _reserving(self, reserve: Callable[..., R], want: Want, *args: object) -> R:
         try:
