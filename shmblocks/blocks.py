@@ -30,6 +30,13 @@ from shmblocks.layout import (
     H_UNCLAIMED,
     LEASE,
     LEASE_WORDS,
+    R_CREATED,
+    R_LEASES,
+    R_NUM_BLOCKS,
+    R_NUM_TOKENS,
+    R_PUBLISHED,
+    R_READERS_LEFT,
+    R_STATE,
     RECORD,
     RECORD_HEAD,
     RECORD_HEAD_WORDS,
@@ -49,6 +56,8 @@ WRITES = 2
 # search handles longer integers (4,096 bits: 1 us).
 WINDOW = 4096
 
+_from_bytes = int.from_bytes
+_NUM_STATES = len(STATES)
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]
 _PUBLISHED = NUMBER[State.PUBLISHED]
@@ -61,6 +70,19 @@ class LeaseKey(NamedTuple):
     generation: int
     holder: int
     opened_ns: int
+
+
+class ReservationKey(NamedTuple):
+    """What tells one reservation from every other, also from one that got its generation instead.
+
+    A reservation that was interrupted before its commit has used up no generation: the next one,
+    of whomever, has the same.
+    """
+
+    start_block: int
+    generation: int
+    owner: int
+    created_ns: int
 
 
 class BlockTable:
@@ -82,6 +104,8 @@ class BlockTable:
         self._words = words
         self._layout = layout
         self._total = layout.total_blocks
+        self._records = layout.records
+        self._bitmap = layout.bitmap
         self._max_leases = max_leases
         self._journal = journal
         self._next_lease = 0
@@ -101,21 +125,21 @@ class BlockTable:
 
     def record(self, block: int) -> Record:
         """The record at `block`, checked to lie inside the pool when it is not free."""
-        record = Record._make(
-            RECORD.unpack_from(self._memory, self._layout.records + block * RECORD.size)
-        )
+        record = Record._make(RECORD.unpack_from(self._memory, self._records + block * RECORD.size))
         if record.state:
             self._believe(block, record)
         return record
 
     def _believe(self, block: int, record: Record) -> None:
         """Refuse numbers that lead outside of the pool, or that no operation leaves behind."""
+        words: tuple[int, ...] = record[:R_CREATED]  # type: ignore[assignment]
+        state, _, num_blocks, num_tokens, _, readers_left, leases = words
         if (
-            record.state >= len(STATES)
-            or not 0 < record.num_blocks <= self._total - block
-            or record.num_tokens > record.num_blocks * self._block_size
-            or record.leases > self._max_leases
-            or (record.state == _PUBLISHED and not record.readers_left)
+            state >= _NUM_STATES
+            or not 0 < num_blocks <= self._total - block
+            or num_tokens > num_blocks * self._block_size
+            or leases > self._max_leases
+            or (state == _PUBLISHED and not readers_left)
         ):
             raise _damaged(f"the record of block {block} says {record}")
 
@@ -186,30 +210,34 @@ class BlockTable:
         owner: int,
         req_id: bytes,
         now_ns: int,
-        made: list[BlockHandle],
+        made: list[ReservationKey],
     ) -> BlockHandle | None:
         """Take consecutive free blocks; None when there are none.
 
-        `made` gets the handle *before* the commit, so that a caller who is interrupted anywhere can
-        give back what it may have taken.
+        `made` gets the key *before* the commit, so that a caller who is interrupted anywhere can
+        `take_back` what it may have taken.
         """
         words = self._words
         free: int = words[H_FREE_BLOCKS]
         if num_blocks > free:
             return None
-        start = self._search(words[H_CURSOR], num_blocks)
-        if start < 0:
-            return None
+        start: int = words[H_CURSOR]
+        marked = self._marked_if_free(start, num_blocks)
+        if marked is None:
+            start = self._search(start, num_blocks)
+            if start < 0:
+                return None
+            marked = self._marked(start, num_blocks, used=True)
         generation: int = words[H_NEXT_GENERATION]
         handle = BlockHandle(start, num_blocks, num_tokens, generation, self._pool_id)
         end = start + num_blocks
-        made.append(handle)
+        made.append(ReservationKey(start, generation, owner, now_ns))
         self._journal.commit(
             (
                 self._head(end % self._total, generation + 1, free - num_blocks),
-                self._marked(start, num_blocks, used=True),
+                marked,
                 (
-                    self._layout.records + start * RECORD.size,
+                    self._records + start * RECORD.size,
                     RECORD.pack(
                         _RESERVED, generation, num_blocks, num_tokens, owner,
                         0, 0, now_ns, 0, 0, 0, 0, req_id,
@@ -230,7 +258,9 @@ class BlockTable:
         cursor: int = words[H_CURSOR]
         if end <= cursor < new_end:
             cursor = new_end % self._total
-        stores = [self._rewritten(start, record, num_blocks=num_blocks, num_tokens=num_tokens)]
+        stores = [
+            self._rewritten(start, record, (R_NUM_BLOCKS, num_blocks), (R_NUM_TOKENS, num_tokens))
+        ]
         if more:
             stores.append(self._head(cursor, words[H_NEXT_GENERATION], self.free_blocks - more))
             stores.append(self._marked(end, more, used=True))
@@ -248,10 +278,10 @@ class BlockTable:
                 self._rewritten(
                     start,
                     record,
-                    state=NUMBER[state],
-                    num_tokens=num_tokens,
-                    readers_left=readers,
-                    published_ns=now_ns,
+                    (R_STATE, NUMBER[state]),
+                    (R_NUM_TOKENS, num_tokens),
+                    (R_READERS_LEFT, readers),
+                    (R_PUBLISHED, now_ns),
                 ),
                 _word(H_UNCLAIMED, min(earliest, until_ns) if earliest else until_ns),
             ]
@@ -266,6 +296,16 @@ class BlockTable:
         state = transition(STATES[record.state], Event.FREE, record.leases, 0)
         self._journal.commit(self._moved(start, record, state, record.leases, 0))
         return state
+
+    def take_back(self, key: ReservationKey) -> bool:
+        """Free the reservation of that key; False when it was never made, or is one no more."""
+        record = self.record(key.start_block)
+        if key[1:] != (record.generation, record.owner, record.created_ns):
+            return False
+        if record.state != _RESERVED:
+            return False
+        self.free(key.start_block, record)
+        return True
 
     # ---- leases ------------------------------------------------------------------------------
 
@@ -291,24 +331,28 @@ class BlockTable:
         self._next_lease = slot + 1
         return key
 
-    def release_key(self, key: LeaseKey) -> bool:
+    def release_key(self, key: LeaseKey, *, unread: bool = False) -> bool:
         """End the lease of that key; False when it has ended already."""
         lease = self.lease(key.slot)
         if key != (key.slot, lease.generation, lease.holder, lease.opened_ns):
             return False
-        self.release(key.slot, lease)
+        self.release(key.slot, lease, unread=unread)
         return True
 
-    def release(self, slot: int, lease: LeaseRecord) -> State:
-        """End a lease; the state of its allocation then."""
+    def release(self, slot: int, lease: LeaseRecord, *, unread: bool = False) -> State:
+        """End a lease; the state of its allocation then.
+
+        `unread`: nobody ever had it (opening was interrupted), so that its reader is still to come.
+        """
         if lease.start_block >= self._total:
             raise _damaged(f"lease {slot} is of block {lease.start_block} of {self._total}")
         record = self.record(lease.start_block)
         if record.generation != lease.generation or not record.leases:
             raise _damaged(f"lease {slot} is of an allocation that does not count it")
         leases = record.leases - 1
-        state = transition(STATES[record.state], Event.RELEASE, leases, record.readers_left)
-        stores = self._moved(lease.start_block, record, state, leases, record.readers_left)
+        readers_left = record.readers_left + (unread and lease.kind == READS)
+        state = transition(STATES[record.state], Event.RELEASE, leases, readers_left)
+        stores = self._moved(lease.start_block, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, bytes(WORD)))
         self._journal.commit(stores)
         self._next_lease = slot
@@ -340,7 +384,11 @@ class BlockTable:
         if state is not State.FREE:
             return [
                 self._rewritten(
-                    start, record, state=NUMBER[state], leases=leases, readers_left=readers_left
+                    start,
+                    record,
+                    (R_STATE, NUMBER[state]),
+                    (R_LEASES, leases),
+                    (R_READERS_LEFT, readers_left),
                 )
             ]
         words = self._words
@@ -352,32 +400,48 @@ class BlockTable:
             (self._layout.record_word(start) * WORD, bytes(WORD)),
         ]
 
-    def _rewritten(self, start: int, record: Record, **changes: int) -> Store:
-        return (
-            self._layout.records + start * RECORD.size,
-            RECORD_HEAD.pack(*record._replace(**changes)[:RECORD_HEAD_WORDS]),  # type: ignore[arg-type]
-        )
+    def _rewritten(self, start: int, record: Record, *changes: tuple[int, int]) -> Store:
+        """The store of a record's first words with some of them, (index, value), changed."""
+        words: list[int] = list(record[:RECORD_HEAD_WORDS])  # type: ignore[arg-type]
+        for index, value in changes:
+            words[index] = value
+        return (self._records + start * RECORD.size, RECORD_HEAD.pack(*words))
 
     @staticmethod
     def _head(cursor: int, next_generation: int, free: int) -> Store:
         return (H_CURSOR * WORD, ALLOCATION_HEAD.pack(cursor, next_generation, free))
 
+    def _marked_if_free(self, start: int, count: int) -> Store | None:
+        """The store that sets the bits of some blocks; None unless all are there and free.
+
+        What lies behind the cursor is free more often than not: this spares the search.
+        """
+        end = start + count
+        if end > self._total:
+            return None
+        offset = self._bitmap + (start >> 6 << 3)
+        size = ((end + 63) >> 6 << 3) - (start >> 6 << 3)
+        bits = _from_bytes(self._memory[offset : offset + size], "little")
+        mask = ((1 << count) - 1) << (start & 63)
+        if bits & mask:
+            return None
+        return (offset, (bits | mask).to_bytes(size, "little"))
+
     def _marked(self, start: int, count: int, *, used: bool) -> Store:
         """The words of the bitmap around some blocks, with those set or cleared."""
-        low = start // 64 * 8
-        high = (start + count + 63) // 64 * 8
-        offset = self._layout.bitmap + low
-        bits = int.from_bytes(self._memory[offset : offset + high - low], "little")
-        mask = ((1 << count) - 1) << (start - low * 8)
+        offset = self._bitmap + (start >> 6 << 3)
+        size = ((start + count + 63) >> 6 << 3) - (start >> 6 << 3)
+        bits = _from_bytes(self._memory[offset : offset + size], "little")
+        mask = ((1 << count) - 1) << (start & 63)
         bits = bits | mask if used else bits & ~mask
-        return (offset, bits.to_bytes(high - low, "little"))
+        return (offset, bits.to_bytes(size, "little"))
 
     # ---- searching ---------------------------------------------------------------------------
 
     def _bits(self, start: int, end: int) -> int:
         """Bits `start .. end - 1` of the bitmap, `start` as the lowest."""
         low = start // 8
-        offset = self._layout.bitmap
+        offset = self._bitmap
         data = self._memory[offset + low : offset + (end + 7) // 8]
         bits = int.from_bytes(data, "little") >> (start - low * 8)
         return bits & ((1 << (end - start)) - 1)
@@ -385,19 +449,14 @@ class BlockTable:
     def _search(self, cursor: int, count: int) -> int:
         """Where the next `count` consecutive free blocks start at or behind the cursor, or -1.
 
-        What lies next is free more often than not, so that ever wider windows come before the whole
-        bitmap: the cost does not grow with the pool.
+        A window before the whole bitmap: the cost does not grow with the pool.
         """
         total = self._total
         cursor = min(cursor, total - 1)
-        for width in (count, WINDOW):
-            end = min(cursor + width, total)
+        for end in (min(cursor + WINDOW, total), total):
             found = find_zeros(self._bits(cursor, end), end - cursor, count)
             if found >= 0:
                 return cursor + found
-        found = find_zeros(self._bits(cursor, total), total - cursor, count)
-        if found >= 0:
-            return cursor + found
         end = min(total, cursor + count - 1)
         return find_zeros(self._bits(0, end), end, count)
 

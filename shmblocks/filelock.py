@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import struct
 
@@ -38,41 +39,50 @@ class FileLocks:
     """Locks on bytes of the file behind `fd`, through a description of their own."""
 
     def __init__(self, fd: int) -> None:
-        # Opening by /proc reaches the same inode whatever has become of its name.
-        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._file = _open_again(fd)
 
     @property
     def fd(self) -> int:
         """The descriptor that holds the locks; -1 once closed."""
-        return self._fd
+        file = self._file
+        return -1 if file.closed else file.fileno()
 
     def try_lock(self, byte: int) -> bool:
         """Lock a byte for writing; False when another description holds it."""
-        return try_set(self._fd, _request(fcntl.F_WRLCK, byte, 1))
+        return try_set(self._file.fileno(), _request(fcntl.F_WRLCK, byte, 1))
 
     def unlock(self, byte: int) -> None:
         """Give a byte back; nothing happens when it is not held."""
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))
+        fcntl.fcntl(self._file.fileno(), fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))
 
     def is_locked_by_others(self, byte: int, length: int = 1) -> bool:
         """Whether another description holds any of the bytes (never True for our own locks)."""
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _request(fcntl.F_WRLCK, byte, length))
+        request = _request(fcntl.F_WRLCK, byte, length)
+        answer = fcntl.fcntl(self._file.fileno(), fcntl.F_OFD_GETLK, request)
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def reopen_after_fork(self) -> None:
         """In a forked child: leave the parent's description for one of our own."""
-        parents, self._fd = self._fd, -1
-        if parents >= 0:
+        parents = self._file
+        if not parents.closed:
             try:
-                self._fd = os.open(f"/proc/self/fd/{parents}", os.O_RDWR | os.O_CLOEXEC)
+                self._file = _open_again(parents.fileno())
             finally:
-                os.close(parents)
+                parents.close()
 
     def close(self) -> None:
         """Close the descriptor; every lock falls unless a fork still shares it. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
+
+
+def _open_again(fd: int) -> io.FileIO:
+    """A new open file description of the file behind `fd`.
+
+    A file object, since it closes and forgets its descriptor in one step that no interrupt can
+    split, and closes when it is lost. By /proc, which reaches the inode whatever has become of its
+    name.
+    """
+    return io.FileIO(f"/proc/self/fd/{fd}", "r+b")
 
 
 def try_set(fd: int, request: bytes) -> bool:

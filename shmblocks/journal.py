@@ -51,7 +51,7 @@ class Journal:
         """Make all stores, or (killed before step 2) none."""
         memory = self._memory
         pack = _ENTRY.pack
-        parts = []
+        parts: list[bytes] = []
         for offset, data in stores:
             parts += (pack(offset, len(data)), data)
         log = b"".join(parts)

@@ -101,6 +101,13 @@ RECORD = struct.Struct("=12Q64p")
 # The words of a record that change after it was made; `ready`, which a GPU may write at any time,
 # lies behind them.
 RECORD_HEAD = struct.Struct("=9Q")
+R_STATE = 0
+R_NUM_BLOCKS = 2
+R_NUM_TOKENS = 3
+R_READERS_LEFT = 5
+R_LEASES = 6
+R_CREATED = 7
+R_PUBLISHED = 8
 RECORD_HEAD_WORDS = RECORD_HEAD.size // WORD
 RECORD_WORDS = RECORD.size // WORD
 REQUEST_ID_BYTES = 63

@@ -31,7 +31,12 @@ import msgspec
 
 from shmblocks.blocks import BlockTable
 from shmblocks.config import PoolConfig
-from shmblocks.errors import IncompatiblePoolError, PoolNotFoundError, TooManyParticipantsError
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PoolNotFoundError,
+    PoolTimeoutError,
+    TooManyParticipantsError,
+)
 from shmblocks.futex import Futex
 from shmblocks.journal import Journal
 from shmblocks.layout import (
@@ -90,22 +95,20 @@ class Ledger(SharedSegment):
     # ---- making and finding --------------------------------------------------------------------
 
     @classmethod
-    def create(cls, name: str, config: PoolConfig, role: str) -> Ledger:
-        """A new pool of that name with this process as its first participant."""
+    def create(cls, name: str, config: PoolConfig, role: str, made: list[Ledger]) -> None:
+        """A new pool of that name with this process as its first participant.
+
+        `made` gets it before anybody can see it: a caller that is interrupted leaves what is there.
+        """
         name = normal_name(name)
         fd = create_unnamed(Layout(config).segment_bytes, name, config.group)
         try:
             pool_id = secrets.randbits(64) or 1
             _write_header(fd, config, pool_id)
             ledger = cls(fd, name, config, pool_id)
-            try:
-                ledger.run(ledger.join, role, True)
-                take_name(fd, name, config.lock_timeout)
-            except BaseException:
-                ledger.segment.unlink()
-                ledger.close()
-                raise
-            return ledger
+            made.append(ledger)
+            ledger.run(ledger.join, role, True)
+            take_name(fd, name, config.lock_timeout)
         finally:
             os.close(fd)
 
@@ -130,15 +133,11 @@ class Ledger(SharedSegment):
             os.close(fd)
 
     @classmethod
-    def attach(cls, name: str, role: str) -> Ledger:
-        """The living pool of that name, with this process as a participant."""
+    def attach(cls, name: str, role: str, made: list[Ledger]) -> None:
+        """The living pool of that name, with this process as a participant; `made` as above."""
         ledger = cls.open(name)
-        try:
-            ledger.run(ledger.join, role, False)
-        except BaseException:
-            ledger.close()
-            raise
-        return ledger
+        made.append(ledger)
+        ledger.run(ledger.join, role, False)
 
     def join(self, role: str, is_creator: bool) -> ParticipantId:
         """Under the lock: become a participant, if there is still something to join."""
@@ -191,18 +190,31 @@ class Ledger(SharedSegment):
         The mapping goes at once, or with its last view.
         """
         self.segment.stop_prefault()
-        if not self.is_closed:
-            self.run(self._leave)
+        try:
+            if not self.is_closed:
+                self.run(self._leave)
+        except PoolTimeoutError:
+            raise
+        except IncompatiblePoolError:
+            self.close()  # what is damaged cannot be given back; leave as the dead do
+            raise
+        except BaseException:
+            # Interrupted: once more, to the end. What was done already is not done twice.
+            if not self.is_closed:
+                self.run(self._leave)
+            raise
 
     def _leave(self) -> None:
         if self.participants.me is not None:
             self._give_back(self.participants.me)
-        # Inside the section: no other thread is in it, or about to lock the descriptor.
+        # Inside the section: no other thread is in it, or about to lock the descriptor. Our place
+        # falls with it, and not before: until then it is ours, whatever interrupts.
         self.drop()
+        self.participants.me = None
 
     def _give_back(self, me: ParticipantId) -> None:
         reclaim(self.blocks, self.line, lambda who: who == me, self.config.unclaimed_timeout)
-        self.participants.leave()
+        self.participants.clear(me.place)
         self.ring()
         if not self.participants.others_live():
             self.segment.words[H_REMOVED] = 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 
-from shmblocks.errors import PoolExistsError, PoolNotFoundError
+from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
 from shmblocks.filelock import MUTEX_BYTE, PLACE_BYTE, PLACE_BYTES, FileLocks
 from shmblocks.segment import file_identity, is_ours, link_name, open_existing, unlink_file
 
@@ -39,6 +39,8 @@ def _remove_dead(name: str, timeout: float) -> None:
         fd = open_existing(name)
     except PoolNotFoundError:
         return
+    except IncompatiblePoolError as error:
+        raise PoolExistsError(str(error)) from error
     locks = FileLocks(fd)
     try:
         if not is_ours(fd):
@@ -64,6 +66,7 @@ def unlink_dead(fd: int, locks: FileLocks, name: str, timeout: float) -> bool:
             return False
         time.sleep(POLL)
     if anyone_lives(locks):
+        locks.unlock(MUTEX_BYTE)
         return False
     unlink_file(name, file_identity(fd))
     return True

@@ -141,14 +141,6 @@ class Participants:
         self.me = ParticipantId(place, incarnation)
         return self.me
 
-    def leave(self) -> None:
-        """Empty our record and give the place back."""
-        if self.me is not None:
-            place = self.me.place
-            self.clear(place)
-            self.me = None
-            self._locks.unlock(PLACE_BYTE + place)
-
     def clear(self, place: int) -> None:
         """Make a place free for the next to join."""
         self._journal.commit([(self._offset(place), bytes(PARTICIPANT.size))])

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from shmblocks import inspection
-from shmblocks.blocks import READS, WRITES, LeaseKey
+from shmblocks.blocks import READS, WRITES, LeaseKey, ReservationKey
 from shmblocks.config import MAX_BLOCKS, PoolConfig
 from shmblocks.errors import (
     ForeignHandleError,
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 PREFAULT = ("background", "now", "off")
 # Seconds between two looks for a pool that is not there yet.
@@ -92,7 +91,13 @@ class BlockPool:
         name is replaced. Raises `PoolExistsError`, `SharedMemoryFullError`.
         """
         _known_prefault(prefault)
-        return cls._owning(Ledger.create(name, config, role), role, prefault)
+        made: list[Ledger] = []
+        try:
+            Ledger.create(name, config, role, made)
+            return cls(made[0], role, prefault)
+        except BaseException:
+            _undo(made)
+            raise
 
     @classmethod
     def attach(
@@ -106,23 +111,19 @@ class BlockPool:
         _known_prefault(prefault)
         deadline = time.monotonic() + timeout
         while True:
+            made: list[Ledger] = []
             try:
-                ledger = Ledger.attach(name, role)
+                Ledger.attach(name, role, made)
+                return cls(made[0], role, prefault)
             except PoolNotFoundError as error:
+                _undo(made)
                 if time.monotonic() >= deadline:
                     waited = f" (waited {timeout:g} s)" if timeout else ""
                     raise PoolNotFoundError(f"{error}{waited}") from None
                 time.sleep(ATTACH_POLL)
-            else:
-                return cls._owning(ledger, role, prefault)
-
-    @classmethod
-    def _owning(cls, ledger: Ledger, role: str, prefault: str) -> BlockPool:
-        try:
-            return cls(ledger, role, prefault)
-        except BaseException:
-            ledger.leave()
-            raise
+            except BaseException:
+                _undo(made)
+                raise
 
     def close(self) -> None:
         """Leave the pool: reservations and leases of this process come back; idempotent.
@@ -130,10 +131,10 @@ class BlockPool:
         The last participant to leave removes the segment. Tensors of views stay readable, but their
         blocks are no longer theirs.
         """
-        self._finalizer.detach()
         self._reservations.close()
         self._ledger.leave()
         self._tensors = None
+        self._finalizer.detach()
 
     def __enter__(self) -> BlockPool:
         return self
@@ -243,10 +244,14 @@ class BlockPool:
         want = self._want(num_blocks, num_tokens, req_id, fake)
         if fake:
             return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
-        handle = self._reserving(self._reservations.try_reserve, want)
-        if handle is None and timeout != 0.0:
-            return self._reserving(self._reservations.wait, want, deadline_of(timeout))
-        return handle
+        try:
+            handle = self._reservations.try_reserve(want)
+            if handle is None and timeout != 0.0:
+                return self._reservations.wait(want, deadline_of(timeout))
+            return handle
+        except BaseException:
+            self._take_back(want.made)
+            raise
 
     async def alloc_async(
         self, num_tokens: int, req_id: str | None = None, timeout: float | None = None
@@ -274,18 +279,15 @@ class BlockPool:
         request = utf8_prefix(req_id, REQUEST_ID_BYTES) if req_id else b""
         return Want(num_blocks, num_tokens, request, [])
 
-    def _reserving(self, reserve: Callable[..., R], want: Want, *args: object) -> R:
-        try:
-            return reserve(want, *args)
-        except BaseException:
-            self._take_back(want.made)
-            raise
-
-    def _take_back(self, made: list[BlockHandle]) -> None:
+    def _take_back(self, made: list[ReservationKey]) -> None:
         """Free what an interrupted `alloc` may have reserved."""
-        for handle in made:
-            with contextlib.suppress(StaleHandleError, PoolClosedError):
-                self.free(handle)
+        for key in made:
+            with contextlib.suppress(PoolClosedError):
+                self._run(self._free_key, key)
+
+    def _free_key(self, key: ReservationKey) -> None:
+        if self._ledger.blocks.take_back(key):
+            self._ledger.ring()
 
     def grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
         """Extend a reservation in place to `num_tokens` tokens; None: the blocks behind are taken.
@@ -441,7 +443,7 @@ class BlockPool:
         except BaseException:
             for key in made:
                 with contextlib.suppress(PoolClosedError):
-                    self._release(key)
+                    self._release(key, unread=True)
             raise
 
     def _take_lease(self, handle: BlockHandle, kind: int, made: list[LeaseKey]) -> LeaseKey:
@@ -454,15 +456,15 @@ class BlockPool:
         now = time.monotonic_ns()
         return blocks.open(handle.start_block, record, kind, self._me.word, now, made)
 
-    def _release(self, key: LeaseKey) -> None:
+    def _release(self, key: LeaseKey, unread: bool = False) -> None:
         me = self._ledger.participants.me
         if me is None or key.holder != me.word:
             # Closed: given back already. Forked: it is the parent's.
             return
-        self._run(self._release_key, key)
+        self._run(self._release_key, key, unread)
 
-    def _release_key(self, key: LeaseKey) -> None:
-        if self._ledger.blocks.release_key(key):
+    def _release_key(self, key: LeaseKey, unread: bool) -> None:
+        if self._ledger.blocks.release_key(key, unread=unread):
             self._ledger.ring()
 
     # ---- looking after it --------------------------------------------------------------------
@@ -522,7 +524,7 @@ class BlockPool:
             self._rejoin()
         if self._dropped:
             self._release_dropped()
-        return ledger.mutex.run(body, *args)
+        return ledger.run(body, *args)
 
     def _rejoin(self) -> None:
         """In a forked child: become a participant of its own."""
@@ -536,9 +538,13 @@ class BlockPool:
             self._ledger.take_place(self._role, is_creator=False)
 
     def _release_dropped(self) -> None:
-        dropped, self._dropped = self._dropped, []
-        for key in dropped:
-            self._release(key)
+        while self._dropped:
+            key = self._dropped[0]
+            if key.holder == self._me.word:
+                self._ledger.run(self._release_key, key, False)
+            # Only now: an interrupt before this releases it again, to no effect.
+            with contextlib.suppress(ValueError):
+                self._dropped.remove(key)
 
     def _real(self, handle: BlockHandle) -> BlockHandle:
         """The handle, if it can be one of this pool."""
@@ -629,6 +635,12 @@ def _reattach(name: str, pool_id: int, role: str, prefault: str) -> BlockPool:
             f"pool {name}: the pool that was sent is gone, another has taken its name"
         )
     return pool
+
+
+def _undo(made: list[Ledger]) -> None:
+    """Leave what an interrupted `create` or `attach` has made, or one that failed."""
+    for ledger in made:
+        ledger.leave()
 
 
 def _known_prefault(prefault: str) -> None:

@@ -161,7 +161,7 @@ def _summary(name: str) -> PoolSummary | None:
                 return None
             size = os.fstat(fd).st_size
             state = "alive" if anyone_lives(locks) else "dead"
-    except PoolPermissionError:
+    except (PoolPermissionError, IncompatiblePoolError):
         return None
     try:
         with open_inspector(name, lock_timeout=LOCK_TIMEOUT) as inspector:

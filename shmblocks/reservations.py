@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from shmblocks import inspection
+from shmblocks.blocks import ReservationKey
 from shmblocks.errors import PoolTimeoutError
 from shmblocks.futex import LONGEST_SLEEP, Futex
 from shmblocks.handle import BlockHandle
@@ -37,12 +38,12 @@ _log = logging.getLogger("shmblocks")
 
 
 class Want(NamedTuple):
-    """What is to be reserved; `made` gets the handle before anything is committed."""
+    """What is to be reserved; `made` gets its key before anything is committed."""
 
     num_blocks: int
     num_tokens: int
     req_id: bytes
-    made: list[BlockHandle]
+    made: list[ReservationKey]
 
 
 class Reservations:

@@ -227,7 +227,7 @@ def open_existing(name: str) -> int:
     """A descriptor of the segment `name`."""
     name = normal_name(name)
     try:
-        return posix_ipc.SharedMemory(name).fd
+        fd = posix_ipc.SharedMemory(name).fd
     except posix_ipc.ExistentialError:
         raise PoolNotFoundError(
             f"pool {name}: there is no such pool on this node; start its creator first, or give "
@@ -238,6 +238,21 @@ def open_existing(name: str) -> int:
             f"pool {name}: it belongs to another user; run as that user, or create it with "
             "PoolConfig(group=...)"
         ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise _no_shared_memory(name) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _no_shared_memory(name)
+    return fd
+
+
+def _no_shared_memory(name: str) -> IncompatiblePoolError:
+    return IncompatiblePoolError(
+        f"pool {name}: {path_of(name)} is a directory, link, pipe or socket, not a pool; remove "
+        "it, or choose another name"
+    )
 
 
 class Identity:

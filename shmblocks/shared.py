@@ -12,10 +12,12 @@ Contract
 from __future__ import annotations
 
 import os
+import struct
 import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
+from shmblocks.errors import IncompatiblePoolError
 from shmblocks.filelock import FileLocks
 from shmblocks.mutex import Mutex
 from shmblocks.segment import Segment
@@ -47,7 +49,14 @@ class SharedSegment:
 
     def run(self, body: Callable[..., T], *args: object) -> T:
         """`body(*args)` under the lock; see `mutex.Mutex.run`."""
-        return self.mutex.run(body, *args)
+        try:
+            return self.mutex.run(body, *args)
+        except struct.error as error:
+            raise IncompatiblePoolError(
+                f"pool {self.name}: a number in the segment is too large to go on with ({error}): "
+                "something else wrote into it; remove it (`shmblocks rm --force`) and create it
+                anew"
+            ) from error
 
     def entered(self) -> None:
         """Runs first in every section: says who is inside, completes what a dead one left."""

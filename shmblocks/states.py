@@ -25,6 +25,8 @@ class State(str, enum.Enum):
     DRAINING = "draining"
 
     __str__ = str.__str__
+    # Enum's own is a Python function, and the table is looked up in each operation.
+    __hash__ = str.__hash__
 
 
 class Event(str, enum.Enum):
@@ -38,6 +40,8 @@ class Event(str, enum.Enum):
     FREE = "free"
 
     __str__ = str.__str__
+    # Enum's own is a Python function, and the table is looked up in each operation.
+    __hash__ = str.__hash__
 
 
 # The number of a state in a record. FREE is 0, so that zeroed memory is a pool of free blocks.
