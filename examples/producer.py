@@ -1,0 +1,115 @@
+"""The embedding side of a pool, in one terminal. It creates the pool and fills it.
+
+    python examples/producer.py --name demo      in one terminal
+    python examples/consumer.py --name demo      in another; either may start first
+
+It makes random "image features" of different lengths, projects them straight into shared memory
+and passes a handle of some 30 bytes for each. There is no model here: examples/launch.py has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+import time
+
+import torch
+
+from _rendezvous import END, has_hung_up, wait_for_consumer
+from shmblocks import BlockHandle, BlockPool, PoolConfig, ShmBlocksError, multimodal_fields
+
+HIDDEN = 3584  # of Qwen2.5-VL-7B
+FEATURES = 16
+LENGTHS = (256, 976, 64, 2000, 1024)  # tokens, one request after the other
+
+
+def main() -> int:
+    args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it like Ctrl-C
+    config = PoolConfig(total_tokens=8192, fields=multimodal_fields(HIDDEN))
+    try:
+        with BlockPool.create(args.name, config, role="producer") as pool:
+            print(f"pool {args.name!r}: {config.total_blocks} blocks; waiting for a consumer ...")
+            with wait_for_consumer(args.name, args.timeout) as consumer:
+                serve(pool, consumer, args.requests, args.timeout)
+    except KeyboardInterrupt:
+        print("producer: stopped")
+        return 130
+    except (BrokenPipeError, ConnectionResetError):
+        print("producer: the consumer went away before it was done", file=sys.stderr)
+        return 1
+    except (ShmBlocksError, OSError) as error:  # a TimeoutError is an OSError
+        print(f"producer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def serve(pool: BlockPool, consumer: socket.socket, requests: int, timeout: float) -> None:
+    projection = torch.randn(FEATURES, HIDDEN).bfloat16()
+    for request in range(requests):
+        num_tokens = LENGTHS[request % len(LENGTHS)]
+        reserved = reserve(pool, num_tokens, consumer, timeout)
+        started = time.perf_counter()
+        handle = embed(pool, reserved, request, projection)
+        milliseconds = (time.perf_counter() - started) * 1e3
+        consumer.send(handle.encode())
+        print(row(request, handle, milliseconds), flush=True)
+    consumer.send(END)
+    consumer.recv(1)  # returns when the consumer has read everything and hung up
+    print(f"{requests} sent; {pool.available_blocks()} of {pool.config.total_blocks} blocks free")
+
+
+def reserve(
+    pool: BlockPool, num_tokens: int, consumer: socket.socket, timeout: float
+) -> BlockHandle:
+    """`alloc` says None while the pool is full, that is until the consumer releases something.
+
+    (`alloc(num_tokens, timeout=...)` waits by itself, and fairly among many; but a wait for
+    somebody who may go away is better ended when he has gone.)
+    """
+    deadline = time.monotonic() + timeout
+    while (handle := pool.alloc(num_tokens)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no room for {num_tokens} tokens within {timeout:g} s")
+        if has_hung_up(consumer, within=0.001):
+            raise BrokenPipeError
+    return handle
+
+
+def embed(
+    pool: BlockPool, handle: BlockHandle, request: int, projection: torch.Tensor
+) -> BlockHandle:
+    """One request's embeddings, computed where the consumer will read them."""
+    features = torch.randn(handle.num_tokens, FEATURES).bfloat16()
+    view = pool.view(handle)  # every field as a tensor over the shared memory
+    torch.mm(features, projection, out=view["input_embeddings"])  # no copy: this is the pool
+    view["fill_ids"].fill_(request)
+    view["mrope_positions"].copy_(torch.arange(handle.num_tokens).expand(3, -1))
+    view.aux[2] = checksum(view["input_embeddings"])  # words 0 and 1 have meanings, 2 has none
+    return pool.publish(handle)  # from here on one reader may open it, and we may not write
+
+
+def checksum(embeddings: torch.Tensor) -> int:
+    return int(embeddings.view(torch.int16).sum(dtype=torch.int32))
+
+
+def row(request: int, handle: BlockHandle, milliseconds: float) -> str:
+    last = handle.start_block + handle.num_blocks - 1
+    return (
+        f"request {request:3}  {handle.num_tokens:5} tokens  blocks {handle.start_block:2} to"
+        f" {last:2}  handle {len(handle.encode())} bytes  made in {milliseconds:7.2f} ms"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--name", default="demo", help="the pool's name, the same on both sides")
+    parser.add_argument("--requests", type=int, default=12, help="how many to send")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for the other")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

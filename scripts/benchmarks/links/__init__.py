@@ -1,0 +1,3 @@
+"""The candidates, one per file; ``registry`` lists them."""
+
+from __future__ import annotations

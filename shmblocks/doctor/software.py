@@ -1,0 +1,45 @@
+"""The versions of Python and of the packages that the library stands on. Imports none of them."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+
+from shmblocks.doctor.host import Host
+from shmblocks.doctor.result import CheckResult
+
+NEEDED = ("torch", "posix-ipc", "msgspec")
+USEFUL = {"rich": "colours on the command line: pip install 'shmblocks[cli]'"}
+
+
+def python_version(host: Host) -> Iterator[CheckResult]:
+    """Which Python this is; the check `platform` says whether it will do."""
+    found = f"{platform.python_implementation()} {platform.python_version()} ({sys.executable})"
+    yield CheckResult("python", "ok", found)
+
+
+def packages(host: Host) -> Iterator[CheckResult]:
+    """Installed or not; whether torch really loads is tried by the check `torch`."""
+    for package in NEEDED:
+        version = _version(package)
+        if version is None:
+            advice = f"pip install {package}"
+            yield CheckResult(f"package-{package}", "fail", "not installed", advice)
+        else:
+            yield CheckResult(f"package-{package}", "ok", f"{package} {version}")
+    for package, use in USEFUL.items():
+        version = _version(package)
+        if version is None:
+            yield CheckResult(f"package-{package}", "skip", f"not installed; would give {use}")
+        else:
+            yield CheckResult(f"package-{package}", "ok", f"{package} {version}")
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata  # slow to import, and this module is imported by every command
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

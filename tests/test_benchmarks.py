@@ -1,0 +1,328 @@
+"""The benchmark works and says what it measured. No test here looks at how long anything took."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import results, stats, table, targets
+from benchmarks.payload import CHUNK_TOKENS, Pattern, PayloadMismatchError
+from benchmarks.plot import spread
+from benchmarks.results import Machine, Point, Report, Series
+from tests.support.naming import new_pool_name
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+CANDIDATES = {
+    "memcpy": "floor",
+    "wake-pipe": "floor",
+    "wake-semaphore": "floor",
+    "shmblocks-in-place": "shmblocks",
+    "shmblocks-copy": "shmblocks",
+    "shared-memory": "peer",
+    "torch-queue-fd": "peer",
+    "torch-queue-fs": "peer",
+    "numpy-queue": "peer",
+    "alloc-free": "shmblocks",
+}
+
+
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, as `scripts/bench` starts one: what it leaves behind is found."""
+    paths = [str(SCRIPTS), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "SHMBLOCKS_BENCH_PREFIX": new_pool_name(),
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return python("-m", "benchmarks", *arguments)
+
+
+# --- a run ------------------------------------------------------------------------------------
+
+
+# One test, and not one per promise: they share a run of many processes, and parallel workers that
+# take tests from each other would each make their own.
+@pytest.mark.watchdog(300)
+def test_a_quick_run_of_every_candidate_is_complete_and_can_be_shown_again(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    pytest.importorskip("matplotlib")
+    saved, picture = tmp_path / "run.json", tmp_path / "run.png"
+    options = ("--tokens", "64,300", "--rounds", "1", "--seed", "7", "--json", saved)
+    run = bench("--quick", *options, "--plot", picture)
+    assert run.returncode == 0, run.stderr
+    report = results.load(saved.read_bytes())
+    assert (report.tokens, report.rounds, report.seed) == ([64, 300], 1, 7)
+    assert {series.name: series.kind for series in report.series} == CANDIDATES
+    for series in report.series:
+        check_series(series)
+        assert series.label in run.stdout
+    for target in report.targets:
+        assert target.statement in run.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert bench("--load", saved).stdout == run.stdout
+
+
+def check_series(series: Series) -> None:
+    """Every size is there, and every point says how it came about."""
+    sizes = {"tokens": [64, 300], "none": [0], "blocks": [512, 8_192, 65_536, 1_048_576]}
+    assert [point.size for point in series.points] == sizes[series.size_unit], series.name
+    for point in series.points:
+        assert point.count == len(point.latencies_us) >= 2
+        assert 0 < point.min_us <= point.p50_us <= point.p99_us <= point.max_us
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"format": 1}', encoding="utf-8")
+    run = bench("--load", other)
+    assert run.returncode == 2
+    assert "missing required field" in run.stderr
+
+
+def test_an_unknown_candidate_is_named_with_those_there_are() -> None:
+    run = bench("--only", "memcpy,carrier-pigeon")
+    assert run.returncode == 2
+    assert "got 'carrier-pigeon'" in run.stderr
+    assert "wake-pipe" in run.stderr
+
+
+# --- a run that goes wrong --------------------------------------------------------------------
+
+FAULTY = """
+import os, sys
+from functools import partial
+from benchmarks.conductor import measure
+from benchmarks.link import Candidate, Ends, Kind
+from benchmarks.links import floors, registry, shared_memory
+from benchmarks.links.channel import pipe
+from benchmarks.settings import quick
+
+class Dies(floors.PipeSleeper):
+    def receive(self):
+        os._exit(5)
+
+class Stale(shared_memory.SegmentReceiver):
+    def receive(self):
+        incoming = super().receive()
+        incoming.tensor[-1, 100] += 1
+        return incoming
+
+def connect_dies(context, settings):
+    from contextlib import contextmanager
+    @contextmanager
+    def connected():
+        with floors.connect_pipe(context, settings) as ends:
+            yield Ends(ends.sender, partial(Dies, *ends.receiver.args))
+    return connected()
+
+def connect_stale(context, settings):
+    from contextlib import contextmanager
+    @contextmanager
+    def connected():
+        with shared_memory.connect(pipe, context, settings) as ends:
+            yield Ends(ends.sender, partial(Stale, *ends.receiver.args))
+    return connected()
+
+if __name__ == "__main__":
+    connect = {"dies": connect_dies, "stale": connect_stale}[sys.argv[1]]
+    faulty = Candidate("faulty", "faulty", Kind.PEER, "", connect, sys.argv[1] == "stale")
+    measure([registry.WAKE_SEMAPHORE, faulty], quick(0), lambda done, rounds: None)
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY, encoding="utf-8")
+    return script
+
+
+def test_a_candidate_that_dies_ends_the_run_and_is_named(faulty: Path) -> None:
+    run = python(faulty, "dies")
+    assert run.returncode == 1
+    assert "CrewError: faulty: consumer died (exit code 5)" in run.stderr
+
+
+def test_a_wrong_value_ends_the_run_and_says_where(faulty: Path) -> None:
+    run = python(faulty, "stale")
+    assert run.returncode == 1
+    assert "token 31 arrived with other bytes than were sent" in run.stderr
+    assert "CrewError: faulty: consumer died (exit code 1)" in run.stderr
+
+
+# --- the payload ------------------------------------------------------------------------------
+
+
+def test_no_byte_of_a_message_is_like_that_of_one_before() -> None:
+    pattern = Pattern(hidden=8, seed=1)
+    first, later = torch.empty(2, 3 * CHUNK_TOKENS, 8, dtype=torch.bfloat16)
+    pattern.fill(first, 10)
+    for number in range(11, 11 + 255):
+        pattern.fill(later, number)
+        assert not bool((first.view(torch.uint8) == later.view(torch.uint8)).any()), number
+
+
+def test_a_payload_is_checked_by_another_process_of_the_same_seed() -> None:
+    payload = torch.empty(2 * CHUNK_TOKENS + 5, 8, dtype=torch.bfloat16)
+    Pattern(hidden=8, seed=1).fill(payload, 3)
+    Pattern(hidden=8, seed=1).check(payload, 3, len(payload))
+    with pytest.raises(PayloadMismatchError, match="message 3: token 0 arrived"):
+        Pattern(hidden=8, seed=2).check(payload, 3, len(payload))
+
+
+def test_the_first_wrong_token_is_named() -> None:
+    pattern = Pattern(hidden=8, seed=1)
+    payload = torch.empty(3 * CHUNK_TOKENS, 8, dtype=torch.bfloat16)
+    pattern.fill(payload, 3)
+    payload.view(torch.int16)[CHUNK_TOKENS + 4, 7] += 1
+    with pytest.raises(PayloadMismatchError, match=f"token {CHUNK_TOKENS + 4} "):
+        pattern.check(payload, 3, len(payload))
+
+
+def test_a_chunk_in_the_wrong_place_is_noticed() -> None:
+    pattern = Pattern(hidden=8, seed=1)
+    payload = torch.empty(2 * CHUNK_TOKENS, 8, dtype=torch.bfloat16)
+    pattern.fill(payload, 3)
+    swapped = torch.cat([payload[CHUNK_TOKENS:], payload[:CHUNK_TOKENS]])
+    with pytest.raises(PayloadMismatchError, match="token 0 "):
+        pattern.check(swapped, 3, len(swapped))
+
+
+def test_a_short_payload_is_noticed() -> None:
+    pattern = Pattern(hidden=8, seed=1)
+    with pytest.raises(PayloadMismatchError, match=r"expected bfloat16 \(6, 8\), got .* \(5, 8\)"):
+        pattern.check(torch.zeros(5, 8, dtype=torch.bfloat16), 0, 6)
+
+
+# --- what is said of the numbers --------------------------------------------------------------
+
+
+def series_of(name: str, unit: str, p50_us: dict[int, float]) -> Series:
+    points = [
+        Point(
+            size=size,
+            count=1,
+            p50_us=value,
+            p99_us=value,
+            min_us=value,
+            max_us=value,
+            cleanup_p50_us=0.0,
+            latencies_us=[value],
+        )
+        for size, value in p50_us.items()
+    ]
+    kind = CANDIDATES[name]
+    return Series(name=name, label=name, kind=kind, about="", size_unit=unit, points=points)
+
+
+def a_run(copy_us: float = 2_500.0, slow_alloc_us: float = 14.0) -> list[Series]:
+    return [
+        series_of("memcpy", "tokens", {2_000: 2_000.0}),
+        series_of("wake-pipe", "none", {0: 90.0}),
+        series_of("wake-semaphore", "none", {0: 80.0}),
+        series_of("shmblocks-in-place", "tokens", {64: 100.0, 16_384: 110.0}),
+        series_of("shmblocks-copy", "tokens", {2_000: copy_us}),
+        series_of("torch-queue-fd", "tokens", {2_000: 15_000.0}),
+        series_of("torch-queue-fs", "tokens", {2_000: 50_000.0}),
+        series_of("alloc-free", "blocks", {512: 10.0, 1_048_576: slow_alloc_us}),
+    ]
+
+
+def judged(series: list[Series]) -> dict[str, tuple[float | None, bool | None]]:
+    """Measured, to two digits behind the point, and whether that is enough."""
+    return {
+        target.name: (target.measured and round(target.measured, 2), target.met)
+        for target in targets.judge(series)
+    }
+
+
+def test_a_fast_run_meets_every_target() -> None:
+    assert judged(a_run()) == {
+        "in-place-flat": (1.1, True),
+        "copy-to-floor": (1.2, True),
+        "copy-to-torch": (6.0, True),
+        "alloc-cost": (14.0, True),
+        "alloc-flat": (1.4, True),
+    }
+
+
+def test_a_slow_run_misses_its_targets() -> None:
+    slow = judged(a_run(copy_us=5_000.0, slow_alloc_us=26.0))
+    assert slow["copy-to-floor"] == (2.4, False)
+    assert slow["copy-to-torch"] == (3.0, False)
+    assert slow["alloc-cost"] == (26.0, False)
+    assert slow["alloc-flat"] == (2.6, False)
+
+
+def test_a_target_whose_parts_were_not_measured_is_neither_met_nor_missed() -> None:
+    without_torch = [series for series in a_run() if not series.name.startswith("torch")]
+    assert judged(without_torch)["copy-to-torch"] == (None, None)
+    assert judged([])["in-place-flat"] == (None, None)
+
+
+def test_the_verdict_cannot_be_overlooked() -> None:
+    words = [table.verdict(target) for target in targets.judge(a_run(copy_us=5_000.0))]
+    assert words == ["met", "NOT met", "NOT met", "met", "met"]
+
+
+def test_a_quantile_is_a_value_that_was_measured() -> None:
+    values = [float(value) for value in range(200, 0, -1)]
+    assert stats.quantile(values, 0.5) == 100.0
+    assert stats.quantile(values, 0.99) == 198.0
+    assert stats.quantile([3.0, 1.0, 2.0], 0.99) == 3.0
+    with pytest.raises(ValueError, match="at least one value"):
+        stats.quantile([], 0.5)
+
+
+def test_durations_keep_three_digits_and_change_their_unit() -> None:
+    shown = [table.duration(value) for value in (6.784, 87.25, 512.3, 1_690.0, 2_500_000.0)]
+    assert shown == ["6.78 us", "87.2 us", "512 us", "1.69 ms", "2.50 s"]
+
+
+def test_a_plain_table_has_columns() -> None:
+    grid = table.Grid("Title", ["", "n"], [["a", "10"], ["long", "7"]])
+    assert table.plain(grid).splitlines() == [
+        "Title",
+        "       n",
+        "--------",
+        "a     10",
+        "long   7",
+    ]
+
+
+def test_labels_that_would_touch_are_pushed_apart_around_their_middle() -> None:
+    assert spread([0.1, 0.5, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.45, 0.55, 0.9])
+    crowded = spread([0.0, 0.01, 0.02, 0.15], 0.1)
+    gaps = [after - before for before, after in itertools.pairwise(crowded)]
+    assert min(gaps) >= 0.1 - 1e-9
+
+
+def test_a_report_of_another_format_is_refused() -> None:
+    machine = Machine(cpu="", cores=1, memory_gib=1.0, kernel="", python="", torch="", shmblocks="")
+    report = Report(
+        format=99,
+        machine=machine,
+        tokens=[],
+        hidden=8,
+        rounds=1,
+        seed=0,
+        rehearsals=0,
+        seconds=0.0,
+        series=[],
+        targets=[],
+    )
+    with pytest.raises(ValueError, match="Expected format 1, got 99"):
+        results.load(results.save(report))
