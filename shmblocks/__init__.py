@@ -8,6 +8,7 @@ from __future__ import annotations
 from shmblocks import _platform as _platform
 from shmblocks.config import Field, PoolConfig, multimodal_fields
 from shmblocks.errors import (
+    CudaUnavailableError,
     ForeignHandleError,
     IncompatiblePoolError,
     InvalidStateError,
@@ -48,6 +49,7 @@ __all__ = [
     "BlockHandle",
     "BlockPool",
     "BlockView",
+    "CudaUnavailableError",
     "Field",
     "ForeignHandleError",
     "HandleQueue",

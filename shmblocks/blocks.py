@@ -10,24 +10,42 @@ Contract
 - Nothing read from the segment is believed: numbers that lead outside of the pool are
   `IncompatiblePoolError`.
 
+Stream order (what GPUs still do after the CPU went on):
+- A published record whose `ready` is not its generation yet is *in flight*: its owner's stream
+  works on the blocks. Given back now, it drains (*settling*) until the word says that this is over,
+  or the owner is gone.
+- A lease that was released on a stream is *pending* until its `acknowledged` is its generation; it
+  counts as open until then. `collect` ends what is over.
+- `ready` and `acknowledged` are compared for equality: a late write of an earlier generation is
+  none of the present one.
+
 What it does not do: decide who is dead, wait, or know of processes other than as numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shmblocks.bitmap import find_zeros
-from shmblocks.errors import IncompatiblePoolError, StaleHandleError, TooManyLeasesError
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PeerDiedError,
+    StaleHandleError,
+    TooManyLeasesError,
+)
 from shmblocks.handle import BlockHandle
 from shmblocks.journal import Journal, Store
 from shmblocks.layout import (
     ALLOCATION_HEAD,
+    FAILED,
     H_CURSOR,
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,
+    H_PENDING,
+    H_SETTLING,
     H_UNCLAIMED,
+    L_PENDING,
     LEASE,
     LEASE_WORDS,
     R_CREATED,
@@ -61,6 +79,7 @@ _NUM_STATES = len(STATES)
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]
 _PUBLISHED = NUMBER[State.PUBLISHED]
+_DRAINING = NUMBER[State.DRAINING]
 
 
 class LeaseKey(NamedTuple):
@@ -109,6 +128,8 @@ class BlockTable:
         self._max_leases = max_leases
         self._journal = journal
         self._next_lease = 0
+        # Whether nothing of a participant (its word) can be running on a GPU any more.
+        self.is_over: Callable[[int], bool] = _never
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -154,6 +175,8 @@ class BlockTable:
             )
         record = self.record(handle.start_block)
         if record.state == _FREE:
+            if record.generation == handle.generation and record.ready & FAILED:
+                raise self.died(handle)
             raise StaleHandleError(f"{handle}: its blocks were freed")
         if record.generation != handle.generation:
             raise StaleHandleError(
@@ -268,10 +291,24 @@ class BlockTable:
         return True
 
     def publish(
-        self, start: int, record: Record, num_tokens: int, readers: int, now_ns: int, until_ns: int
+        self,
+        start: int,
+        record: Record,
+        num_tokens: int,
+        readers: int,
+        now_ns: int,
+        until_ns: int,
+        *,
+        on_stream: bool = False,
     ) -> None:
-        """Make a reservation readable by `readers` leases, unclaimed after `until_ns`."""
+        """Make a reservation readable by `readers` leases, unclaimed after `until_ns`.
+
+        `on_stream`: a stream will say when it is ready.
+        """
         state = transition(STATES[record.state], Event.PUBLISH, 0, readers)
+        if not on_stream:
+            # Before the commit, and no part of it: nobody looks at it before the state says so.
+            self._words[self._layout.ready_word(start)] = record.generation
         earliest = self.unclaimed_ns
         self._journal.commit(
             [
@@ -293,9 +330,94 @@ class BlockTable:
 
     def free(self, start: int, record: Record) -> State:
         """Give an allocation back: at once, or (draining) when its last lease is released."""
+        return self._free(start, record, self._in_flight(record))
+
+    def free_failed(self, start: int, record: Record) -> State:
+        """As `free`, of what its dead owner has not finished and will not."""
+        self.fail(start, record)
+        return self._free(start, record, in_flight=False)
+
+    def free_behind(self, start: int, record: Record, now_ns: int) -> State:
+        """As `free`, of a reservation that its owner's stream works on and will mark as ready."""
+        return self._free(start, record._replace(published_ns=now_ns), in_flight=True)
+
+    def _free(self, start: int, record: Record, in_flight: bool) -> State:
         state = transition(STATES[record.state], Event.FREE, record.leases, 0)
-        self._journal.commit(self._moved(start, record, state, record.leases, 0))
+        if state is State.FREE and in_flight:
+            state = State.DRAINING
+        was_settling = record.state == _DRAINING and not record.leases
+        settling = state is State.DRAINING and not record.leases
+        stores = self._moved(start, record, state, record.leases, 0)
+        if settling != was_settling:
+            stores.append(self._changed(H_SETTLING, settling - was_settling))
+        self._journal.commit(stores)
         return state
+
+    # ---- stream order ------------------------------------------------------------------------
+
+    def _in_flight(self, record: Record) -> bool:
+        """Whether the owner's stream works on the blocks of a published record, or may."""
+        return (
+            record.ready != record.generation
+            and record.published_ns != 0
+            and not self.is_over(record.owner)
+        )
+
+    def fail(self, start: int, record: Record) -> None:
+        """The owner died before it was ready: let streams go on, and readers know.
+
+        One store, which also satisfies what waits for the generation.
+        """
+        self._words[self._layout.ready_word(start)] = FAILED | record.generation
+
+    @staticmethod
+    def died(handle: BlockHandle) -> PeerDiedError:
+        """What the reader of a failed allocation is told."""
+        return PeerDiedError(
+            f"{handle}: the process that published it died before its GPU had finished it; what is "
+            "in the blocks is not whole: release it, and ask for the request anew"
+        )
+
+    def mark_pending(self, key: LeaseKey) -> bool:
+        """A lease ends when its `acknowledged` is its generation; False when it has ended."""
+        lease = self.lease(key.slot)
+        if key != (key.slot, lease.generation, lease.holder, lease.opened_ns):
+            return False
+        if not lease.pending:
+            word = self._layout.lease_word(key.slot) + L_PENDING
+            self._journal.commit([_word(word, 1), self._changed(H_PENDING, +1)])
+        return True
+
+    def collect(self) -> int:
+        """End what streams have finished since; how many things came to an end."""
+        words = self._words
+        ended = 0
+        if words[H_PENDING]:
+            for slot, lease in list(self.leases()):
+                if lease.pending and lease.acknowledged == lease.generation:
+                    self.release(slot, lease)
+                    ended += 1
+        if words[H_SETTLING]:
+            for start, record in list(self.live()):
+                if record.state == _DRAINING and not record.leases and not self._in_flight(record):
+                    self.settle(start, record)
+                    ended += 1
+        return ended
+
+    def settle(self, start: int, record: Record) -> None:
+        """Free a draining allocation without leases: its owner's stream is through."""
+        state = transition(State.DRAINING, Event.RELEASE, 0, 0)
+        stores = self._moved(start, record, state, 0, 0)
+        stores.append(self._changed(H_SETTLING, -1))
+        self._journal.commit(stores)
+
+    @property
+    def waits_for_streams(self) -> bool:
+        """Whether `collect` may find something, now or later."""
+        return bool(self._words[H_PENDING] or self._words[H_SETTLING])
+
+    def _changed(self, index: int, by: int) -> Store:
+        return _word(index, max(0, self._words[index] + by))
 
     def take_back(self, key: ReservationKey) -> bool:
         """Free the reservation of that key; False when it was never made, or is one no more."""
@@ -352,8 +474,15 @@ class BlockTable:
         leases = record.leases - 1
         readers_left = record.readers_left + (unread and lease.kind == READS)
         state = transition(STATES[record.state], Event.RELEASE, leases, readers_left)
+        in_flight = state is State.FREE and self._in_flight(record)
+        if in_flight:
+            state = State.DRAINING
         stores = self._moved(lease.start_block, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, bytes(WORD)))
+        if in_flight:
+            stores.append(self._changed(H_SETTLING, +1))
+        if lease.pending:
+            stores.append(self._changed(H_PENDING, -1))
         self._journal.commit(stores)
         self._next_lease = slot
         return state
@@ -389,6 +518,7 @@ class BlockTable:
                     (R_STATE, NUMBER[state]),
                     (R_LEASES, leases),
                     (R_READERS_LEFT, readers_left),
+                    (R_PUBLISHED, record.published_ns),
                 )
             ]
         words = self._words
@@ -459,6 +589,10 @@ class BlockTable:
                 return cursor + found
         end = min(total, cursor + count - 1)
         return find_zeros(self._bits(0, end), end, count)
+
+
+def _never(who: int) -> bool:
+    return False
 
 
 def _word(index: int, value: int) -> Store:

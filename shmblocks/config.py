@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -47,6 +48,8 @@ MAX_LEASES = 1 << 16
 MAX_TOKEN_BYTES = 1 << 26
 # 31 years; nanoseconds since boot plus this many still fit a word.
 MAX_SECONDS = 1e9
+
+_DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -170,6 +173,8 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_leases          leases that can be open at once, over all allocations
     unclaimed_timeout   seconds after which published blocks that nobody opened are reclaimed
     lock_timeout        seconds to wait for the pool's lock before `PoolTimeoutError`
+    device              where the fields lie: `cpu` (shared memory) or `cuda:N`, as the creator
+                        counts its devices
     group               name of the Unix group that may use the pool too (mode 0660); None: 0600
     """
 
@@ -182,6 +187,7 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     unclaimed_timeout: float = 300.0
     lock_timeout: float = 30.0
     group: str | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         _in_range("block_size", self.block_size, MAX_BLOCK_SIZE)
@@ -196,6 +202,8 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _in_range("max_leases", self.max_leases, MAX_LEASES)
         _positive_seconds("unclaimed_timeout", self.unclaimed_timeout)
         _positive_seconds("lock_timeout", self.lock_timeout)
+        if not _DEVICE.fullmatch(self.device):
+            raise ValueError(f"device: expected 'cpu' or 'cuda:N', got {self.device!r}")
         names = [field.name for field in self.fields]
         if len(names) > 64 or len(set(names)) != len(names) or "aux" in names:
             raise ValueError(
@@ -205,6 +213,11 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def total_blocks(self) -> int:
         return self.total_tokens // self.block_size
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the fields lie in CUDA memory."""
+        return self.device != "cpu"
 
     @property
     def token_bytes(self) -> int:

@@ -17,6 +17,8 @@
      +- TooManyParticipantsError   all places of the pool are taken by living processes
      +- TooManyLeasesError         all lease slots of the pool are in use
      +- TransferError              a transfer ended as Failed; the text is the reason
+     +- CudaUnavailableError       this process cannot use the GPU that it asked for; the text says
+     |                             what is missing
      +- UnsupportedPlatformError   not Linux on x86-64 or aarch64 (also an ImportError)
 
 "No room now" is no error: it is `None` (or, for a wait, a `PoolTimeoutError`). Arguments of a wrong
@@ -88,6 +90,10 @@ class TooManyLeasesError(ShmBlocksError):
 
 class TransferError(ShmBlocksError):
     """A transfer between two endpoints ended as Failed."""
+
+
+class CudaUnavailableError(ShmBlocksError):
+    """This process cannot use the GPU, or a call of its driver failed."""
 
 
 class UnsupportedPlatformError(ShmBlocksError, ImportError):

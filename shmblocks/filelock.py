@@ -29,6 +29,8 @@ _FLOCK = struct.Struct("@hhqqi")
 MUTEX_BYTE = 0
 PLACE_BYTE = 64
 PLACE_BYTES = 65536 - PLACE_BYTE
+# Held by those who use a GPU, on the description that they have mapped; see participants.py.
+GPU_BYTE = 65536
 
 
 def _request(kind: int, start: int, length: int) -> bytes:
@@ -94,6 +96,16 @@ def try_set(fd: int, request: bytes) -> bool:
             return False
         raise
     return True
+
+
+def lock_byte(fd: int, byte: int) -> bool:
+    """Lock a byte through this descriptor's description; False when another one holds it."""
+    return try_set(fd, _request(fcntl.F_WRLCK, byte, 1))
+
+
+def unlock_byte(fd: int, byte: int) -> None:
+    """Give a byte back; nothing happens when it is not held."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))
 
 
 LOCK_MUTEX = _request(fcntl.F_WRLCK, MUTEX_BYTE, 1)

@@ -59,7 +59,8 @@ class Futex:
     def wait(self, expected: int, timeout: float) -> None:
         """Sleep while the word (32 bits of it) is `expected`, at most `timeout` seconds."""
         timeout = min(max(timeout, 0.0), LONGEST_SLEEP)
-        limit = _Timespec(0, int(timeout * 1e9))
+        seconds = int(timeout)
+        limit = _Timespec(seconds, int((timeout - seconds) * 1e9))
         _syscall(
             _number,
             self._address,

@@ -12,8 +12,16 @@ import msgspec
 
 from shmblocks.bitmap import longest_zeros
 from shmblocks.blocks import READS
+from shmblocks.device import CREATOR_LEFT, read_export
 from shmblocks.errors import IncompatiblePoolError
-from shmblocks.layout import H_CURSOR, H_NEXT_GENERATION, LeaseRecord, Record
+from shmblocks.layout import (
+    H_CURSOR,
+    H_NEXT_GENERATION,
+    H_PENDING,
+    H_SETTLING,
+    LeaseRecord,
+    Record,
+)
 from shmblocks.ledger import Ledger
 from shmblocks.participants import ParticipantId, ParticipantInfo
 from shmblocks.states import STATES, State
@@ -26,13 +34,17 @@ MOST_LINES = 20
 
 
 class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One open lease; `holder` is None when nothing is recorded of its process any more."""
+    """One open lease; `holder` is None when nothing is recorded of its process any more.
+
+    `is_pending`: it was released on a stream that has not got there yet.
+    """
 
     place: int
     incarnation: int
     holder: ParticipantInfo | None
     kind: str
     age: float
+    is_pending: bool = False
 
 
 class AllocationInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +65,14 @@ class AllocationInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Numbers of one moment. free + reserved + published + leased + draining = total blocks."""
+    """Numbers of one moment. free + reserved + published + leased + draining = total blocks.
+
+    Of the GPU: `device_state` is empty for a pool in host memory, else `exported`, `creator dead`
+    or `creator left` (those who have the memory open go on, nobody else can open it);
+    `device_openers`: living processes that have it open; `pinned_bytes`: registered with CUDA, over
+    all living processes; `pending_leases`, `settling_allocations`: what streams are still to give
+    back.
+    """
 
     name: str
     pool_id: int
@@ -72,6 +91,14 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     waiters: int
     next_generation: int
     age: float
+    device: str = "cpu"
+    device_bytes: int = 0
+    device_state: str = ""
+    device_openers: int = 0
+    gpu_users: int = 0
+    pinned_bytes: int = 0
+    pending_leases: int = 0
+    settling_allocations: int = 0
 
 
 class Violation(msgspec.Struct, frozen=True):
@@ -101,6 +128,7 @@ def _lease_info(ledger: Ledger, lease: LeaseRecord, now_ns: int) -> LeaseInfo:
         holder=ledger.participants.info(holder),
         kind="reads" if lease.kind == READS else "writes",
         age=max(0, now_ns - lease.opened_ns) / 1e9,
+        is_pending=bool(lease.pending),
     )
 
 
@@ -152,6 +180,7 @@ def stats(ledger: Ledger) -> PoolStats:
         blocks[STATES[record.state]] += record.num_blocks
     taken = sum(1 for _ in ledger.participants.taken())
     dead = len(ledger.participants.dead())
+    users = [info for info in ledger.participants.infos() if info.uses_gpu and info.is_alive]
     return PoolStats(
         name=ledger.name,
         pool_id=ledger.pool_id,
@@ -170,7 +199,26 @@ def stats(ledger: Ledger) -> PoolStats:
         waiters=ledger.line.length,
         next_generation=ledger.segment.words[H_NEXT_GENERATION],
         age=max(0, time.monotonic_ns() - ledger.created_ns) / 1e9,
+        device=ledger.config.device,
+        device_bytes=ledger.layout.device_bytes,
+        device_state=_device_state(ledger),
+        device_openers=sum(info.has_device_memory for info in users),
+        gpu_users=len(users),
+        pinned_bytes=sum(info.pinned_bytes for info in users),
+        pending_leases=ledger.segment.words[H_PENDING],
+        settling_allocations=ledger.segment.words[H_SETTLING],
     )
+
+
+def _device_state(ledger: Ledger) -> str:
+    export = read_export(ledger.segment.memory)
+    if not ledger.config.is_on_gpu:
+        return ""
+    if export.state == CREATOR_LEFT:
+        return "creator left"
+    if not ledger.participants.is_alive(ParticipantId.of(export.creator)):
+        return "creator dead"
+    return "exported"
 
 
 def check(ledger: Ledger) -> list[Violation]:
@@ -185,6 +233,7 @@ def check(ledger: Ledger) -> list[Violation]:
         *_check_leases(ledger, live),
         *_check_generations(ledger, live),
         *_check_line(ledger),
+        *_check_streams(ledger, live),
     ]
 
 
@@ -238,7 +287,10 @@ def _check_owners(ledger: Ledger, live: list[tuple[int, Record]]) -> list[Violat
             violations.append(
                 Violation(3, f"{_name(start, record)} has neither readers to come nor a deadline")
             )
-        if state in (State.LEASED, State.DRAINING) and record.leases == 0:
+        settling = state is State.DRAINING and record.published_ns and (
+            record.ready != record.generation
+        )
+        if state in (State.LEASED, State.DRAINING) and record.leases == 0 and not settling:
             violations.append(
                 Violation(3, f"{_name(start, record)} has no lease that would end it")
             )
@@ -306,6 +358,28 @@ def _check_line(ledger: Ledger) -> list[Violation]:
             Violation(5, f"{who} waits for {waiter.num_blocks} blocks, {longest} are there")
         )
     return violations
+
+
+def _check_streams(ledger: Ledger, live: list[tuple[int, Record]]) -> list[Violation]:
+    """Invariant 3 for what streams give back: it is counted, or nobody would look."""
+    pending = sum(bool(lease.pending) for _, lease in ledger.blocks.leases())
+    settling = sum(
+        STATES[record.state] is State.DRAINING and record.leases == 0 and record.published_ns != 0
+        for _, record in live
+    )
+    counts: tuple[int, int] = (
+        ledger.segment.words[H_PENDING],
+        ledger.segment.words[H_SETTLING],
+    )
+    if counts == (pending, settling):
+        return []
+    return [
+        Violation(
+            3,
+            f"{pending} leases and {settling} allocations wait for a stream, the counts say "
+            f"{counts[0]} and {counts[1]}",
+        )
+    ]
 
 
 def _name(start: int, record: Record) -> str:

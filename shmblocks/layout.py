@@ -13,6 +13,9 @@
     field 0 [total_tokens, *shape]
     field 1 ...               each region starts on a page
 
+Of a pool in CUDA memory the segment ends behind aux, and the fields lie, drawn as here but from 0,
+in one CUDA allocation of `device_bytes`.
+
 Everything before `aux` is the *ledger*: written under the pool's lock, and only through the
 journal, but for the single words that say so. All words are 64-bit, native (little-endian), 8-byte
 aligned.
@@ -37,13 +40,15 @@ every layout version, so that any version can tell whether a pool is one, and wh
         reclaimed, monotonic ns, 0: none
     24  next ticket of the waiting line     waiter words
     25  waiters: how many are in the line   0   ticket, 0: free
-                                            1   who waits, a participant word
-                                            2   blocks that it waits for
-                                            3   offered: since when it has been its turn,
-                                                monotonic ns, 0: it has tried since
-                                            4   since when it waits, monotonic ns
-                                            5   when it last looked, monotonic ns
-                                            6   request id, 16 bytes, a Pascal string
+    26  pending: leases that were released  1   who waits, a participant word
+        on a stream that has not got there  2   blocks that it waits for
+    27  settling: allocations given back    3   offered: since when it has been its turn,
+        while their owner's stream works        monotonic ns, 0: it has tried since
+    128 device: 0 none, 1 CUDA memory is    4   since when it waits, monotonic ns
+        exported, 2 its creator has left    5   when it last looked, monotonic ns
+    129 creator of the CUDA memory          6   request id, 16 bytes, a Pascal string
+    130 its GPU's UUID, 2 words
+    132 IPC handle, 8 words
 
     lease words                             participant words
     0   generation of its allocation, 0: free   0   incarnation, 0: free
@@ -51,9 +56,11 @@ every layout version, so that any version can tell whether a pool is one, and wh
     2   holder, a participant word          2   pid namespace, inode number
     3   kind (1 reads, 2 writes)            3   process start time, clock ticks since boot
     4   opened, monotonic ns                4   attached, monotonic ns
-    5   acknowledged: generation,           5   flags (1: created the pool)
-        written in stream order             6   doorbell: counts its turns in the waiting
-                                                line (futex word)
+    5   acknowledged: generation,           5   flags (1: created the pool, 2: uses a GPU,
+        written in stream order                 4: has the pool's CUDA memory)
+    6   pending: 1 when released, until     6   doorbell: counts its turns in the waiting
+        it is acknowledged                      line (futex word)
+                                            7   bytes of the segment registered with CUDA
                                             8   role, 32 bytes, a Pascal string
 
 A *participant word* is `incarnation << 16 | place`: the place alone would be wrong once a place is
@@ -91,11 +98,16 @@ H_NEXT_INCARNATION = 19
 H_UNCLAIMED = 20
 H_NEXT_TICKET = 24
 H_WAITERS = 25
+H_PENDING = 26
+H_SETTLING = 27
+H_DEVICE_STATE = 128
 
 IDENTITY = struct.Struct("=5Q")
 # cursor, next generation, free blocks: one store of the journal, since they change together.
 ALLOCATION_HEAD = struct.Struct("=3Q")
 WORD_STRUCT = struct.Struct("=Q")
+# The header's device region: state, creator, UUID, IPC handle.
+DEVICE = struct.Struct("=2Q16s64s")
 
 RECORD = struct.Struct("=12Q64p")
 # The words of a record that change after it was made; `ready`, which a GPU may write at any time,
@@ -108,19 +120,27 @@ R_READERS_LEFT = 5
 R_LEASES = 6
 R_CREATED = 7
 R_PUBLISHED = 8
+R_READY = 9
+# In `ready`: the owner died before it was ready. Bit 62, since a stream compares by the sign of a
+# 64-bit difference: with bit 63 set it would wait on.
+FAILED = 1 << 62
 RECORD_HEAD_WORDS = RECORD_HEAD.size // WORD
 RECORD_WORDS = RECORD.size // WORD
 REQUEST_ID_BYTES = 63
 
 LEASE = struct.Struct("=8Q")
 LEASE_WORDS = LEASE.size // WORD
+L_ACKNOWLEDGED = 5
+L_PENDING = 6
 
 PARTICIPANT = struct.Struct("=8Q32p32x")
 PARTICIPANT_WORDS = PARTICIPANT.size // WORD
 ROLE_BYTES = 31
 
+P_FLAGS = 5
 # Word of a participant's record that its waiters sleep on.
 P_DOORBELL = 6
+P_PINNED = 7
 
 WAITER = struct.Struct("=6Q16p")
 W_OFFERED = 3
@@ -159,8 +179,8 @@ class LeaseRecord(NamedTuple):
     kind: int
     opened_ns: int
     acknowledged: int
-    spare0: int
-    spare1: int
+    pending: int
+    spare: int
 
 
 class WaiterRecord(NamedTuple):
@@ -198,14 +218,29 @@ class Layout:
         self.ledger_bytes = self.aux
         offset = _page_up(self.aux + blocks * AUX_BYTES)
         self.fields: dict[str, int] = {}
+        self.segment_bytes = offset
+        if config.is_on_gpu:
+            offset = 0
         for field in config.fields:
             self.fields[field.name] = offset
             offset = _page_up(offset + config.total_tokens * field.token_bytes)
-        self.segment_bytes = offset
+        if config.is_on_gpu:
+            self.device_bytes = max(offset, PAGE)
+        else:
+            self.device_bytes = 0
+            self.segment_bytes = offset
 
     def record_word(self, block: int) -> int:
         """Index of the first word of a block's record."""
         return self.records // WORD + block * RECORD_WORDS
+
+    def ready_word(self, block: int) -> int:
+        """Index of the word that a producer's stream writes."""
+        return self.record_word(block) + R_READY
+
+    def acknowledged_word(self, slot: int) -> int:
+        """Index of the word that a reader's stream writes."""
+        return self.lease_word(slot) + L_ACKNOWLEDGED
 
     def lease_word(self, slot: int) -> int:
         """Index of the first word of a lease slot."""

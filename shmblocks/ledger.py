@@ -26,15 +26,17 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
 from shmblocks.blocks import BlockTable
 from shmblocks.config import PoolConfig
+from shmblocks.device import note_creator_left
 from shmblocks.errors import (
     IncompatiblePoolError,
     PoolNotFoundError,
-    PoolTimeoutError,
     TooManyParticipantsError,
 )
 from shmblocks.futex import Futex
@@ -46,6 +48,7 @@ from shmblocks.layout import (
     H_LOCK_HOLDER,
     H_NEXT_GENERATION,
     H_NEXT_INCARNATION,
+    H_NEXT_TICKET,
     H_REMOVED,
     HEADER_BYTES,
     IDENTITY,
@@ -60,6 +63,18 @@ from shmblocks.participants import ParticipantId, Participants
 from shmblocks.reclaim import ReapReport, reap, reclaim
 from shmblocks.segment import Identity, create_unnamed, normal_name, open_existing
 from shmblocks.shared import SharedSegment
+
+
+class Outside(Protocol):
+    """Something outside of the CPU that works on the segment: a GPU."""
+
+    def finish(self) -> None:
+        """Before leaving: end its work. Idempotent."""
+        ...
+
+    def has_left(self, was_last: bool) -> None:
+        """After leaving: let go; `was_last`: nobody else is there."""
+        ...
 
 
 class Ledger(SharedSegment):
@@ -91,26 +106,37 @@ class Ledger(SharedSegment):
         self.blocks = BlockTable(
             memory, words, layout, config.block_size, config.max_leases, pool_id, self.journal
         )
+        self.blocks.is_over = lambda who: self.participants.is_gone(ParticipantId.of(who))
+        self.outside: Outside | None = None
+        self._was_last = False
 
     # ---- making and finding --------------------------------------------------------------------
 
     @classmethod
-    def create(cls, name: str, config: PoolConfig, role: str, made: list[Ledger]) -> None:
+    def create(
+        cls,
+        name: str,
+        config: PoolConfig,
+        role: str,
+        made: list[Ledger],
+        prepare: Callable[[Ledger], object] | None = None,
+    ) -> None:
         """A new pool of that name with this process as its first participant.
 
         `made` gets it before anybody can see it: a caller that is interrupted leaves what is there.
+        `prepare` fills what others will find.
         """
         name = normal_name(name)
-        fd = create_unnamed(Layout(config).segment_bytes, name, config.group)
-        try:
+        with create_unnamed(Layout(config).segment_bytes, name, config.group) as file:
+            fd = file.fileno()
             pool_id = secrets.randbits(64) or 1
             _write_header(fd, config, pool_id)
             ledger = cls(fd, name, config, pool_id)
             made.append(ledger)
             ledger.run(ledger.join, role, True)
+            if prepare is not None:
+                prepare(ledger)
             take_name(fd, name, config.lock_timeout)
-        finally:
-            os.close(fd)
 
     @classmethod
     def open(cls, name: str, lock_timeout: float | None = None) -> Ledger:
@@ -119,8 +145,8 @@ class Ledger(SharedSegment):
         `lock_timeout` in seconds instead of the config's.
         """
         name = normal_name(name)
-        fd = open_existing(name)
-        try:
+        with open_existing(name) as file:
+            fd = file.fileno()
             identity = Identity(fd, name)
             config = _read_config(fd, name)
             if Layout(config).segment_bytes != identity.size_bytes:
@@ -129,8 +155,6 @@ class Ledger(SharedSegment):
                     f"segment has {identity.size_bytes}: the header is damaged"
                 )
             return cls(fd, name, config, identity.pool_id, lock_timeout)
-        finally:
-            os.close(fd)
 
     @classmethod
     def attach(cls, name: str, role: str, made: list[Ledger]) -> None:
@@ -185,38 +209,30 @@ class Ledger(SharedSegment):
     # ---- leaving -------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """Give everything back, as the last one remove the pool, and close. Idempotent.
-
-        The mapping goes at once, or with its last view.
-        """
-        self.segment.stop_prefault()
-        try:
-            if not self.is_closed:
-                self.run(self._leave)
-        except PoolTimeoutError:
-            raise
-        except IncompatiblePoolError:
-            self.close()  # what is damaged cannot be given back; leave as the dead do
-            raise
-        except BaseException:
-            # Interrupted: once more, to the end. What was done already is not done twice.
-            if not self.is_closed:
-                self.run(self._leave)
-            raise
+        outside = self.outside
+        if outside is None:
+            super().leave()
+            return
+        outside.finish()
+        super().leave()
+        outside.has_left(self._was_last)
 
     def _leave(self) -> None:
+        """Give everything back, as the last one remove the pool, and let go."""
         if self.participants.me is not None:
             self._give_back(self.participants.me)
         # Inside the section: no other thread is in it, or about to lock the descriptor. Our place
         # falls with it, and not before: until then it is ours, whatever interrupts.
         self.drop()
-        self.participants.me = None
+        self.participants.forget()
 
     def _give_back(self, me: ParticipantId) -> None:
         reclaim(self.blocks, self.line, lambda who: who == me, self.config.unclaimed_timeout)
+        note_creator_left(self.segment.memory, me.word)
         self.participants.clear(me.place)
         self.ring()
-        if not self.participants.others_live():
+        self._was_last = not self.participants.others_stay()
+        if self._was_last:
             self.segment.words[H_REMOVED] = 1
             self.segment.unlink()
 
@@ -225,6 +241,13 @@ class Ledger(SharedSegment):
         report = reap(self.blocks, self.line, self.participants, self.config.unclaimed_timeout)
         self.ring()
         return report
+
+    def collect(self) -> int:
+        """Under the lock: end what streams have finished since; how many things ended."""
+        ended = self.blocks.collect() if self.blocks.waits_for_streams else 0
+        if ended:
+            self.ring()
+        return ended
 
     # ---- the waiting line ----------------------------------------------------------------------
 
@@ -244,7 +267,8 @@ class Ledger(SharedSegment):
                 self.doorbell(place).wake()
 
     def forget_parent(self) -> None:
-        self.participants.me = None
+        self.participants.forget()
+        self.outside = None
 
 
 def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
@@ -259,6 +283,7 @@ def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
         H_NEXT_GENERATION: 1,
         H_FREE_BLOCKS: config.total_blocks,
         H_NEXT_INCARNATION: 1,
+        H_NEXT_TICKET: 1,  # ticket 0 is a free place in the line
     }
     for index, value in first_words.items():
         os.pwrite(fd, value.to_bytes(WORD, "little"), index * WORD)

@@ -12,7 +12,7 @@ a living segment at step 2.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
 
 from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
@@ -36,26 +36,22 @@ def take_name(fd: int, name: str, timeout: float) -> None:
 
 def _remove_dead(name: str, timeout: float) -> None:
     try:
-        fd = open_existing(name)
+        file = open_existing(name)
     except PoolNotFoundError:
         return
     except IncompatiblePoolError as error:
         raise PoolExistsError(str(error)) from error
-    locks = FileLocks(fd)
-    try:
-        if not is_ours(fd):
+    with file, contextlib.closing(FileLocks(file.fileno())) as locks:
+        if not is_ours(file.fileno()):
             raise PoolExistsError(
                 f"pool {name}: a segment that is not a pool holds the name; remove it "
                 f"(`rm /dev/shm{name}`) or choose another name"
             )
-        if not unlink_dead(fd, locks, name, timeout):
+        if not unlink_dead(file.fileno(), locks, name, timeout):
             raise PoolExistsError(
                 f"pool {name}: a living pool holds the name (`shmblocks stat {name[1:]}` shows "
                 "who); attach to it, or choose another name"
             )
-    finally:
-        locks.close()
-        os.close(fd)
 
 
 def unlink_dead(fd: int, locks: FileLocks, name: str, timeout: float) -> bool:

@@ -12,12 +12,20 @@ Contract
 - After `fork` the child may go on using the pool: it becomes a participant of its own at its first
   call. It holds nothing of what its parent holds.
 
+GPU users (`shmblocks.cuda`)
+- In a pool created with `device="cuda:0"` the fields lie in CUDA memory; `pin` lets a GPU read and
+  write a pool in host memory at full speed. Everything else is the same for both.
+- `publish`, `open`, `release`, `free` take a `stream` (in a CUDA pool: torch's current one) and
+  order what follows on it, without waiting for anything.
+- A process without a GPU can do everything with a CUDA pool but look at its fields.
+
 What it does not do: carry handles (any queue does), or keep a tensor's content after its lease.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import sys
 import time
@@ -26,20 +34,26 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from shmblocks import inspection
 from shmblocks.blocks import READS, WRITES, LeaseKey, ReservationKey
 from shmblocks.config import MAX_BLOCKS, PoolConfig
 from shmblocks.errors import (
+    CudaUnavailableError,
     ForeignHandleError,
     InvalidStateError,
+    PeerDiedError,
     PoolClosedError,
     PoolNotFoundError,
+    PoolTimeoutError,
     StaleHandleError,
+    TooManyLeasesError,
 )
 from shmblocks.exits import leave_at_exit
 from shmblocks.handle import BlockHandle
 from shmblocks.inspection import AllocationInfo, PoolStats, Violation
-from shmblocks.layout import REQUEST_ID_BYTES
+from shmblocks.layout import FAILED, REQUEST_ID_BYTES
 from shmblocks.ledger import Ledger
 from shmblocks.participants import ParticipantId, ParticipantInfo, utf8_prefix
 from shmblocks.reclaim import ReapReport
@@ -51,11 +65,20 @@ from shmblocks.waiting import deadline_of
 if TYPE_CHECKING:
     import torch
 
+    from shmblocks.cuda.memory import DeviceMemory
+    from shmblocks.cuda.use import GpuUse, Order, Stream
+
 T = TypeVar("T")
 
 PREFAULT = ("background", "now", "off")
 # Seconds between two looks for a pool that is not there yet.
 ATTACH_POLL = 0.01
+# Seconds between two looks of a CPU at a word that a stream is to write. Shorter: more looks of
+# 10 us. Longer: the CPU goes on later than it could.
+STREAM_POLL = 100e-6
+# Seconds after which a dead producer whose end cannot be seen (participants.py) is believed to
+# write nothing more.
+DEAD_PATIENCE = 1.0
 
 
 class BlockPool:
@@ -66,11 +89,13 @@ class BlockPool:
         self._ledger = ledger
         self._role = role
         self._prefault = prefault
-        self._tensors: FieldTensors | None = FieldTensors(
-            ledger.segment.mapping, ledger.config, ledger.layout
-        )
+        self._is_on_gpu = ledger.config.is_on_gpu
+        self._use: GpuUse | None = None
+        self._tensors: FieldTensors | None = self._make_tensors()
         # Leases that were dropped without release where it could not be done at once.
         self._dropped: list[LeaseKey] = []
+        # The streams of those among them that have one.
+        self._dropped_on: dict[LeaseKey, Order] = {}
         ledger.segment.prefault(prefault)
         self._reservations = Reservations(ledger, self._run)
         self._finalizer = leave_at_exit(self, ledger)
@@ -79,13 +104,20 @@ class BlockPool:
 
     @classmethod
     def create(
-        cls, name: str, config: PoolConfig, *, role: str = "", prefault: str = "background"
+        cls,
+        name: str,
+        config: PoolConfig,
+        *,
+        role: str = "",
+        prefault: str = "background",
+        device: str | torch.device | None = None,
     ) -> BlockPool:
         """Make a pool and be its first participant.
 
         name      1 to 200 of A-Z a-z 0-9 . _ - ; what other processes attach by
         role      up to 31 bytes that inspectors and errors show for this process
         prefault  map all pages `"now"`, in the `"background"` (a thread), or `"off"` as touched
+        device    where the fields lie, instead of the config's: `"cpu"` or `"cuda:0"`
 
         All memory is allocated before the name appears. The leftover of a dead pool of the same
         name is replaced. Raises `PoolExistsError`, `SharedMemoryFullError`.
@@ -93,7 +125,10 @@ class BlockPool:
         _known_prefault(prefault)
         made: list[Ledger] = []
         try:
-            Ledger.create(name, config, role, made)
+            if device is not None:
+                config = msgspec.structs.replace(config, device=_device_name(device))
+            prepare = _allocate_on_gpu if config.is_on_gpu else None
+            Ledger.create(name, config, role, made, prepare)
             return cls(made[0], role, prefault)
         except BaseException:
             _undo(made)
@@ -114,7 +149,9 @@ class BlockPool:
             made: list[Ledger] = []
             try:
                 Ledger.attach(name, role, made)
-                return cls(made[0], role, prefault)
+                pool = cls(made[0], role, prefault)
+                pool._open_if_cuda_runs()
+                return pool
             except PoolNotFoundError as error:
                 _undo(made)
                 if time.monotonic() >= deadline:
@@ -129,11 +166,12 @@ class BlockPool:
         """Leave the pool: reservations and leases of this process come back; idempotent.
 
         The last participant to leave removes the segment. Tensors of views stay readable, but their
-        blocks are no longer theirs.
+        blocks are no longer theirs. A GPU user waits for what it has enqueued.
         """
         self._reservations.close()
         self._ledger.leave()
         self._tensors = None
+        self._use = None
         self._finalizer.detach()
 
     def __enter__(self) -> BlockPool:
@@ -182,6 +220,62 @@ class BlockPool:
     def is_closed(self) -> bool:
         """Whether this process has left the pool."""
         return self._ledger.is_closed
+
+    # ---- the GPU -----------------------------------------------------------------------------
+
+    def pin(self) -> None:
+        """Register the segment with CUDA in this process, once: copies between it and a GPU then
+        run at full speed, and streams may be given to `publish` and `open`.
+
+        Each process does it for itself. Raises `CudaUnavailableError`. (A CUDA pool registers what
+        it needs by itself.)
+        """
+        self._gpu().register()
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether this process has registered the segment with CUDA."""
+        return self.pinned_bytes > 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How many bytes of the segment this process has registered with CUDA."""
+        return 0 if self.is_closed or self._use is None else self._use.pinned_bytes
+
+    def _gpu(self) -> GpuUse:
+        """This process's use of the GPU with this pool; the first call begins it."""
+        use = self._use
+        if use is None or self._ledger.outside is not use:
+            from shmblocks.cuda.use import GpuUse
+
+            self._run(_nothing)  # a participant, if it can be
+            self._use = use = GpuUse.start(self._ledger)
+        return use
+
+    def _order(self, stream: Stream | None) -> Order | None:
+        """The stream to keep order on; None: this pool's users do without."""
+        if stream is None and not self._is_on_gpu:
+            return None
+        return self._gpu().order(stream)
+
+    def _make_tensors(self) -> FieldTensors:
+        ledger = self._ledger
+        mapping = ledger.segment.mapping
+        if not self._is_on_gpu:
+            return FieldTensors(mapping, ledger.config, ledger.layout)
+        from shmblocks.cuda.tensors import DeviceTensors
+
+        # By the ledger, not by the pool: tensors do not keep a pool from being dropped.
+        open_memory = functools.partial(_open_device_memory, ledger)
+        return DeviceTensors(mapping, ledger.config, ledger.layout, open_memory)
+
+    def _open_if_cuda_runs(self) -> None:
+        """Open CUDA memory now where CUDA is in use already, so that no request pays for it."""
+        torch = sys.modules.get("torch")
+        if self._is_on_gpu and torch is not None and torch.cuda.is_initialized():
+            # What is wrong is told by the first view.
+            with contextlib.suppress(CudaUnavailableError, PeerDiedError):
+                self._gpu().memory()
 
     # ---- allocation --------------------------------------------------------------------------
 
@@ -316,24 +410,62 @@ class BlockPool:
         handle: BlockHandle,
         req_id: str | None = None,
         fake: bool = False,
+        stream: Stream | None = None,
     ) -> None:
         """Give an allocation back; any process may. With open leases: the last one released does.
+
+        A reservation of this process that a stream works on: it comes back when the stream gets
+        here. In a CUDA pool that is so for every one that was viewed, on torch's current stream.
 
         A fake handle is left alone. Raises `StaleHandleError` for what was freed before, and
         changes nothing then. (`req_id` is accepted for symmetry with `alloc`.)
         """
         if fake or handle.is_fake:
             return
-        self._run(self._free, self._real(handle))
+        order = self._order_of_writes(handle, stream)
+        if order is None:
+            self._run(self._free, self._real(handle))
+            return
+        order.refuse_capture()
+        if self._run(self._free_behind, self._real(handle)):
+            order.write(self._ledger.layout.ready_word(handle.start_block), handle.generation)
+
+    def _order_of_writes(self, handle: BlockHandle, stream: Stream | None) -> Order | None:
+        if stream is not None:
+            return self._gpu().order(stream)
+        use = self._use
+        if use is None or handle.generation not in use.writing:
+            return None
+        use.writing.discard(handle.generation)
+        return use.order(None)
+
+    def _free_behind(self, handle: BlockHandle) -> bool:
+        """True when a stream is to say when; any other allocation is freed as usual."""
+        blocks = self._ledger.blocks
+        record = blocks.find(handle)
+        if STATES[record.state] is State.RESERVED and record.owner == self._me.word:
+            blocks.free_behind(handle.start_block, record, time.monotonic_ns())
+            return True
+        self._free(handle)
+        return False
 
     def _free(self, handle: BlockHandle) -> None:
         record = self._ledger.blocks.find(handle)
+        if STATES[record.state] is State.DRAINING:
+            raise StaleHandleError(
+                f"{handle}: its blocks were freed; they come back when the last of "
+                f"{record.leases} lease(s) is released"
+            )
         self._ledger.blocks.free(handle.start_block, record)
         self._ledger.ring()
 
     def available_blocks(self) -> int:
         """Blocks in no allocation, of this moment."""
-        return self._run(lambda: self._ledger.blocks.free_blocks)
+        return self._run(self._available_blocks)
+
+    def _available_blocks(self) -> int:
+        self._ledger.collect()
+        return self._ledger.blocks.free_blocks
 
     def handle_at(self, start_block: int) -> BlockHandle:
         """The handle of the allocation that starts at a block, for those who kept only the number.
@@ -367,10 +499,26 @@ class BlockPool:
 
     def view(self, handle: BlockHandle) -> BlockView:
         """The fields of a reservation of this process, to write (or, after a landing, to read)."""
-        self._run(self._check_mine, self._real(handle))
+        real = self._real(handle)
+        if self._run(self._check_mine, real):
+            self._wait_for_writers(real)
+        if self._is_on_gpu:
+            self._gpu().memory()
+            self._gpu().writing.add(handle.generation)
         return self._view(handle)
 
-    def _check_mine(self, handle: BlockHandle) -> None:
+    def _wait_for_writers(self, handle: BlockHandle) -> None:
+        deadline = time.monotonic() + self.config.lock_timeout
+        while self._run(self._check_mine, handle):
+            if time.monotonic() > deadline:
+                raise PoolTimeoutError(
+                    f"{handle}: a writer released it on a stream that did not get there within "
+                    f"{self.config.lock_timeout:g} s"
+                )
+            time.sleep(STREAM_POLL)
+
+    def _check_mine(self, handle: BlockHandle) -> bool:
+        """Whether a writer's stream still works on it (raises when it is not ours)."""
         record = self._ledger.blocks.find_exact(handle)
         owner = ParticipantId.of(record.owner)
         if STATES[record.state] is not State.RESERVED or owner != self._me:
@@ -380,26 +528,43 @@ class BlockPool:
                 f"{self._ledger.participants.describe(owner)}: use `open` to read what is "
                 "published, `write` for a reservation of another process"
             )
+        if not record.leases or not self._ledger.blocks.waits_for_streams:
+            return False
+        self._ledger.collect()
+        return any(
+            lease.pending and lease.generation == handle.generation
+            for _, lease in self._ledger.blocks.leases()
+        )
 
     def _view(self, handle: BlockHandle) -> BlockView:
         return BlockView(
             self._open_tensors, handle, handle.start_block * self.config.block_size, self
         )
 
-    def write(self, handle: BlockHandle) -> Lease:
+    def write(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
         """A writer's lease on a reservation, whoever owns it (a landing allocation).
 
-        While it is open the blocks are not used again, even when their owner frees them.
+        While it is open the blocks are not used again, even when their owner frees them. With a
+        stream it is open until the stream has come to its release.
         """
-        return self._open(handle, WRITES)
+        return self._open(handle, WRITES, stream)
 
     def publish(
-        self, handle: BlockHandle, *, readers: int = 1, num_tokens: int | None = None
+        self,
+        handle: BlockHandle,
+        *,
+        readers: int = 1,
+        num_tokens: int | None = None,
+        stream: Stream | None = None,
     ) -> BlockHandle:
         """Make a reservation readable by `readers` leases; the last one released frees the blocks.
 
         `num_tokens` is the length actually written, if it is not the handle's. Give the handle that
         this returns to the readers. Unopened for the config's `unclaimed_timeout`, it is freed.
+
+        `stream`: what was enqueued there before is what writes; readers' streams wait for it. This
+        returns at once, and the handle may travel at once. In a CUDA pool: torch's current stream.
+        In a pool in host memory only when it is given, after `pin`.
         """
         readers = _whole("readers", readers)
         length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
@@ -408,13 +573,38 @@ class BlockPool:
                 f"num_tokens: expected at most {handle.num_blocks * self.config.block_size} for "
                 f"{handle}, got {length}"
             )
-        self._run(self._publish, self._real(handle), length, readers)
+        real = self._real(handle)
+        order = self._order(stream)
+        if order is None:
+            self._run(self._publish, real, length, readers, False)
+        else:
+            self._publish_behind(order, real, length, readers)
         if length == handle.num_tokens:
             return handle
         start, blocks = handle.start_block, handle.num_blocks
         return BlockHandle(start, blocks, length, handle.generation, handle.pool_id)
 
-    def _publish(self, handle: BlockHandle, num_tokens: int, readers: int) -> None:
+    def _publish_behind(
+        self, order: Order, handle: BlockHandle, num_tokens: int, readers: int
+    ) -> None:
+        """Published first, ready second: a word of a handle that is not valid is never written."""
+        order.refuse_capture()
+        order.use.writing.discard(handle.generation)
+        self._run(self._publish, handle, num_tokens, readers, True)
+        try:
+            order.write(self._ledger.layout.ready_word(handle.start_block), handle.generation)
+        except BaseException:
+            self._run(self._fail, handle)
+            raise
+
+    def _fail(self, handle: BlockHandle) -> None:
+        """What we published will never be ready."""
+        blocks = self._ledger.blocks
+        record = blocks.record(handle.start_block)
+        if record.generation == handle.generation:
+            blocks.fail(handle.start_block, record)
+
+    def _publish(self, handle: BlockHandle, num_tokens: int, readers: int, on_stream: bool) -> None:
         blocks = self._ledger.blocks
         record = blocks.find_exact(handle)
         if record.leases and STATES[record.state] is State.RESERVED:
@@ -423,38 +613,119 @@ class BlockPool:
             )
         now = time.monotonic_ns()
         until = now + int(self.config.unclaimed_timeout * 1e9)
-        blocks.publish(handle.start_block, record, num_tokens, readers, now, until)
+        start = handle.start_block
+        blocks.publish(start, record, num_tokens, readers, now, until, on_stream=on_stream)
 
     # ---- reading -----------------------------------------------------------------------------
 
-    def open(self, handle: BlockHandle) -> Lease:
+    def open(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
         """A reader's lease on published blocks; use it in a `with` statement.
 
-        Raises `StaleHandleError` when they were freed (all expected readers were there, or nobody
-        came in time), `InvalidStateError` when they are not published.
-        """
-        return self._open(handle, READS)
+        `stream` (in a CUDA pool: torch's current one) waits until what was published on a stream is
+        there, and the lease lasts until the stream has come to its release: this returns at once.
+        Without a stream this waits until it is there.
 
-    def _open(self, handle: BlockHandle, kind: int) -> Lease:
+        Raises `PeerDiedError` when the publisher died before it was there, `StaleHandleError` when
+        they were freed (all expected readers were there, or nobody came in time),
+        `InvalidStateError` when they are not published.
+        """
+        return self._open(handle, READS, stream)
+
+    def _open(self, handle: BlockHandle, kind: int, stream: Stream | None) -> Lease:
         made: list[LeaseKey] = []
+        real = self._real(handle)
+        order = self._order(stream)
+        if order is not None:
+            order.refuse_capture()
+            if self._is_on_gpu:
+                order.use.memory()
         try:
-            key = self._run(self._take_lease, self._real(handle), kind, made)
-            return Lease(self, self._view(handle), key)
+            key, is_ready = self._run(self._take_lease, real, kind, made)
+            if not is_ready:
+                self._await(real, order)
+            return Lease(self, self._view(handle), key, order, is_ready)
         except BaseException:
             for key in made:
                 with contextlib.suppress(PoolClosedError):
                     self._release(key, unread=True)
             raise
 
-    def _take_lease(self, handle: BlockHandle, kind: int, made: list[LeaseKey]) -> LeaseKey:
+    def _await(self, handle: BlockHandle, order: Order | None) -> None:
+        """The reader of what is published and not ready: its stream waits, or this thread."""
+        if order is None:
+            self._wait_until_ready(handle)
+            return
+        word = self._ledger.layout.ready_word(handle.start_block)
+        order.wait(word, handle.generation)
+        order.use.watcher.watch(handle.start_block, handle.generation)
+
+    def _wait_until_ready(self, handle: BlockHandle) -> None:
+        deadline = time.monotonic() + self.config.unclaimed_timeout
+        dead_since = 0.0
+        while True:
+            is_ready, owner_lives = self._run(self._look_if_ready, handle, dead_since)
+            if is_ready:
+                return
+            now = time.monotonic()
+            if not owner_lives:
+                dead_since = dead_since or now
+            if now > deadline:
+                raise PoolTimeoutError(
+                    f"{handle}: published on a stream that did not get there within "
+                    f"{self.config.unclaimed_timeout:g} s"
+                )
+            time.sleep(STREAM_POLL)
+
+    def _look_if_ready(self, handle: BlockHandle, dead_since: float) -> tuple[bool, bool]:
+        """Whether it is ready, and whether its owner lives; `PeerDiedError` when it never will."""
+        blocks, participants = self._ledger.blocks, self._ledger.participants
+        record = blocks.record(handle.start_block)
+        if record.ready == handle.generation:
+            return True, True
+        if record.ready & FAILED:
+            raise blocks.died(handle)
+        owner = ParticipantId.of(record.owner)
+        if participants.is_alive(owner):
+            return False, True
+        is_over = dead_since and time.monotonic() - dead_since > DEAD_PATIENCE
+        if participants.is_gone(owner) or is_over:
+            blocks.fail(handle.start_block, record)
+        return False, False
+
+    def _take_lease(
+        self, handle: BlockHandle, kind: int, made: list[LeaseKey]
+    ) -> tuple[LeaseKey, bool]:
+        """The lease, and whether the blocks are ready for it."""
         blocks = self._ledger.blocks
         record = blocks.find_exact(handle)
+        if record.ready & FAILED:
+            raise blocks.died(handle)
+        is_ready = kind == WRITES or record.ready == record.generation
         if kind == READS and STATES[record.state] is State.LEASED and record.readers_left == 0:
             raise InvalidStateError(
                 f"{handle}: every reader that `publish(readers=...)` announced is there already"
             )
         now = time.monotonic_ns()
-        return blocks.open(handle.start_block, record, kind, self._me.word, now, made)
+        who = self._me.word
+        try:
+            return blocks.open(handle.start_block, record, kind, who, now, made), is_ready
+        except TooManyLeasesError:
+            if not self._ledger.collect() and not self._ledger.reap().leases:
+                raise
+            record = blocks.find_exact(handle)
+            return blocks.open(handle.start_block, record, kind, who, now, made), is_ready
+
+    def _release_on(self, key: LeaseKey, order: Order) -> None:
+        """The stream says when the lease has ended.
+
+        Enqueued first, marked second: killed or interrupted between the two, it is an open lease,
+        which ends with its holder or is released again. The other way round it could stay pending
+        for ever.
+        """
+        me = self._ledger.participants.me
+        if me is not None and key.holder == me.word:
+            order.write(self._ledger.layout.acknowledged_word(key.slot), key.generation)
+            self._run(self._ledger.blocks.mark_pending, key)
 
     def _release(self, key: LeaseKey, unread: bool = False) -> None:
         me = self._ledger.participants.me
@@ -467,11 +738,22 @@ class BlockPool:
         if self._ledger.blocks.release_key(key, unread=unread):
             self._ledger.ring()
 
+    def _has_arrived(self, handle: BlockHandle) -> bool:
+        """Whether a published allocation that we have open is ready; `PeerDiedError`: never."""
+        word: int = self._ledger.segment.words[self._ledger.layout.ready_word(handle.start_block)]
+        if word & FAILED:
+            raise self._ledger.blocks.died(handle)
+        return word == handle.generation
+
     # ---- looking after it --------------------------------------------------------------------
 
     def stats(self) -> PoolStats:
         """Counts of blocks by state, allocations, leases and participants."""
-        return self._run(inspection.stats, self._ledger)
+        return self._run(self._stats)
+
+    def _stats(self) -> PoolStats:
+        self._ledger.collect()
+        return inspection.stats(self._ledger)
 
     def allocations(self) -> list[AllocationInfo]:
         """Every allocation: who holds it, for which request, since when, under which leases."""
@@ -541,7 +823,13 @@ class BlockPool:
         while self._dropped:
             key = self._dropped[0]
             if key.holder == self._me.word:
-                self._ledger.run(self._release_key, key, False)
+                order = self._dropped_on.get(key)
+                if order is not None:
+                    order.write(self._ledger.layout.acknowledged_word(key.slot), key.generation)
+                    self._ledger.run(self._ledger.blocks.mark_pending, key)
+                else:
+                    self._ledger.run(self._release_key, key, False)
+            self._dropped_on.pop(key, None)
             # Only now: an interrupt before this releases it again, to no effect.
             with contextlib.suppress(ValueError):
                 self._dropped.remove(key)
@@ -568,12 +856,23 @@ class Lease:
     Owns the claim, keeps the pool alive. `lease[name]` is a field as in `lease.view[name]`.
     """
 
-    __slots__ = ("__weakref__", "_key", "_pool", "view")
+    __slots__ = ("__weakref__", "_is_ready", "_key", "_order", "_pool", "view")
 
-    def __init__(self, pool: BlockPool, view: BlockView, key: LeaseKey) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        view: BlockView,
+        key: LeaseKey,
+        order: Order | None,
+        is_ready: bool,
+    ) -> None:
         self._pool = pool
-        self._key: LeaseKey | None = key
         self.view = view
+        self._order = order
+        # The CPU waits before there is a lease; a stream waits by itself.
+        self._is_ready = is_ready or order is None
+        # Last: whoever has a key is whole, for `__del__`.
+        self._key: LeaseKey | None = key
 
     @property
     def handle(self) -> BlockHandle:
@@ -586,20 +885,45 @@ class Lease:
         return self._key is None or self._pool.is_closed
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if self.is_released:
-            raise InvalidStateError(f"{self.handle}: the lease was released; read within it")
-        return self.view[name]
+        return self._open_view[name]
 
     @property
     def aux(self) -> torch.Tensor:
         """int32[16] of the allocation."""
-        return self.view.aux
+        return self._open_view.aux
 
-    def release(self) -> None:
-        """End the claim; idempotent."""
+    @property
+    def _open_view(self) -> BlockView:
+        if self.is_released:
+            raise InvalidStateError(f"{self.handle}: the lease was released; read within it")
+        if not self._is_ready:
+            self._is_ready = self._pool._has_arrived(self.handle)
+        return self.view
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the producer's stream has come to its `publish`.
+
+        False: what is enqueued on the lease's stream waits for it. Raises `PeerDiedError` when the
+        producer died before.
+        """
+        _ = self._open_view
+        return self._is_ready
+
+    def release(self, stream: Stream | None = None) -> None:
+        """End the claim; idempotent.
+
+        A lease on a stream ends when that stream has come here (`stream`: another one than it was
+        opened on); this returns at once.
+        """
         key = self._key
         if key is not None and not self._pool.is_closed:
-            self._pool._release(key)
+            order = self._order if stream is None else self._pool._gpu().order(stream)
+            if order is None:
+                self._pool._release(key)
+            else:
+                order.refuse_capture()
+                self._pool._release_on(key, order)
         self._key = None
 
     def __enter__(self) -> Lease:
@@ -619,6 +943,8 @@ class Lease:
             return
         # Not released here: the collector may run in the middle of an operation on the same pool.
         # The pool's next call does it.
+        if self._order is not None:
+            self._pool._dropped_on[key] = self._order
         self._pool._dropped.append(key)
         warnings.warn(f"{self.handle}: lease was not released", ResourceWarning, stacklevel=2)
 
@@ -641,6 +967,34 @@ def _undo(made: list[Ledger]) -> None:
     """Leave what an interrupted `create` or `attach` has made, or one that failed."""
     for ledger in made:
         ledger.leave()
+
+
+def _nothing() -> None:
+    """To be run under the lock for what comes with it."""
+
+
+def _device_name(device: str | torch.device) -> str:
+    """`cuda` is the current device, as in torch."""
+    name = str(device)
+    if name == "cuda":
+        from shmblocks.cuda.driver import load
+
+        return f"cuda:{load().current_device()}"
+    return name
+
+
+def _allocate_on_gpu(ledger: Ledger) -> None:
+    from shmblocks.cuda.use import GpuUse
+
+    use = GpuUse.start(ledger)
+    use.allocate(int(ledger.config.device.partition(":")[2]), ledger.layout.device_bytes)
+    use.register()
+
+
+def _open_device_memory(ledger: Ledger) -> DeviceMemory:
+    from shmblocks.cuda.use import GpuUse
+
+    return GpuUse.start(ledger).memory()
 
 
 def _known_prefault(prefault: str) -> None:

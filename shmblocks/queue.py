@@ -18,6 +18,7 @@ What it does not do: keep a message that was taken by a process that then died, 
 
 from __future__ import annotations
 
+import functools
 import queue as standard
 import time
 from collections.abc import Callable
@@ -110,8 +111,11 @@ class HandleQueue(Generic[T]):
         """
         _in_range("capacity", capacity, MAX_CAPACITY)
         _in_range("message_bytes", message_bytes, MAX_MESSAGE_BYTES)
-        ring = Ring.create(name, capacity, message_bytes, group)
-        return _owning(ring, message_type, spin)
+
+        def create(made: list[Ring]) -> None:
+            Ring.create(name, capacity, message_bytes, group, made)
+
+        return _owning(create, message_type, spin)
 
     @overload
     @classmethod
@@ -138,7 +142,7 @@ class HandleQueue(Generic[T]):
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return _owning(Ring.attach(name), message_type, spin)
+                return _reattach(name, message_type, spin)
             except PoolNotFoundError:
                 if time.monotonic() >= deadline:
                     raise
@@ -146,10 +150,10 @@ class HandleQueue(Generic[T]):
 
     def close(self) -> None:
         """Leave the queue; the last one to leave removes it. Idempotent."""
-        self._finalizer.detach()
         self._getting.close()
         self._putting.close()
         self._ring.leave()
+        self._finalizer.detach()
 
     def __enter__(self) -> HandleQueue[T]:
         return self
@@ -325,19 +329,25 @@ class HandleQueue(Generic[T]):
 _encoder = msgspec.msgpack.Encoder()
 
 
-def _owning(ring: Ring, message_type: type[S] | None, spin: float) -> HandleQueue[S]:
+def _owning(
+    make: Callable[[list[Ring]], None], message_type: type[S] | None, spin: float
+) -> HandleQueue[S]:
+    """A queue over what `make` makes; left again when anything interrupts."""
+    made: list[Ring] = []
     try:
-        return HandleQueue(ring, message_type, spin)
+        make(made)
+        return HandleQueue(made[0], message_type, spin)
     except BaseException:
-        ring.leave()
+        for ring in made:
+            ring.leave()
         raise
 
 
 def _reattach(
     name: str, message_type: type[S] | None, spin: float
 ) -> HandleQueue[S] | HandleQueue[bytes]:
-    """Unpickling in another process."""
-    return _owning(Ring.attach(name), message_type, spin)
+    """Attaching; also what unpickling in another process does."""
+    return _owning(functools.partial(Ring.attach, name), message_type, spin)
 
 
 def _in_range(what: str, value: int, largest: int) -> None:

@@ -3,6 +3,10 @@
 Runs under the pool's lock, one journal commit per thing given back: killed at any line it is taken
 up by the next, since a dead participant's place is emptied last.
 
+What the dead hold is taken when they are *gone* (participants.py): a GPU user's last copy is over
+then. What such a one had published and its GPU not finished is failed: streams that wait for it go
+on, and its readers are told.
+
 What a living process holds is never taken from it, however old; what is published and not yet
 opened is taken after the config's `unclaimed_timeout`.
 """
@@ -15,13 +19,14 @@ from collections.abc import Callable
 import msgspec
 
 from shmblocks.blocks import BlockTable
-from shmblocks.layout import Record
+from shmblocks.layout import FAILED, Record
 from shmblocks.line import WaitingLine
 from shmblocks.participants import ParticipantId, Participants
 from shmblocks.states import NUMBER, State
 
 _RESERVED = NUMBER[State.RESERVED]
 _PUBLISHED = NUMBER[State.PUBLISHED]
+_DRAINING = NUMBER[State.DRAINING]
 
 
 class ReapReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +62,8 @@ def reclaim(
         if record.state == _RESERVED and is_gone(ParticipantId.of(record.owner)):
             blocks.free(start, record)
             reservations += 1
+        elif _is_unfinished(record) and is_gone(ParticipantId.of(record.owner)):
+            _end_unfinished(blocks, start, record)
         elif record.state == _PUBLISHED and record.published_ns + patience <= now:
             blocks.free(start, record)
             unclaimed += 1
@@ -70,6 +77,20 @@ def reclaim(
         unclaimed=unclaimed,
         blocks=blocks.free_blocks - free_before,
     )
+
+
+def _is_unfinished(record: Record) -> bool:
+    """Whether a stream was to say that it is ready, and has not."""
+    return record.published_ns != 0 and record.ready != record.generation
+
+
+def _end_unfinished(blocks: BlockTable, start: int, record: Record) -> None:
+    if record.state != _DRAINING:
+        blocks.free_failed(start, record)
+    elif not record.leases:
+        blocks.settle(start, record)
+    elif not record.ready & FAILED:
+        blocks.fail(start, record)
 
 
 def _release_leases(blocks: BlockTable, is_gone: Callable[[ParticipantId], bool]) -> int:
@@ -92,12 +113,12 @@ def _earlier(earliest: int, record: Record, patience: int) -> int:
 def reap(
     blocks: BlockTable, line: WaitingLine, participants: Participants, unclaimed_timeout: float
 ) -> ReapReport:
-    """`reclaim` for all who are dead, then empty their places."""
-    dead = participants.dead()
-    report = reclaim(blocks, line, lambda who: not participants.is_alive(who), unclaimed_timeout)
-    for who in dead:
+    """`reclaim` for all who are gone, then empty their places."""
+    gone = participants.gone()
+    report = reclaim(blocks, line, participants.is_gone, unclaimed_timeout)
+    for who in gone:
         participants.clear(who.place)
-    return msgspec.structs.replace(report, participants=len(dead))
+    return msgspec.structs.replace(report, participants=len(gone))
 
 
 def is_due(blocks: BlockTable, participants: Participants) -> bool:

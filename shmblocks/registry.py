@@ -174,12 +174,8 @@ def _summary(name: str) -> PoolSummary | None:
 
 @contextlib.contextmanager
 def _opened(name: str) -> Iterator[tuple[int, FileLocks]]:
-    fd = open_existing(name)
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, fd)
-        locks = FileLocks(fd)
-        stack.callback(locks.close)
-        yield fd, locks
+    with open_existing(name) as file, contextlib.closing(FileLocks(file.fileno())) as locks:
+        yield file.fileno(), locks
 
 
 def remove_pool(name: str, force: bool = False) -> None:

@@ -33,6 +33,9 @@ from shmblocks.waiting import Run, seconds_left
 
 # Seconds after which a wait says, once, whom it waits for.
 SAYS_SO_AFTER = 10.0
+# Seconds between two looks of a waiter while a stream is to give blocks back. Shorter: more looks.
+# Longer: it waits longer than the stream.
+STREAM_POLL = 1e-3
 
 _log = logging.getLogger("shmblocks")
 
@@ -75,6 +78,8 @@ class Reservations:
         owner = me.word if me else 0
         now = time.monotonic_ns()
         handle = blocks.reserve(*want[:2], owner, want.req_id, now, want.made)
+        if handle is None and self._ledger.collect():
+            handle = blocks.reserve(*want[:2], owner, want.req_id, now, want.made)
         if handle is None and is_due(blocks, participants):
             self._ledger.reap()
             handle = blocks.reserve(*want[:2], owner, want.req_id, now, want.made)
@@ -97,7 +102,7 @@ class Reservations:
                 if not said and time.monotonic() - started > SAYS_SO_AFTER:
                     said = True
                     _log.warning("%s", self._waits(want, started))
-                self._my_bell()[1].wait(seen, left)
+                self._my_bell()[1].wait(seen, min(left, self._longest_sleep()))
 
     async def wait_async(self, want: Want, deadline: float | None) -> BlockHandle:
         """As `wait`, from asyncio."""
@@ -117,9 +122,15 @@ class Reservations:
                     raise self._timed_out(want, started)
                 # The clock looks too: the dead ring no bells.
                 try:
-                    await asyncio.wait_for(self._my_bell()[2].sleep(seen), min(left, LONGEST_SLEEP))
+                    await asyncio.wait_for(
+                        self._my_bell()[2].sleep(seen), min(left, self._longest_sleep())
+                    )
                 except (asyncio.TimeoutError, TimeoutError):
                     continue
+
+    def _longest_sleep(self) -> float:
+        """Streams ring no bell either: while some are to give blocks back, look more often."""
+        return STREAM_POLL if self._ledger.blocks.waits_for_streams else LONGEST_SLEEP
 
     @contextmanager
     def _in_line(self, want: Want) -> Iterator[Ticket]:

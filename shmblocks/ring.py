@@ -84,35 +84,33 @@ class Ring(SharedSegment):
     # ---- making and finding ------------------------------------------------------------------
 
     @classmethod
-    def create(cls, name: str, capacity: int, message_bytes: int, group: str | None) -> Ring:
-        """A new queue of that name; a dead leftover of the name is replaced."""
+    def create(
+        cls, name: str, capacity: int, message_bytes: int, group: str | None, made: list[Ring]
+    ) -> None:
+        """A new queue of that name; a dead leftover of the name is replaced.
+
+        `made` gets it before anybody can see it: a caller that is interrupted leaves what is there.
+        """
         name = normal_name(name)
         size = segment_bytes(capacity, message_bytes)
-        fd = create_unnamed(size, name, group)
-        try:
+        with create_unnamed(size, name, group) as file:
+            fd = file.fileno()
             identity = IDENTITY.pack(
                 QUEUE_MAGIC, LAYOUT_VERSION, secrets.randbits(64), size, time.monotonic_ns()
             )
             os.pwrite(fd, identity, 0)
             os.pwrite(fd, _SIZES.pack(capacity, message_bytes), _SIZES_OFFSET)
             ring = cls(fd, name, capacity, message_bytes)
-            try:
-                ring.run(ring.take_place)
-                take_name(fd, name, LOCK_TIMEOUT)
-            except BaseException:
-                ring.segment.unlink()
-                ring.close()
-                raise
-            return ring
-        finally:
-            os.close(fd)
+            made.append(ring)
+            ring.run(ring.take_place)
+            take_name(fd, name, LOCK_TIMEOUT)
 
     @classmethod
-    def attach(cls, name: str) -> Ring:
-        """The living queue of that name."""
+    def attach(cls, name: str, made: list[Ring]) -> None:
+        """The living queue of that name; `made` as above."""
         name = normal_name(name)
-        fd = open_existing(name)
-        try:
+        with open_existing(name) as file:
+            fd = file.fileno()
             identity = Identity(fd, name, QUEUE_MAGIC)
             capacity, message_bytes = _SIZES.unpack(os.pread(fd, _SIZES.size, _SIZES_OFFSET))
             if (
@@ -122,14 +120,8 @@ class Ring(SharedSegment):
             ):
                 raise IncompatiblePoolError(f"queue {name}: its header is damaged")
             ring = cls(fd, name, capacity, message_bytes)
-            try:
-                ring.run(ring.join)
-            except BaseException:
-                ring.close()
-                raise
-            return ring
-        finally:
-            os.close(fd)
+            made.append(ring)
+            ring.run(ring.join)
 
     def join(self) -> None:
         """Under the lock: take part, if there is still something to take part in."""
@@ -159,21 +151,17 @@ class Ring(SharedSegment):
     def forget_parent(self) -> None:
         self.place = -1
 
-    def leave(self) -> None:
-        """Leave; the last one removes the queue with what is in it. Idempotent."""
-        if not self.is_closed:
-            self.run(self._leave)
-
     def _leave(self) -> None:
+        """The last one removes the queue with what is in it."""
         if self.place >= 0 and not anyone_lives(self.locks):
             self.segment.words[H_REMOVED] = 1
             self.segment.unlink()
         self.drop()
 
     def drop(self) -> None:
+        super().drop()
         self.puts.drop()
         self.gets.drop()
-        super().drop()
 
     # ---- under the lock ----------------------------------------------------------------------
 

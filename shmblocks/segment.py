@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import grp
+import io
 import mmap
 import os
 import re
@@ -74,6 +75,8 @@ class Segment:
         self.mapping = mmap.mmap(fd, size)
         self.memory = memoryview(self.mapping)
         self.words = self.memory.cast("Q")
+        # The description that is mapped, for the lock that falls only when the mapping is gone.
+        self._mapped: io.FileIO | None = io.FileIO(os.dup(fd), "rb+", closefd=True)
         self._prefault: _Prefault | None = None
 
     @property
@@ -103,10 +106,29 @@ class Segment:
         self.words.release()
         self.memory.release()
         del self.mapping
+        self._forget_mapped()
 
     def forget_prefault(self) -> None:
         """In a forked child: the thread stayed in the parent."""
         self._prefault = None
+
+    @property
+    def mapped_fd(self) -> int:
+        """A descriptor of the description that this process has mapped; -1 when it has not.
+
+        A forked child has none: what it has mapped is its parent's.
+        """
+        return -1 if self._mapped is None else self._mapped.fileno()
+
+    def forget_parent(self) -> None:
+        """In a forked child: leave to the parent what is the parent's."""
+        self.forget_prefault()
+        self._forget_mapped()
+
+    def _forget_mapped(self) -> None:
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            mapped.close()
 
 
 def file_identity(fd: int) -> tuple[int, int]:
@@ -162,16 +184,18 @@ def _populate(mapping: mmap.mmap, stop: threading.Event) -> None:
             raise
 
 
-def create_unnamed(size: int, name: str, group: str | None) -> int:
-    """A descriptor of new, zeroed, allocated shared memory that has no name yet."""
-    fd = os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        _allow(fd, group)
-        _allocate(fd, size, name)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def create_unnamed(size: int, name: str, group: str | None) -> io.FileIO:
+    """New, zeroed, allocated shared memory that has no name yet; the caller closes it.
+
+    A file object and no bare descriptor, here and below: lost to an interrupt, it closes itself.
+    """
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+    with contextlib.ExitStack() as undo:
+        file = undo.enter_context(io.FileIO(os.open(SHM_DIRECTORY, flags, 0o600), "r+b"))
+        _allow(file.fileno(), group)
+        _allocate(file.fileno(), size, name)
+        undo.pop_all()
+        return file
 
 
 def _allow(fd: int, group: str | None) -> None:
@@ -206,28 +230,20 @@ def _allocate(fd: int, size: int, name: str) -> None:
 
 def link_name(fd: int, name: str) -> bool:
     """Give a nameless segment its name, atomically; False when the name is taken."""
-    directory = os.open(SHM_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Naming the directories makes Python call linkat(2), which can follow /proc/self/fd.
-        os.link(
-            f"/proc/self/fd/{fd}",
-            normal_name(name)[1:],
-            src_dir_fd=directory,
-            dst_dir_fd=directory,
-            follow_symlinks=True,
-        )
+        # Any directory descriptor makes Python call linkat(2), which can follow /proc/self/fd; the
+        # kernel does not look at it, since both paths are absolute.
+        os.link(f"/proc/self/fd/{fd}", path_of(name), src_dir_fd=fd, follow_symlinks=True)
     except FileExistsError:
         return False
-    finally:
-        os.close(directory)
     return True
 
 
-def open_existing(name: str) -> int:
-    """A descriptor of the segment `name`."""
+def open_existing(name: str) -> io.FileIO:
+    """The segment `name`; the caller closes it."""
     name = normal_name(name)
     try:
-        fd = posix_ipc.SharedMemory(name).fd
+        file = io.FileIO(posix_ipc.SharedMemory(name).fd, "r+b")
     except posix_ipc.ExistentialError:
         raise PoolNotFoundError(
             f"pool {name}: there is no such pool on this node; start its creator first, or give "
@@ -242,10 +258,10 @@ def open_existing(name: str) -> int:
         if isinstance(error, OSError) and error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         raise _no_shared_memory(name) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise _no_shared_memory(name)
-    return fd
+    return file
 
 
 def _no_shared_memory(name: str) -> IncompatiblePoolError:

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
-from shmblocks.errors import IncompatiblePoolError
+from shmblocks.errors import IncompatiblePoolError, PoolTimeoutError
 from shmblocks.filelock import FileLocks
 from shmblocks.mutex import Mutex
 from shmblocks.segment import Segment
@@ -53,9 +53,9 @@ class SharedSegment:
             return self.mutex.run(body, *args)
         except struct.error as error:
             raise IncompatiblePoolError(
-                f"pool {self.name}: a number in the segment is too large to go on with ({error}): "
-                "something else wrote into it; remove it (`shmblocks rm --force`) and create it
-                anew"
+                f"pool {self.name}: a number in the segment fits no word any more ({error}): "
+                "something else wrote into it; remove the pool (`shmblocks rm --force`) and "
+                "create it anew"
             ) from error
 
     def entered(self) -> None:
@@ -70,6 +70,32 @@ class SharedSegment:
         """In a forked child: the process that takes part is the parent, not this one."""
         raise NotImplementedError
 
+    def _leave(self) -> None:
+        """Under the lock: give back what this process holds, and `drop`. May run again after it was
+        interrupted anywhere."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Leave in an orderly way, as the last one remove the segment. Idempotent.
+
+        The mapping goes at once, or with its last view.
+        """
+        self.segment.stop_prefault()
+        try:
+            self._leave_once()
+        except PoolTimeoutError:
+            raise
+        except IncompatiblePoolError:
+            self.close()  # what is damaged cannot be given back; leave as the dead do
+            raise
+        except BaseException:
+            self._leave_once()  # interrupted: to the end
+            raise
+
+    def _leave_once(self) -> None:
+        if not self.is_closed:
+            self.run(self._leave)
+
     def close(self) -> None:
         """Drop the locks and the mapping and nothing else, as death does. Idempotent."""
         self.segment.stop_prefault()
@@ -83,7 +109,7 @@ class SharedSegment:
 
     def reset_after_fork(self) -> None:
         """In a forked child, before anything else there uses the segment."""
-        self.segment.forget_prefault()
+        self.segment.forget_parent()
         self.mutex.reset_after_fork()
         self.locks.reopen_after_fork()
         self.forget_parent()

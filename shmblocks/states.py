@@ -61,7 +61,6 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, State]] = {
     (State.LEASED, Event.OPEN): (State.LEASED, State.LEASED),
     (State.LEASED, Event.RELEASE): (State.LEASED, State.PUBLISHED),
     (State.LEASED, Event.FREE): (State.DRAINING, State.FREE),
-    (State.DRAINING, Event.FREE): (State.DRAINING, State.FREE),
     (State.DRAINING, Event.RELEASE): (State.DRAINING, State.FREE),
 }
 

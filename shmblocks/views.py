@@ -11,7 +11,7 @@ Contract
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from shmblocks.config import DTYPES, Field, PoolConfig
@@ -47,7 +47,7 @@ class FieldTensors:
             ) from None
 
     def offset(self, name: str) -> int:
-        """Where the field begins in the segment, in bytes."""
+        """Where the field begins in the segment, or in the CUDA allocation, in bytes."""
         return self._layout.fields[self.field(name).name]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -56,7 +56,10 @@ class FieldTensors:
         if tensor is None:
             field = self.field(name)
             tensor = self._make(
-                field.dtype, (self._config.total_tokens, *field.shape), self.offset(name)
+                field.dtype,
+                (self._config.total_tokens, *field.shape),
+                self.offset(name),
+                self.field_bytes,
             )
             self._tensors[name] = tensor
         return tensor
@@ -66,11 +69,17 @@ class FieldTensors:
         tensor = self._tensors.get("aux")
         if tensor is None:
             shape = (self._config.total_blocks, AUX_BYTES // 4)
-            tensor = self._make("int32", shape, self._layout.aux)
+            tensor = self._make("int32", shape, self._layout.aux, self._segment_bytes)
             self._tensors["aux"] = tensor
         return tensor
 
-    def _make(self, dtype: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    def _make(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        offset: int,
+        get: Callable[[int, int], torch.Tensor],
+    ) -> torch.Tensor:
         import torch
 
         size, torch_name = DTYPES[dtype]
@@ -78,8 +87,16 @@ class FieldTensors:
         for length in shape:
             count *= length
         # Bytes first: frombuffer does not know every dtype in every torch version, views do.
-        data = torch.frombuffer(self._mapping, dtype=torch.uint8, count=count, offset=offset)
-        return data.view(getattr(torch, torch_name)).view(shape)
+        return get(offset, count).view(getattr(torch, torch_name)).view(shape)
+
+    def field_bytes(self, offset: int, size: int) -> torch.Tensor:
+        """A part of the memory that fields lie in, as uint8."""
+        return self._segment_bytes(offset, size)
+
+    def _segment_bytes(self, offset: int, size: int) -> torch.Tensor:
+        import torch
+
+        return torch.frombuffer(self._mapping, dtype=torch.uint8, count=size, offset=offset)
 
 
 class BlockView(Mapping[str, "torch.Tensor"]):

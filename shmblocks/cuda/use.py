@@ -1,0 +1,256 @@
+"""One process's use of the GPU with one pool.
+
+Contract
+- `start` makes this process known as a GPU user: from then on what it holds is kept apart after its
+  death until its last DMA is over (`participants.py`).
+- Words and, for a host pool, all fields are registered with CUDA once, and unregistered by
+  `finish`, which first waits for everything that this process has enqueued: after it the blocks may
+  go to others and the mapping may go.
+- Nothing but `finish` waits for the GPU.
+
+Graphs: an operation on a pool that is captured would write the generation of the capture at every
+replay. It is refused (`refuse_capture`); work *between* `open` and `release` may be a graph.
+
+`record_stream`: memory of a pool does not belong to torch's caching allocator, so that
+`Tensor.record_stream` does nothing to it. What protects blocks from reuse is the order on the
+stream that was given to `publish`, `open` or `release`: work on other streams must be made part of
+it (`stream.wait_stream(other)`) before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from typing import TYPE_CHECKING, NamedTuple, Union
+
+from shmblocks.cuda import driver, memory
+from shmblocks.cuda.driver import Gpu
+from shmblocks.cuda.memory import DeviceMemory
+from shmblocks.cuda.watcher import Watcher
+from shmblocks.device import CREATOR_LEFT, EXPORTED, Export, read_export, write_export
+from shmblocks.errors import CudaUnavailableError, InvalidStateError, PeerDiedError, PoolClosedError
+from shmblocks.layout import WORD
+from shmblocks.ledger import Ledger
+from shmblocks.participants import HAS_DEVICE_MEMORY, ParticipantId
+
+if TYPE_CHECKING:
+    import torch
+
+Stream = Union["torch.cuda.Stream", int]
+
+# Two threads that begin at once would register the segment twice.
+_starting = threading.Lock()
+
+_log = logging.getLogger("shmblocks")
+
+
+class GpuUse:
+    """The GPU part of a pool in this process. Borrows the ledger; `finish` ends it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._gpu: Gpu = driver.load()
+        self.device = self._gpu.current_device()
+        self._memory: DeviceMemory | None = None
+        self._registered: _Registered | None = None
+        self._opening = threading.Lock()
+        self._is_finished = False
+        self.watcher = Watcher(ledger)
+        # Generations of reservations that were given out to be written to on a stream.
+        self.writing: set[int] = set()
+
+    @classmethod
+    def start(cls, ledger: Ledger) -> GpuUse:
+        """Begin, and tell the others; what has begun already is given again."""
+        with _starting:
+            if isinstance(ledger.outside, GpuUse):
+                return ledger.outside
+            if ledger.segment.mapped_fd < 0:
+                raise CudaUnavailableError(
+                    f"pool {ledger.name}: this pool object came here through a fork; attach the "
+                    "pool in this process to use a GPU"
+                )
+            use = cls(ledger)
+            ledger.run(ledger.participants.becomes_gpu_user, ledger.segment.mapped_fd)
+            ledger.outside = use
+            return use
+
+    # ---- memory ------------------------------------------------------------------------------
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How much of the segment is registered with CUDA."""
+        return 0 if self._registered is None else self._registered.size_bytes
+
+    def register(self) -> None:
+        """Register the segment with CUDA; once."""
+        with self._opening:
+            if self._registered is not None:
+                return
+            segment = self._ledger.segment
+            address = ctypes.addressof(ctypes.c_char.from_buffer(segment.mapping))
+            size = segment.size_bytes
+            try:
+                there = self._gpu.register(self.device, address, size)
+            except CudaUnavailableError as error:
+                raise CudaUnavailableError(
+                    f"pool {self._ledger.name}: {size} bytes of shared memory cannot be registered "
+                    f"with CUDA ({error}): see `ulimit -l` and the container's memory limit, or "
+                    "use the pool without `pin`"
+                ) from error
+            self._registered = _Registered(address, there, size)
+            self._ledger.run(self._ledger.participants.note_pinned, size)
+
+    def allocate(self, device: int, size: int) -> None:
+        """As the creator: make the pool's device memory and export it."""
+        ledger = self._ledger
+        self.device = device
+        made = memory.allocate(self._gpu, device, size, ledger.pool_id)
+        handle = self._gpu.export(device, made.address)
+        me = ledger.participants.me
+        export = Export(EXPORTED, me.word if me else 0, self._gpu.uuid(device), handle)
+        ledger.run(write_export, ledger.segment.memory, export)
+        self._memory = made
+        ledger.run(ledger.participants.note_flags, HAS_DEVICE_MEMORY)
+
+    def memory(self) -> DeviceMemory:
+        """The pool's device memory; the first call opens it."""
+        if self._memory is not None:
+            return self._memory
+        with self._opening:
+            if self._memory is None:
+                self._memory = self._open()
+                self._ledger.run(self._ledger.participants.note_flags, HAS_DEVICE_MEMORY)
+            return self._memory
+
+    def _open(self) -> DeviceMemory:
+        ledger = self._ledger
+        mine = memory.of_pool(ledger.pool_id)
+        if mine is not None:
+            self.device = mine.device
+            return mine
+        export = ledger.run(read_export, ledger.segment.memory)
+        self._require_creator(export)
+        try:
+            return memory.open_exported(
+                self._gpu,
+                self.device,
+                export.uuid,
+                export.handle,
+                ledger.layout.device_bytes,
+                ledger.pool_id,
+            )
+        except CudaUnavailableError as error:
+            self._require_creator(export)
+            raise CudaUnavailableError(
+                f"pool {ledger.name}: its GPU memory cannot be opened on device {self.device} "
+                f"({error}): see `shmblocks doctor`"
+            ) from error
+
+    def _require_creator(self, export: Export) -> None:
+        ledger = self._ledger
+        creator = ParticipantId.of(export.creator)
+        lives = ledger.run(ledger.participants.is_alive, creator)
+        if export.state == CREATOR_LEFT or not lives:
+            raise PeerDiedError(
+                f"pool {ledger.name}: the process that made its GPU memory "
+                f"({ledger.run(ledger.participants.describe, creator)}) has left; those who have "
+                "the memory open go on, nobody else can open it: create the pool anew"
+            )
+
+    # ---- order -------------------------------------------------------------------------------
+
+    def order(self, stream: Stream | None) -> Order:
+        """What is enqueued on this stream (None: torch's current one) is to be ordered."""
+        if self._registered is None:
+            if self._is_finished:
+                raise PoolClosedError(f"pool {self._ledger.name}: closed in this process")
+            if not self._ledger.config.is_on_gpu:
+                raise InvalidStateError(
+                    f"pool {self._ledger.name}: expected a pinned pool where a stream is given: "
+                    "call `pool.pin()` once in this process"
+                )
+            self.register()
+        if stream is None:
+            return Order(self, self._gpu.current_stream(self.device), None)
+        if isinstance(stream, int):
+            return Order(self, stream, None)
+        return Order(self, int(stream.cuda_stream), stream)
+
+    def refuse_capture(self, stream: int) -> None:
+        """Raise when the stream is being captured into a graph."""
+        if self._gpu.is_capturing(self.device, stream):
+            raise InvalidStateError(
+                f"pool {self._ledger.name}: publish, open and release cannot be captured into a "
+                "CUDA graph, since each replay would use the generation of the capture; call them "
+                "outside, before and after the replay"
+            )
+
+    def write(self, stream: int, word: int, value: int) -> None:
+        """Enqueue: a word of the segment gets a value."""
+        address = self._there(word)
+        self._gpu.write(self.device, stream, address, value)
+
+    def wait(self, stream: int, word: int, value: int) -> None:
+        """Enqueue: go on when a word of the segment has reached a value."""
+        address = self._there(word)
+        self._gpu.wait(self.device, stream, address, value)
+
+    def _there(self, word: int) -> int:
+        registered = self._registered
+        if registered is None:
+            raise InvalidStateError(f"pool {self._ledger.name}: its GPU use has ended")
+        return registered.device_address + word * WORD
+
+    # ---- leaving -----------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Wait for what this process enqueued, then let go of the segment. Idempotent."""
+        if self._is_finished:
+            return
+        try:
+            # Blocks go back to others after this, and an unfinished write to memory that is not
+            # registered any more would break the context. The watcher still runs: the dead do not
+            # keep this from ending.
+            self._gpu.synchronize(self.device)
+            self.watcher.stop()
+            registered, self._registered = self._registered, None
+            if registered is not None:
+                self._gpu.unregister(self.device, registered.address)
+            participants = self._ledger.participants
+            self._ledger.run(participants.was_gpu_user, self._ledger.segment.mapped_fd)
+        except CudaUnavailableError as error:
+            _log.warning("pool %s: leaving after a CUDA error: %s", self._ledger.name, error)
+        finally:
+            self.watcher.stop()
+        self._is_finished = True
+
+    def has_left(self, was_last: bool) -> None:
+        """After leaving: the memory goes with its last tensor, unless others use what is ours."""
+        mine, self._memory = self._memory, None
+        if mine is not None and mine.is_own and not was_last:
+            mine.keep_until_exit()
+
+
+class Order(NamedTuple):
+    """A stream to keep order on. Keeps torch's stream object alive, if one was given."""
+
+    use: GpuUse
+    stream: int
+    kept: object
+
+    def refuse_capture(self) -> None:
+        self.use.refuse_capture(self.stream)
+
+    def write(self, word: int, value: int) -> None:
+        self.use.write(self.stream, word, value)
+
+    def wait(self, word: int, value: int) -> None:
+        self.use.wait(self.stream, word, value)
+
+
+class _Registered(NamedTuple):
+    address: int
+    device_address: int
+    size_bytes: int

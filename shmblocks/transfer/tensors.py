@@ -1,0 +1,123 @@
+"""Tokens of every field: checking what a user hands over, and copying between memories.
+
+A field of shape `s` is `[tokens, *s]`; a transposed one (shape `(k,)`) is `[k, tokens]`, for the
+user as in a pool's view. `token_dim` is the one place that knows which.
+
+What it does not do: allocate blocks, or know what a room is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from shmblocks.config import DTYPES, Field
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Mapping[str, "torch.Tensor"]
+
+AUX_LENGTH = 0  # aux[0]: total length in tokens
+AUX_MROPE_DELTA = 1  # aux[1]: mrope position delta
+AUX_SIZE = 16
+
+
+def token_dim(field: Field) -> int:
+    """The dimension that counts tokens."""
+    return 1 if field.transposed else 0
+
+
+def full_shape(field: Field, num_tokens: int) -> tuple[int, ...]:
+    """The shape of the field for so many tokens."""
+    return (*field.shape, num_tokens) if field.transposed else (num_tokens, *field.shape)
+
+
+def torch_dtype(field: Field) -> torch.dtype:
+    """The field's dtype."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[field.dtype][1])
+    return dtype
+
+
+def count_tokens(fields: Iterable[Field], tensors: Tensors) -> int:
+    """How many tokens the tensors hold, once they are exactly what the pool's fields ask for."""
+    fields = tuple(fields)
+    _check_names([field.name for field in fields], list(tensors))
+    lengths = {field.name: _check_tensor(field, tensors[field.name]) for field in fields}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(
+            f"tensors: expected the same number of tokens in every field, got {lengths}"
+        )
+    num_tokens = next(iter(lengths.values()))
+    if num_tokens < 1:
+        raise ValueError("tensors: expected at least one token, got 0")
+    return num_tokens
+
+
+def _check_names(expected: list[str], got: list[str]) -> None:
+    missing = [name for name in expected if name not in got]
+    unknown = [name for name in got if name not in expected]
+    if missing or unknown or not expected:
+        raise ValueError(
+            f"tensors: expected the pool's fields {', '.join(expected) or '(it has none)'}, got "
+            f"{', '.join(got) or 'none'} (missing: {', '.join(missing) or 'none'}; unknown: "
+            f"{', '.join(unknown) or 'none'})"
+        )
+
+
+def _check_tensor(field: Field, tensor: torch.Tensor) -> int:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{field.name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch_dtype(field):
+        raise TypeError(f"{field.name}: expected {torch_dtype(field)}, got {tensor.dtype}")
+    dim = token_dim(field)
+    length = tensor.shape[dim] if tensor.dim() > dim else -1
+    if tuple(tensor.shape) != full_shape(field, length):
+        wanted = ", ".join(
+            "tokens" if position == dim else str(size)
+            for position, size in enumerate(full_shape(field, -1))
+        )
+        raise ValueError(f"{field.name}: expected the shape [{wanted}], got {list(tensor.shape)}")
+    return length
+
+
+def copy_tokens(
+    fields: Iterable[Field],
+    target: Tensors,
+    target_token: int,
+    source: Tensors,
+    source_token: int,
+    num_tokens: int,
+) -> None:
+    """Copy `num_tokens` tokens of every field, from `source_token` on to `target_token` on."""
+    for field in fields:
+        dim = token_dim(field)
+        into = target[field.name].narrow(dim, target_token, num_tokens)
+        into.copy_(source[field.name].detach().narrow(dim, source_token, num_tokens))
+
+
+def first_tokens(fields: Iterable[Field], tensors: Tensors, num_tokens: int) -> Tensors:
+    """The first tokens of every field, without a copy."""
+    return {
+        field.name: tensors[field.name].narrow(token_dim(field), 0, num_tokens) for field in fields
+    }
+
+
+def empty(fields: Iterable[Field], num_tokens: int) -> Tensors:
+    """Private memory for so many tokens, laid out as in a pool."""
+    import torch
+
+    made: dict[str, torch.Tensor] = {}
+    for field in fields:
+        stored = torch.empty((num_tokens, *field.shape), dtype=torch_dtype(field))
+        made[field.name] = stored.t() if field.transposed else stored
+    return made
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Bytes of all of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

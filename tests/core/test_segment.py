@@ -1,0 +1,188 @@
+"""The segment: its name, its memory, and who may open it."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from shmblocks import (
+    BlockPool,
+    Field,
+    PoolConfig,
+    PoolNotFoundError,
+    PoolPermissionError,
+    SharedMemoryFullError,
+)
+from shmblocks.segment import normal_name, path_of
+from tests.core import namespaces, pools
+from tests.support import procfs
+from tests.support.children import run_in_fork
+
+MIB = 1 << 20
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "A.b_c-9", "..a", "x" * 200])
+def test_a_name_may_have_a_leading_slash(name: str) -> None:
+    assert normal_name(name) == normal_name(f"/{name}") == f"/{name}"
+    assert path_of(name) == f"/dev/shm/{name}"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/", ".", "..", "/..", "a/b", "//a", "x" * 201, "a b", "é", "a\n", "a\0", "../a"]
+)
+def test_a_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"pool name: expected 1 to 200 .*got") as caught:
+        normal_name(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_every_door_looks_at_the_name_first() -> None:
+    with pytest.raises(ValueError, match="pool name"):
+        BlockPool.create("../etc/passwd", pools.tiny())
+    with pytest.raises(ValueError, match="pool name"):
+        BlockPool.attach("../etc/passwd")
+
+
+# --- who may ----------------------------------------------------------------------------------
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def mode_of(name: str) -> int:
+    return stat.S_IMODE(Path(path_of(name)).stat().st_mode)
+
+
+def become_nobody(group: int) -> None:
+    """What a process of another user is, with one group."""
+    user = pwd.getpwnam("nobody").pw_uid
+    os.setgroups([])
+    os.setresgid(group, group, group)
+    os.setresuid(user, user, user)
+
+
+def attach_as_nobody(name: str, group: int) -> str:
+    become_nobody(group)
+    try:
+        with pools.attach(name) as pool:
+            pool.free(pools.take(pool))
+            return f"{pool.check()}"
+    except PoolPermissionError as error:
+        return str(error)
+
+
+def test_a_pool_is_its_users_alone(pool: BlockPool) -> None:
+    assert mode_of(pool.name) == 0o600
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o077, 0o777])
+def test_the_mode_does_not_depend_on_the_umask(pool_name: str, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with pools.create(pool_name):
+            assert mode_of(pool_name) == 0o600
+    finally:
+        os.umask(before)
+
+
+@needs_root
+def test_another_user_cannot_attach_and_is_told_why(pool: BlockPool) -> None:
+    nogroup = pwd.getpwnam("nobody").pw_gid
+    told = run_in_fork(attach_as_nobody, pool.name, nogroup)
+    assert re.search(f"{pool.name}: it belongs to another user.*PoolConfig", told)
+
+
+@needs_root
+def test_a_pool_of_a_group_is_used_by_another_user_of_the_group_and_by_nobody_else(
+    pool_name: str,
+) -> None:
+    group = next(each for each in grp.getgrall() if each.gr_gid not in (0, 65534))
+    with pools.create(pool_name, pools.tiny(group=group.gr_name)):
+        assert mode_of(pool_name) == 0o660
+        assert Path(path_of(pool_name)).stat().st_gid == group.gr_gid
+        assert run_in_fork(attach_as_nobody, pool_name, group.gr_gid) == "[]"
+        told = run_in_fork(attach_as_nobody, pool_name, pwd.getpwnam("nobody").pw_gid)
+        assert "it belongs to another user" in told
+
+
+def test_a_group_that_is_not_there_is_told_and_nothing_is_left(pool_name: str) -> None:
+    with pytest.raises(ValueError, match=r"group: expected the name of a Unix group, got 'nöne'"):
+        pools.create(pool_name, pools.tiny(group="nöne"))
+    with pytest.raises(PoolNotFoundError):
+        pools.attach(pool_name)
+
+
+# --- memory that is there ---------------------------------------------------------------------
+
+
+def test_every_page_of_a_new_pool_is_allocated_and_zero(pool_name: str) -> None:
+    config = PoolConfig(total_tokens=128 * 64, block_size=128)
+    with pools.create(pool_name, config):
+        status = Path(path_of(pool_name)).stat()
+        assert status.st_blocks * 512 >= status.st_size > 0
+
+
+def test_a_pool_larger_than_shared_memory_can_ever_be_is_refused(pool_name: str) -> None:
+    space = os.statvfs("/dev/shm")
+    if space.f_blocks == 0:
+        pytest.skip("/dev/shm has no limit here")
+    too_many = space.f_blocks * space.f_frsize // 64 + 1  # 64 bytes of aux a block alone
+    if too_many > 1 << 24:
+        config = PoolConfig(total_tokens=1 << 24, block_size=1 << 20, fields=wide_fields())
+    else:
+        config = PoolConfig(total_tokens=too_many, block_size=1)
+    before = set(procfs.descriptors())
+    with pytest.raises(SharedMemoryFullError, match=r"needs \d+ MiB, /dev/shm has \d+ MiB free"):
+        pools.create(pool_name, config)
+    assert set(procfs.descriptors()) == before
+    assert not Path(path_of(pool_name)).exists()
+
+
+def wide_fields() -> tuple[Field, ...]:
+    return (Field("x", (1 << 26,), "int8"),)
+
+
+def create_in_small_shared_memory(name: str) -> list[str]:
+    """What creating says, with 64 MiB; after each failure nothing may be left."""
+    namespaces.shrink_shared_memory(64)
+
+    def attempt(mebibytes: int, keep: list[BlockPool]) -> str:
+        before = os.statvfs("/dev/shm").f_bavail
+        config = PoolConfig(total_tokens=mebibytes * 1024, fields=(Field("x", (1024,), "int8"),))
+        try:
+            keep.append(pools.create(f"{name}-{len(keep)}", config))
+        except SharedMemoryFullError as error:
+            left = before - os.statvfs("/dev/shm").f_bavail
+            return f"{error} (left: {left} pages)"
+        return "created"
+
+    kept: list[BlockPool] = []
+    told = [attempt(100, kept), attempt(40, kept), attempt(40, kept), attempt(8, kept)]
+    assert len(os.listdir("/dev/shm")) == len(kept)
+    for pool in kept:
+        pool.close()
+    assert os.listdir("/dev/shm") == []
+    return told
+
+
+def test_a_container_with_small_shared_memory_is_told_at_creation_and_nothing_is_left(
+    pool_name: str,
+) -> None:
+    if reason := namespaces.why_no_mounts():
+        pytest.skip(reason)
+    never, first, second, smaller = run_in_fork(create_in_small_shared_memory, pool_name)
+    assert re.search(
+        rf"{pool_name}-0: needs 10\d MiB, /dev/shm has 64 MiB free .*--shm-size=\d+m.*left: 0",
+        never,
+    )
+    assert first == "created"
+    assert re.search(r"needs 4\d MiB, /dev/shm has 2\d MiB free .*--shm-size=.*left: 0", second)
+    assert smaller == "created"

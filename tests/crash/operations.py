@@ -1,0 +1,400 @@
+"""Every operation that changes shared state, ready to be killed or interrupted at every line.
+
+A case names how its scene is set up, and gives a function that gets ready in the child and returns
+the call that is to be disturbed.
+
+once           it is a single change: whatever happens to the process, it is done or it is not.
+               (`reap`, `close` and what runs them are several in a row, each done or not.)
+undone         when it is interrupted it gives back what it took
+interruptible  no: it is the first thing that a forked child does, which is interrupted elsewhere
+with_fork      the lines of fork handlers belong to it
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import msgspec
+
+from shmblocks import BlockPool, PoolExistsError, remove_pool
+from shmblocks.testing import Point, abandon, remember, run_and_kill
+from tests.crash.scenes import CONFIG, Scene, leftover, nobody, publish, reserve, survivor
+
+Operation = Callable[[Scene], Callable[[], object]]
+Setup = Callable[[], AbstractContextManager[Scene]]
+
+
+class Case(NamedTuple):
+    """One operation in one situation."""
+
+    operation: Operation
+    setup: Setup
+    once: bool
+    undone: bool
+    interruptible: bool
+    with_fork: bool
+
+    @property
+    def name(self) -> str:
+        return self.operation.__name__
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(
+    setup: Setup = survivor,
+    *,
+    once: bool = True,
+    undone: bool = False,
+    interruptible: bool = True,
+    with_fork: bool = False,
+) -> Callable[[Operation], Operation]:
+    def register(operation: Operation) -> Operation:
+        entry = Case(operation, setup, once, undone, interruptible, with_fork)
+        CASES[entry.name] = entry
+        return operation
+
+    return register
+
+
+def joined(scene: Scene) -> BlockPool:
+    """The inherited pool, with the child as a participant of its own."""
+    scene.pool.available_blocks()
+    return scene.pool
+
+
+# ---- create and attach -----------------------------------------------------------------------
+
+
+@case(nobody, once=False)
+def create(scene: Scene) -> Callable[[], object]:
+    return lambda: BlockPool.create(scene.name, CONFIG, prefault="off")
+
+
+@case(leftover, once=False)
+def create_in_place_of_a_leftover(scene: Scene) -> Callable[[], object]:
+    return lambda: BlockPool.create(scene.name, CONFIG, prefault="off")
+
+
+@case(survivor)
+def create_under_a_name_that_is_taken(scene: Scene) -> Callable[[], object]:
+    def create_in_vain() -> None:
+        with contextlib.suppress(PoolExistsError):
+            BlockPool.create(scene.name, CONFIG, prefault="off")
+
+    return create_in_vain
+
+
+@case(survivor)
+def attach(scene: Scene) -> Callable[[], object]:
+    return lambda: BlockPool.attach(scene.name, prefault="off")
+
+
+@contextlib.contextmanager
+def all_places_of_the_dead() -> Iterator[Scene]:
+    with survivor() as scene:
+        others = [BlockPool.attach(scene.name, prefault="off") for _ in range(4)]
+        for each in others:
+            reserve(each, 5)
+        for each in others:
+            abandon(each)
+        yield scene
+
+
+@case(all_places_of_the_dead, once=False)
+def attach_in_place_of_the_dead(scene: Scene) -> Callable[[], object]:
+    return lambda: BlockPool.attach(scene.name, prefault="off")
+
+
+@case(survivor, interruptible=False, with_fork=True)
+def join_after_fork(scene: Scene) -> Callable[[], object]:
+    return scene.pool.available_blocks
+
+
+# ---- alloc and grow --------------------------------------------------------------------------
+
+
+@case(undone=True)
+def alloc(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.alloc(10, req_id="some request")
+
+
+@case(undone=True)
+def alloc_default(scene: Scene) -> Callable[[], object]:
+    return joined(scene).alloc_default
+
+
+@case(undone=True)
+def alloc_blocks(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.alloc_blocks(70, 77)
+
+
+@contextlib.contextmanager
+def cursor_near_the_end() -> Iterator[Scene]:
+    with survivor() as scene:
+        hole = reserve(scene.pool, 4 * 20)
+        far = reserve(scene.pool, 4 * 54)
+        scene.mine.append(remember(scene.pool, far))
+        scene.pool.free(hole)
+        yield scene
+
+
+@case(cursor_near_the_end, undone=True)
+def alloc_that_wraps(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.alloc(4 * 4)
+
+
+@case(cursor_near_the_end)
+def alloc_in_vain(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.alloc(4 * 30)
+
+
+@contextlib.contextmanager
+def pool_full_of_the_dead() -> Iterator[Scene]:
+    """Reservations and leases of two dead participants fill what the survivor left."""
+    with survivor() as scene:
+        scene.handle = publish(scene.pool, 4 * 20)
+        writer, reader = (BlockPool.attach(scene.name, prefault="off") for _ in range(2))
+        while writer.available_blocks():
+            reserve(writer, 4 * min(30, writer.available_blocks()))
+        scene.leases.append(reader.open(scene.handle))
+        abandon(writer)
+        abandon(reader)
+        yield scene
+
+
+@case(pool_full_of_the_dead, once=False, undone=True)
+def alloc_that_reclaims(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.alloc(4 * 15)
+
+
+@case()
+def grow(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 5)
+    return lambda: pool.grow(handle, 30)
+
+
+@case()
+def grow_within_its_blocks(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 5)
+    return lambda: pool.grow(handle, 8)
+
+
+@case()
+def grow_in_vain(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 5)
+    reserve(pool, 4)
+    return lambda: pool.grow(handle, 9)
+
+
+# ---- publish, leases, free -------------------------------------------------------------------
+
+
+@case()
+def publish_(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 30)
+    return lambda: pool.publish(handle, readers=2)
+
+
+@case()
+def publish_a_part(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 30)
+    return lambda: pool.publish(handle, num_tokens=11)
+
+
+@contextlib.contextmanager
+def published() -> Iterator[Scene]:
+    """The survivor has published something for two readers."""
+    with survivor() as scene:
+        scene.handle = publish(scene.pool, 17, readers=2)
+        yield scene
+
+
+@case(published, undone=True)
+def open_(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.open(scene.the_handle)
+
+
+@contextlib.contextmanager
+def landing() -> Iterator[Scene]:
+    """The survivor has reserved blocks for others to write into."""
+    with survivor() as scene:
+        scene.handle = reserve(scene.pool, 17)
+        yield scene
+
+
+@case(landing, undone=True)
+def write(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.write(scene.the_handle)
+
+
+@case(landing)
+def release_a_writers_lease(scene: Scene) -> Callable[[], object]:
+    return joined(scene).write(scene.the_handle).release
+
+
+@case(published)
+def release(scene: Scene) -> Callable[[], object]:
+    return joined(scene).open(scene.the_handle).release
+
+
+@case(published)
+def release_while_another_reads(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    scene.leases.append(pool.open(scene.the_handle))
+    return pool.open(scene.the_handle).release
+
+
+@case(published)
+def release_the_last(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    pool.open(scene.the_handle).release()
+    return pool.open(scene.the_handle).release
+
+
+@case(published)
+def release_what_is_draining(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    lease = pool.open(scene.the_handle)
+    pool.free(scene.the_handle)
+    return lease.release
+
+
+@case(landing)
+def free_a_reservation(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.free(scene.the_handle)
+
+
+@case(published)
+def free_what_is_published(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.free(scene.the_handle)
+
+
+@case(published)
+def free_what_is_read(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    scene.leases.append(pool.open(scene.the_handle))
+    return lambda: pool.free(scene.the_handle)
+
+
+@case(published)
+def free_what_is_draining(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    scene.leases.append(pool.open(scene.the_handle))
+    pool.free(scene.the_handle)
+    return lambda: pool.free(scene.the_handle)
+
+
+# ---- reap and recovery -----------------------------------------------------------------------
+
+
+@case(pool_full_of_the_dead, once=False)
+def reap(scene: Scene) -> Callable[[], object]:
+    return joined(scene).reap
+
+
+@contextlib.contextmanager
+def unclaimed() -> Iterator[Scene]:
+    """Published blocks whose time is over from the start; the survivor has published nothing."""
+    config = msgspec.structs.replace(CONFIG, unclaimed_timeout=1e-9)
+    with BlockPool.create(_name(), config, role="survivor", prefault="off") as pool:
+        scene = Scene(pool.name, pool)
+        scene.mine.append(remember(pool, reserve(pool, 6)))
+        for num_tokens in (7, 20):
+            publish(pool, num_tokens)
+        yield scene
+
+
+@case(unclaimed, once=False)
+def reap_what_nobody_claimed(scene: Scene) -> Callable[[], object]:
+    return joined(scene).reap
+
+
+def _name() -> str:
+    with nobody() as scene:
+        return scene.name
+
+
+def _dies_half_done(scene: Scene, store: int) -> None:
+    """A child dies in its allocation, after the commit and before its `store`-th store."""
+    lines: list[int] = []
+
+    def allocate() -> None:
+        joined(scene).alloc(4 * 10, req_id="half done")
+
+    def is_it(_: Point) -> bool:
+        if scene.pool._ledger.segment.words[scene.pool._ledger.journal.head]:
+            lines.append(1)
+        return len(lines) == store
+
+    run_and_kill(allocate, is_it)
+
+
+def half_done(store: int) -> Setup:
+    """A journal that was committed and not completed, left by a dead child."""
+
+    @contextlib.contextmanager
+    def setup() -> Iterator[Scene]:
+        with survivor() as scene:
+            _dies_half_done(scene, store)
+            yield scene
+
+    return setup
+
+
+@case(half_done(1), interruptible=False)
+def recovery_of_a_change_that_was_only_committed(scene: Scene) -> Callable[[], object]:
+    return scene.pool.available_blocks
+
+
+@case(half_done(4), interruptible=False)
+def recovery_of_a_change_that_was_made_in_part(scene: Scene) -> Callable[[], object]:
+    return scene.pool.available_blocks
+
+
+@case(half_done(3))
+def recovery_by_one_that_goes_on(scene: Scene) -> Callable[[], object]:
+    return scene.pool.available_blocks
+
+
+# ---- leaving ---------------------------------------------------------------------------------
+
+
+@case(published, once=False)
+def close(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    reserve(pool, 9)
+    pool.publish(reserve(pool, 9))
+    scene.leases.append(pool.open(scene.the_handle))
+    return pool.close
+
+
+@case(nobody, once=False)
+def close_as_the_last_one(scene: Scene) -> Callable[[], object]:
+    pool = BlockPool.create(scene.name, CONFIG, prefault="off")
+    reserve(pool, 9)
+    publish(pool, 9)
+    return pool.close
+
+
+@case(leftover, once=False)
+def remove_a_leftover(scene: Scene) -> Callable[[], object]:
+    return lambda: remove_pool(scene.name)

@@ -1,0 +1,40 @@
+"""An exception at every line of every operation, in a process that lives on.
+
+`judge.py` says what must be true then: the lock is free, the state is whole, the operation is done
+or it is not, what it took is given back, and no descriptor is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.crash import judge
+from tests.crash.operations import CASES
+from tests.crash.plugin import SUMMARY
+from tests.crash.rooms import run_in_clean_room
+
+pytestmark = pytest.mark.watchdog(600)
+
+INTERRUPTIBLE = [name for name, case in CASES.items() if case.interruptible]
+
+
+@pytest.mark.parametrize("name", INTERRUPTIBLE)
+def test_interrupted_at_any_line_an_operation_is_done_or_not_and_the_lock_is_free(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
+    coverage = run_in_clean_room(judge.interrupt, name, KeyboardInterrupt)
+    record_property(SUMMARY, str(coverage))
+
+
+# One that `except Exception` catches, and one that it does not.
+@pytest.mark.parametrize("exception", [MemoryError, SystemExit])
+@pytest.mark.parametrize("name", ["alloc", "open_", "publish_", "release_the_last"])
+def test_any_exception_at_any_line_does_the_same(
+    name: str,
+    exception: type[BaseException],
+    record_property: Callable[[str, object], None],
+) -> None:
+    coverage = run_in_clean_room(judge.interrupt, name, exception)
+    record_property(SUMMARY, str(coverage))

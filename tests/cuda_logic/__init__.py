@@ -1,0 +1,1 @@
+"""What the GPU part of a pool does, where there is no GPU: over a driver made of lists."""

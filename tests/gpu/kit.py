@@ -1,0 +1,119 @@
+"""Pools in CUDA memory and pinned ones, patterns, and the other side of a handoff."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
+from shmblocks.cuda.use import GpuUse, Order
+from tests.support.children import Channel
+
+WIDTH = 1024
+TOKENS = 64
+BLOCK_SIZE = 16
+# As many handles may be on their way as the pool has room for: each allocation waits for the reader
+# of the one that had its blocks before.
+ROOM = 4
+LONGEST_NAP_CYCLES = 60_000
+
+
+def config(allocations: int = ROOM, **more: int) -> PoolConfig:
+    return PoolConfig(
+        total_tokens=allocations * TOKENS,
+        fields=(Field("rows", (WIDTH,), "int32"),),
+        block_size=BLOCK_SIZE,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def create(name: str, device: str = "cuda:0", allocations: int = ROOM) -> BlockPool:
+    """`cpu` gives a pinned pool in host memory."""
+    pool = BlockPool.create(name, config(allocations), prefault="off", device=device)
+    if device == "cpu":
+        pool.pin()
+    return pool
+
+
+def nap(cycles: int) -> None:
+    """Keep the current stream busy for so many clock cycles."""
+    torch.cuda._sleep(cycles)
+
+
+def write_on_stream(pool: BlockPool, seed: int, source: torch.Tensor, readers: int = 1) -> bytes:
+    """Late: the stream naps between the publishing and the writing of the data."""
+    stream = torch.cuda.current_stream()
+    handle = pool.alloc(TOKENS, timeout=60)
+    assert handle is not None
+    nap(seed * 7919 % LONGEST_NAP_CYCLES)
+    source.fill_(seed)
+    pool.view(handle)["rows"].copy_(source, non_blocking=True)
+    return pool.publish(handle, readers=readers, stream=stream).encode()
+
+
+class Reader:
+    """Counts, on the GPU and without waiting for it, what is not as it was published."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def read(self, data: bytes, seed: int) -> None:
+        stream = torch.cuda.current_stream()
+        with self.pool.open(BlockHandle.decode(data), stream=stream) as lease:
+            rows = lease.view["rows"].to("cuda", non_blocking=True)
+            self.wrong += (rows != seed).sum()
+            nap(seed * 104729 % LONGEST_NAP_CYCLES)
+            # Again, late: what was given to the next one too early shows here.
+            self.wrong += (lease.view["rows"].to("cuda", non_blocking=True) != seed).sum()
+
+    def verdict(self) -> int:
+        return int(self.wrong.item())
+
+
+@contextlib.contextmanager
+def broken(how: str) -> Iterator[None]:
+    """Leave out a part of the order, to see that the tests would see it."""
+    undo: list[Callable[[], None]] = []
+    if how == "no wait":
+        wait = Order.wait
+        Order.wait = lambda self, word, value: None  # type: ignore[method-assign]
+        undo.append(lambda: setattr(Order, "wait", wait))
+    elif how == "early release":
+        release = BlockPool._release_on
+
+        def at_once(self: BlockPool, key: object, order: object) -> None:
+            self._release(key)  # type: ignore[arg-type]
+
+        BlockPool._release_on = at_once  # type: ignore[method-assign,assignment]
+        undo.append(lambda: setattr(BlockPool, "_release_on", release))
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()
+
+
+def read_many(channel: Channel, name: str, count: int, how: str, pinned: bool) -> int:
+    """A reader in a process of its own; how many elements were wrong."""
+    with broken(how), BlockPool.attach(name, prefault="off", role="reader") as pool:
+        if pinned:
+            pool.pin()
+        reader = Reader(pool)
+        torch.cuda.synchronize()
+        channel.say("ready")
+        for _ in range(count):
+            data, seed = channel.receive(120)  # type: ignore[misc]
+            reader.read(data, seed)
+        verdict = reader.verdict()
+        torch.cuda.synchronize()
+    return verdict
+
+
+def ipc_opens(pool: BlockPool) -> int:
+    use = pool._ledger.outside
+    assert isinstance(use, GpuUse)
+    opens: int = use._gpu.ipc_opens  # type: ignore[attr-defined]
+    return opens

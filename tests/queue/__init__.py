@@ -1,0 +1,1 @@
+"""Tests of `HandleQueue` and of the waiting under it."""

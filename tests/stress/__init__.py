@@ -1,0 +1,1 @@
+"""All workers of a test run on one pool at once."""
