@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        from benchmarks import cuda
+
+        return cuda.main(options.rounds or (30 if options.quick else 500), options.json)
     try:
         report = _load(options.load, parser) if options.load else _measure(options, parser)
     except KeyboardInterrupt:
@@ -61,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What a handoff costs: floors of this machine, shmblocks, and its peers.",
     )
     add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: handoffs on a GPU")
     add("--quick", action="store_true", help="small and short: shows that it works, not numbers")
     add("--only", metavar="NAME,NAME", type=_names, help="only these candidates (see --list)")
     add("--tokens", metavar="N,N", type=_sizes, help="other payloads, in tokens")

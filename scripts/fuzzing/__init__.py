@@ -1,0 +1,1 @@
+"""Mutated bytes for everything that reads bytes it does not trust."""

@@ -1,0 +1,1 @@
+"""Many processes on one pool, killed and stopped at random, and every byte checked."""

@@ -1,0 +1,155 @@
+"""A worker that does everything at random: allocate, write, publish, hand on, read, free, reap.
+
+What it publishes goes to the market, a queue that all mixers put to and get from. What the market
+holds may be stale: its publisher's deadline passed, or it was freed; that is counted, not wrong.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Callable
+
+from shmblocks import (
+    BlockHandle,
+    BlockPool,
+    HandleQueue,
+    InvalidStateError,
+    PoolTimeoutError,
+    StaleHandleError,
+    TooManyLeasesError,
+)
+from soaking import payload
+from soaking.board import Board, Count
+
+
+class Mixer:
+    """One life of one worker."""
+
+    def __init__(
+        self, worker: int, seed: int, pool_name: str, market_name: str, board: Board
+    ) -> None:
+        self._worker = worker
+        self._random = random.Random(seed)
+        self._name = pool_name
+        self._board = board
+        self._pool = BlockPool.attach(pool_name, timeout=10, role="mixer", prefault="off")
+        self._market = HandleQueue.attach(market_name, timeout=10, message_type=BlockHandle)
+        self._held: list[BlockHandle] = []
+
+    def run(self) -> None:
+        """Until the soak is over."""
+        operations: list[tuple[int, Callable[[], None]]] = [
+            (30, self._reserve),
+            (6, self._reserve_waiting),
+            (10, self._grow),
+            (28, self._publish),
+            (30, self._read),
+            (8, self._free),
+            (2, self._reap),
+            (2, self._check),
+            (1, self._attach_again),
+        ]
+        weights = [weight for weight, _ in operations]
+        while not self._board.is_over:
+            (_, operation) = self._random.choices(operations, weights)[0]
+            operation()
+        self._pool.close()
+        self._market.close()
+
+    def _tokens(self) -> int:
+        """Mostly a few blocks, sometimes many."""
+        blocks = min(self._random.expovariate(1 / 4), self._pool.config.total_blocks // 3)
+        return max(1, int(blocks * self._pool.config.block_size))
+
+    def _reserve(self) -> None:
+        with self._board.timed(self._worker):
+            handle = self._pool.alloc(self._tokens(), req_id=f"mixer-{self._worker}")
+        self._keep(handle)
+
+    def _reserve_waiting(self) -> None:
+        try:
+            self._keep(self._pool.alloc(self._tokens(), timeout=self._random.random() * 0.2))
+        except PoolTimeoutError:
+            self._board.add(self._worker, Count.TIMEOUTS)
+
+    def _keep(self, handle: BlockHandle | None) -> None:
+        if handle is None:
+            self._board.add(self._worker, Count.NO_ROOM)
+        else:
+            self._held.append(handle)
+            if len(self._held) > 6:
+                self._free()
+
+    def _grow(self) -> None:
+        if self._held:
+            handle = self._held.pop()
+            with self._board.timed(self._worker):
+                grown = self._pool.grow(handle, handle.num_tokens + self._tokens() // 2)
+            self._held.append(grown or handle)
+
+    def _free(self) -> None:
+        if self._held:
+            handle = self._held.pop(self._random.randrange(len(self._held)))
+            with self._board.timed(self._worker):
+                self._pool.free(handle)
+
+    def _publish(self) -> None:
+        if not self._held:
+            return
+        handle = self._held.pop()
+        view = self._pool.view(handle)
+        view["rows"].copy_(payload.rows(self._worker, handle.generation, handle.num_tokens))
+        view["marks"].copy_(payload.marks(self._worker, handle.num_tokens))
+        view.aux[0] = handle.num_tokens
+        view.aux[1] = self._worker
+        readers = self._random.choice((1, 1, 2, 3))
+        with self._board.timed(self._worker):
+            handle = self._pool.publish(handle, readers=readers)
+        for _ in range(readers):
+            try:
+                self._market.put(handle, timeout=0.05)
+            except queue.Full:
+                break
+        if self._random.random() < 0.02:
+            self._try(lambda: self._pool.free(handle))
+
+    def _read(self) -> None:
+        try:
+            handle = self._market.get(timeout=0.02)
+        except queue.Empty:
+            return
+        self._try(lambda: self._read_one(handle))
+
+    def _try(self, operation: Callable[[], None]) -> None:
+        try:
+            operation()
+        except (StaleHandleError, InvalidStateError, TooManyLeasesError):
+            self._board.add(self._worker, Count.STALE)
+
+    def _read_one(self, handle: BlockHandle) -> None:
+        with self._board.timed(self._worker):
+            lease = self._pool.open(handle)
+        with lease:
+            writer = int(lease.aux[1])
+            problem = payload.wrong(
+                lease["rows"], lease["marks"], writer, handle.generation, handle.num_tokens
+            )
+            if problem:
+                self._board.violation(self._worker, f"{handle}: {problem}")
+            self._board.add(self._worker, Count.PAYLOADS)
+
+    def _reap(self) -> None:
+        with self._board.timed(self._worker):
+            self._pool.reap()
+
+    def _check(self) -> None:
+        for violation in self._pool.check():
+            self._board.violation(self._worker, str(violation))
+
+    def _attach_again(self) -> None:
+        """What was held comes back by leaving."""
+        self._held.clear()
+        self._pool.close()
+        self._pool = BlockPool.attach(self._name, timeout=10, role="mixer", prefault="off")
+        self._board.add(self._worker, Count.REATTACHED)
