@@ -76,10 +76,18 @@ class Futex:
         woken: int = _syscall(_number, self._address, _FUTEX_WAKE, count, None, None, 0)
         if woken < 0:
             error = ctypes.get_errno()
+            if self._word is None:
+                return 0  # dropped, maybe in the middle of the call
             raise OSError(error, os.strerror(error))
         return woken
 
     def drop(self) -> None:
-        """Let go of the mapping; nobody may be in `wait`."""
-        self._word = None
-        self._address = ctypes.c_void_p(None)
+        """Let go of the mapping, and wake everyone, who will find that there is no value any more.
+
+        Idempotent. Other threads may be about to `wait` or `wake`: the kernel finds no memory at
+        their address and says so.
+        """
+        word, self._word = self._word, None
+        address, self._address = self._address, ctypes.c_void_p(None)
+        if word is not None:
+            _syscall(_number, address, _FUTEX_WAKE, EVERYONE, None, None, 0)

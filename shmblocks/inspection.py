@@ -26,8 +26,8 @@ from shmblocks.ledger import Ledger
 from shmblocks.participants import ParticipantId, ParticipantInfo
 from shmblocks.states import STATES, State
 
-# Nanoseconds. A first waiter looks at least every quarter of a second; one that did not for so long
-# is not woken as it should be.
+# Nanoseconds. Everyone in the line looks at least every quarter of a second; one that did not for
+# so long is stopped, or has gone away without leaving the line.
 SLOW_NS = 5_000_000_000
 # Lines of a message that names holders; the inspector shows all.
 MOST_LINES = 20
@@ -346,16 +346,20 @@ def _check_line(ledger: Ledger) -> list[Violation]:
     waiters = list(ledger.line.waiters())
     if len(waiters) != ledger.line.length:
         violations.append(Violation(5, f"{len(waiters)} wait, the count says {ledger.line.length}"))
-    now = time.monotonic_ns()
-    first = ledger.line.first(ledger.participants.is_alive, now)
+    living = (w for _, w in waiters if ledger.participants.is_alive(ParticipantId.of(w.who)))
+    first = next(living, None)
     if first is None:
         return violations
-    waiter = first[1]
+    unseen = time.monotonic_ns() - max(first.since_ns, first.looked_ns)
     longest = longest_zeros(ledger.blocks.used_bits(), ledger.config.total_blocks)
-    if waiter.num_blocks <= longest and now - max(waiter.since_ns, waiter.looked_ns) > SLOW_NS:
-        who = ledger.participants.describe(ParticipantId.of(waiter.who))
+    if first.num_blocks <= longest and unseen > SLOW_NS:
+        who = ledger.participants.describe(ParticipantId.of(first.who))
         violations.append(
-            Violation(5, f"{who} waits for {waiter.num_blocks} blocks, {longest} are there")
+            Violation(
+                5,
+                f"{who} waits for {first.num_blocks} blocks, {longest} are there, and it has not "
+                f"looked for {unseen / 1e9:.1f} s",
+            )
         )
     return violations
 

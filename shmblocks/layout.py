@@ -42,8 +42,8 @@ every layout version, so that any version can tell whether a pool is one, and wh
     25  waiters: how many are in the line   0   ticket, 0: free
     26  pending: leases that were released  1   who waits, a participant word
         on a stream that has not got there  2   blocks that it waits for
-    27  settling: allocations given back    3   offered: since when it has been its turn,
-        while their owner's stream works        monotonic ns, 0: it has tried since
+    27  settling: allocations given back    3   (free)
+        while their owner's stream works
     128 device: 0 none, 1 CUDA memory is    4   since when it waits, monotonic ns
         exported, 2 its creator has left    5   when it last looked, monotonic ns
     129 creator of the CUDA memory          6   request id, 16 bytes, a Pascal string
@@ -143,7 +143,6 @@ P_DOORBELL = 6
 P_PINNED = 7
 
 WAITER = struct.Struct("=6Q16p")
-W_OFFERED = 3
 W_LOOKED = 5
 WAITER_WORDS = WAITER.size // WORD
 # Threads and coroutines, over all processes, that can wait for blocks at once.
@@ -189,7 +188,7 @@ class WaiterRecord(NamedTuple):
     ticket: int
     who: int
     num_blocks: int
-    offered_ns: int
+    spare: int
     since_ns: int
     looked_ns: int
     req_id: bytes

@@ -4,8 +4,8 @@ Contract
 - Every method runs under the pool's lock; joining and leaving are one commit of the journal each.
 - Only the first in the line is served, and while anyone is in it, nobody else is: a request for
   many blocks is not starved by small ones.
-- The dead are passed over. So is one that has not moved for `PATIENCE` after it was its turn (a
-  stopped process); it keeps its place and is served when it goes on.
+- The dead are passed over. So is one that has not looked for `PATIENCE` (a stopped process); it
+  keeps its place and is served when it goes on.
 - Whoever frees blocks rings the first one's doorbell (`turn`); everyone in the line also looks by
   themselves every `futex.LONGEST_SLEEP`, since the dead ring no bells.
 
@@ -24,7 +24,6 @@ from shmblocks.layout import (
     H_WAITERS,
     MAX_WAITERS,
     W_LOOKED,
-    W_OFFERED,
     WAITER,
     WAITER_WORDS,
     WORD,
@@ -34,8 +33,8 @@ from shmblocks.layout import (
 )
 from shmblocks.participants import ParticipantId
 
-# Nanoseconds. Shorter: a first one that is only slow to wake loses its turn. Longer: a stopped
-# first one holds up the line.
+# Nanoseconds; several times `futex.LONGEST_SLEEP`, after which everyone looks. Shorter: a first one
+# that is only slow to wake loses its turn. Longer: a stopped first one holds up the line.
 PATIENCE_NS = 1_000_000_000
 REQUEST_ID_BYTES = 15
 
@@ -113,16 +112,15 @@ class WaitingLine:
     def first(self, is_alive: IsAlive, now_ns: int) -> tuple[Ticket, WaiterRecord] | None:
         """Whose turn it is; None when nobody is there who could take it."""
         for ticket, waiter in self.waiters():
-            stopped = waiter.offered_ns and now_ns - waiter.offered_ns > PATIENCE_NS
-            if not stopped and is_alive(ParticipantId.of(waiter.who)):
+            # (A look in the future is none that anyone took who could take a turn now.)
+            looks = 0 <= now_ns - waiter.looked_ns <= PATIENCE_NS
+            if looks and is_alive(ParticipantId.of(waiter.who)):
                 return ticket, waiter
         return None
 
     def is_turn_of(self, ticket: Ticket, is_alive: IsAlive, now_ns: int) -> bool:
-        """Whether it is this one's turn; it moves, so what was offered to it counts no more."""
-        first_word = self._layout.waiter_word(ticket.slot)
-        self._words[first_word + W_OFFERED] = 0
-        self._words[first_word + W_LOOKED] = now_ns
+        """Whether it is this one's turn; notes that it has looked."""
+        self._words[self._layout.waiter_word(ticket.slot) + W_LOOKED] = now_ns
         first = self.first(is_alive, now_ns)
         return first is not None and first[0] == ticket
 
@@ -131,11 +129,7 @@ class WaitingLine:
         first = self.first(is_alive, now_ns)
         if first is None:
             return None
-        ticket, waiter = first
-        offered = self._layout.waiter_word(ticket.slot) + W_OFFERED
-        if not waiter.offered_ns:
-            self._words[offered] = now_ns
-        place = ParticipantId.of(waiter.who).place
+        place = ParticipantId.of(first[1].who).place
         bell = self._layout.doorbell_word(place)
         self._words[bell] = (self._words[bell] + 1) & 0xFFFFFFFF
         return place

@@ -285,13 +285,15 @@ class Participants:
 
     def _all_others_are_dying(self) -> bool:
         namespace = _pid_namespace()
+        dying = False
         for who in self.taken():
             if who == self.me or not self._byte_is_held(who.place):
                 continue
             record = PARTICIPANT.unpack_from(self._memory, self._offset(who.place))
             if record[2] != namespace or not _is_dying(record[1], record[3]):
                 return False
-        return True
+            dying = True
+        return dying
 
     def info(self, who: ParticipantId) -> ParticipantInfo | None:
         """What is recorded of a participant; None when its place was given to another since."""

@@ -168,8 +168,9 @@ class BlockPool:
         The last participant to leave removes the segment. Tensors of views stay readable, but their
         blocks are no longer theirs. A GPU user waits for what it has enqueued.
         """
-        self._reservations.close()
+        # First: who is woken to look again must find it closed.
         self._ledger.leave()
+        self._reservations.close()
         self._tensors = None
         self._use = None
         self._finalizer.detach()
@@ -338,10 +339,11 @@ class BlockPool:
         want = self._want(num_blocks, num_tokens, req_id, fake)
         if fake:
             return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
+        deadline = deadline_of(timeout) if timeout else None
         try:
             handle = self._reservations.try_reserve(want)
             if handle is None and timeout != 0.0:
-                return self._reservations.wait(want, deadline_of(timeout))
+                return self._reservations.wait(want, deadline)
             return handle
         except BaseException:
             self._take_back(want.made)
@@ -353,8 +355,9 @@ class BlockPool:
         """`alloc` that waits its turn in asyncio; cancelling it leaves no trace."""
         num_tokens = _whole("num_tokens", num_tokens)
         want = self._want(self.config.blocks_for(num_tokens), num_tokens, req_id, fake=False)
+        deadline = deadline_of(timeout)
         try:
-            return await self._reservations.wait_async(want, deadline_of(timeout))
+            return await self._reservations.wait_async(want, deadline)
         except BaseException:
             self._take_back(want.made)
             raise

@@ -10,6 +10,8 @@ Contract
   wherever one is expected.
 - Messages are `bytes`, or msgspec Structs when `message_type` says which; nothing is unpickled.
 - A process that is killed anywhere loses at most the messages it had in hand, and blocks nobody.
+- A malformed message is the error of one `get`; it takes no other message with it.
+- After `close`, whoever still waits in this process gets `PoolClosedError`.
 - Nobody waiting: no system call but for the lock. Waiting: a short spin, then sleep.
 - Whoever leaves last removes it, with what is in it.
 
@@ -19,8 +21,10 @@ What it does not do: keep a message that was taken by a process that then died, 
 from __future__ import annotations
 
 import functools
+import operator
 import queue as standard
 import time
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, TypeVar, overload
@@ -33,8 +37,6 @@ from shmblocks.ring import (
     FULL,
     MAX_CAPACITY,
     MAX_MESSAGE_BYTES,
-    Q_HEAD,
-    Q_TAIL,
     Ring,
 )
 from shmblocks.sleeper import Sleeper
@@ -56,11 +58,13 @@ class HandleQueue(Generic[T]):
         self._message_type = message_type
         self._spin = spin
         self._decoder = msgspec.msgpack.Decoder(message_type) if message_type else None
+        # Told by the next get: there were others with it.
+        self._malformed: deque[MalformedHandleError] = deque()
         self._getting = Sleeper(
-            self._run, ring.puts, ring.getter_sleeps, ring.getter_gives_up, spin
+            self._run, ring.puts, ring.getter_sleeps, ring.getter_gives_up, ring.has_message, spin
         )
         self._putting = Sleeper(
-            self._run, ring.gets, ring.putter_sleeps, ring.putter_gives_up, spin
+            self._run, ring.gets, ring.putter_sleeps, ring.putter_gives_up, ring.has_room, spin
         )
         self._finalizer = leave_at_exit(self, ring)
 
@@ -142,7 +146,7 @@ class HandleQueue(Generic[T]):
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return _reattach(name, message_type, spin)
+                return _owning(functools.partial(Ring.attach, name), message_type, spin)
             except PoolNotFoundError:
                 if time.monotonic() >= deadline:
                     raise
@@ -150,9 +154,10 @@ class HandleQueue(Generic[T]):
 
     def close(self) -> None:
         """Leave the queue; the last one to leave removes it. Idempotent."""
+        # First: who is told that it is time to look again must find it closed.
+        self._ring.leave()
         self._getting.close()
         self._putting.close()
-        self._ring.leave()
         self._finalizer.detach()
 
     def __enter__(self) -> HandleQueue[T]:
@@ -168,11 +173,14 @@ class HandleQueue(Generic[T]):
 
     def __reduce__(
         self,
-    ) -> tuple[Callable[..., object], tuple[str, type[T] | None, float]]:
-        return (_reattach, (self.name, self._message_type, self._spin))
+    ) -> tuple[Callable[..., object], tuple[str, int, type[T] | None, float]]:
+        return (_reattach, (self.name, self._ring.queue_id, self._message_type, self._spin))
 
     def __repr__(self) -> str:
-        state = "closed" if self.is_closed else f"{self.qsize()} of {self.capacity} messages"
+        try:
+            state = f"{self.qsize()} of {self.capacity} messages"
+        except PoolClosedError:
+            state = "closed"
         return f"HandleQueue({self.name!r}, {state})"
 
     @property
@@ -197,8 +205,7 @@ class HandleQueue(Generic[T]):
 
     def qsize(self) -> int:
         """Messages in it, of this moment."""
-        words = self._words()
-        return max(0, words[Q_TAIL] - words[Q_HEAD])
+        return self._ring.messages
 
     def empty(self) -> bool:
         """Whether no message is in it, of this moment."""
@@ -213,11 +220,11 @@ class HandleQueue(Generic[T]):
     def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
         """Append a message; `queue.Full` when there is no room (within `timeout` seconds)."""
         message = self._encode(item)
+        deadline = deadline_of(timeout) if block and timeout is not None else None
         if self._try_put(message):
             return
         if not block:
             raise standard.Full
-        deadline = deadline_of(timeout)
         while not self._try_put(message):
             if not self._putting.until_changed(deadline):
                 raise standard.Full
@@ -242,22 +249,32 @@ class HandleQueue(Generic[T]):
 
     def get(self, block: bool = True, timeout: float | None = None) -> T:
         """The oldest message; `queue.Empty` when there is none (within `timeout` seconds)."""
-        return self.get_many(1, block, timeout)[0]
+        return self._decode(self._take(1, block, timeout)[0])
 
     def get_nowait(self) -> T:
         """`get` that never waits."""
         return self.get(block=False)
 
     def get_many(self, limit: int, block: bool = True, timeout: float | None = None) -> list[T]:
-        """At least one and up to `limit` messages, oldest first, under one lock."""
-        messages = self._try_get(limit)
-        if not messages:
-            if not block:
-                raise standard.Empty
-            messages = self._wait_for_messages(limit, deadline_of(timeout))
-        return [self._decode(message) for message in messages]
+        """At least one and up to `limit` messages, oldest first, under one lock.
 
-    def _wait_for_messages(self, limit: int, deadline: float | None) -> list[bytes]:
+        A malformed one among them is the error of the next get.
+        """
+        if limit < 1:
+            raise ValueError(f"limit: expected at least 1, got {limit}")
+        messages = self._take(limit, block, timeout)
+        if self._decoder is None:
+            return messages  # type: ignore[return-value]
+        return self._decode_all(messages)
+
+    def _take(self, limit: int, block: bool, timeout: float | None) -> list[bytes]:
+        deadline = deadline_of(timeout) if block and timeout is not None else None
+        self._tell_malformed()
+        messages = self._try_get(limit)
+        if messages:
+            return messages
+        if not block:
+            raise standard.Empty
         while self._getting.until_changed(deadline):
             messages = self._try_get(limit)
             if messages:
@@ -266,6 +283,7 @@ class HandleQueue(Generic[T]):
 
     async def get_async(self) -> T:
         """`get` for asyncio; cancelling it takes no message."""
+        self._tell_malformed()
         while True:
             messages = self._try_get(1)
             if messages:
@@ -273,10 +291,9 @@ class HandleQueue(Generic[T]):
             await self._getting.until_changed_async()
 
     def _try_get(self, limit: int) -> list[bytes]:
-        words = self._words()
-        if words[Q_TAIL] == words[Q_HEAD]:
-            # Nothing there, and no lock taken to see that. Should the words be stale on this
-            # processor, the wait that follows looks again under the lock.
+        if not self._ring.has_message():
+            # No lock taken to see that. Should the words be stale on this processor, the wait that
+            # follows looks again under the lock.
             return []
         taken = self._run(self._ring.get, limit)
         if taken.wake:
@@ -285,17 +302,13 @@ class HandleQueue(Generic[T]):
 
     # ---- inside ------------------------------------------------------------------------------
 
-    def _words(self) -> memoryview:
-        if self.is_closed:
-            raise PoolClosedError(f"queue {self.name}: closed in this process; attach it again")
-        return self._ring.segment.words
-
     def _run(self, body: Callable[..., S], *args: object) -> S:
         ring = self._ring
         if ring.place < 0:
-            self._words()
-            ring.run(ring.take_place)
+            # A forked child: from now on it takes part. The finalizer first: interrupted between
+            # the two, it is one too many, and not one too few.
             self._finalizer = leave_at_exit(self, ring)
+            ring.run(ring.take_place)
         return ring.mutex.run(body, *args)
 
     # ---- messages ----------------------------------------------------------------------------
@@ -314,6 +327,21 @@ class HandleQueue(Generic[T]):
                 "create the queue with larger message_bytes"
             )
         return message
+
+    def _decode_all(self, messages: list[bytes]) -> list[T]:
+        decoded = []
+        for message in messages:
+            try:
+                decoded.append(self._decode(message))
+            except MalformedHandleError as error:
+                self._malformed.append(error)
+        if not decoded:
+            self._tell_malformed()
+        return decoded
+
+    def _tell_malformed(self) -> None:
+        if self._malformed:
+            raise self._malformed.popleft()
 
     def _decode(self, message: bytes) -> T:
         if self._decoder is None:
@@ -344,12 +372,18 @@ def _owning(
 
 
 def _reattach(
-    name: str, message_type: type[S] | None, spin: float
+    name: str, queue_id: int, message_type: type[S] | None, spin: float
 ) -> HandleQueue[S] | HandleQueue[bytes]:
-    """Attaching; also what unpickling in another process does."""
-    return _owning(functools.partial(Ring.attach, name), message_type, spin)
+    """Unpickling in another process: attach, and make sure that it is the same queue."""
+    queue = _owning(functools.partial(Ring.attach, name), message_type, spin)
+    if queue._ring.queue_id != queue_id:
+        queue.close()
+        raise PoolNotFoundError(
+            f"queue {name}: the queue that was sent is gone, another has taken its name"
+        )
+    return queue
 
 
 def _in_range(what: str, value: int, largest: int) -> None:
-    if not 1 <= value <= largest:
+    if not 1 <= operator.index(value) <= largest:
         raise ValueError(f"{what}: expected 1 to {largest}, got {value}")

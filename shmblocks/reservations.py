@@ -1,8 +1,9 @@
 """Reserving blocks: at once, or in the waiting line until there is room.
 
     try_reserve   under the lock: nobody waits (or only the dead): allocate, after a reap if that
-    helps wait          join the line; then, woken by the doorbell or by the clock: my turn?
-    allocate wait_async    the same from asyncio, one thread for all coroutines of the process
+                  helps
+    wait          join the line; then, woken by the doorbell or by the clock: my turn? allocate
+    wait_async    the same from asyncio, one thread for all coroutines of the process
 
 Contract
 - First come, first served over all processes and threads; see `line.py`.
@@ -14,15 +15,14 @@ Contract
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from shmblocks import inspection
 from shmblocks.blocks import ReservationKey
-from shmblocks.errors import PoolTimeoutError
+from shmblocks.errors import PoolClosedError, PoolTimeoutError
 from shmblocks.futex import LONGEST_SLEEP, Futex
 from shmblocks.handle import BlockHandle
 from shmblocks.ledger import Ledger
@@ -49,6 +49,38 @@ class Want(NamedTuple):
     made: list[ReservationKey]
 
 
+class Bell(NamedTuple):
+    """The word of this process's place that is rung when it is its turn, and who listens."""
+
+    place: int
+    futex: Futex
+    loops: LoopWaiters
+
+
+class Turn(NamedTuple):
+    """What a look under the lock gave: a handle, or else what to sleep on."""
+
+    handle: BlockHandle | None
+    bell: Bell
+    seen: int
+
+
+class Waiting:
+    """One wait of one thread or coroutine. `joined` gets its ticket before it is in the line."""
+
+    def __init__(self, want: Want, deadline: float | None) -> None:
+        self.want = want
+        self.deadline = deadline
+        self.started = time.monotonic()
+        self.said = False
+        self.joined: list[Ticket] = []
+
+    @property
+    def seconds(self) -> float:
+        """How long it waits already."""
+        return time.monotonic() - self.started
+
+
 class Reservations:
     """How one process reserves blocks; borrows the ledger."""
 
@@ -56,7 +88,7 @@ class Reservations:
         """`run` runs an operation under the lock, as a participant."""
         self._ledger = ledger
         self._run = run
-        self._bell: tuple[int, Futex, LoopWaiters] | None = None
+        self._bell: Bell | None = None
 
     # ---- at once -----------------------------------------------------------------------------
 
@@ -89,102 +121,103 @@ class Reservations:
 
     def wait(self, want: Want, deadline: float | None) -> BlockHandle:
         """Reserve as soon as it is our turn and there is room."""
-        started = time.monotonic()
-        said = False
-        with self._in_line(want) as ticket:
-            while True:
-                handle, seen = self._run(self._take_turn, ticket, want)
-                if handle is not None:
-                    return handle
-                left = seconds_left(deadline)
-                if left <= 0:
-                    raise self._timed_out(want, started)
-                if not said and time.monotonic() - started > SAYS_SO_AFTER:
-                    said = True
-                    _log.warning("%s", self._waits(want, started))
-                self._my_bell()[1].wait(seen, min(left, self._longest_sleep()))
+        waiting = Waiting(want, deadline)
+        # Two nested clean-ups: an interrupt inside the first is mended by the second.
+        try:
+            try:
+                self._run(self._join, waiting)
+                while (turn := self._run(self._take_turn, waiting)).handle is None:
+                    turn.bell.futex.wait(turn.seen, self._seconds_to_sleep(waiting))
+                return turn.handle
+            finally:
+                self._leave_line(waiting)
+        finally:
+            self._leave_line(waiting)
 
     async def wait_async(self, want: Want, deadline: float | None) -> BlockHandle:
         """As `wait`, from asyncio."""
-        import asyncio
-
         handle = self.try_reserve(want)
         if handle is not None:
             return handle
-        started = time.monotonic()
-        with self._in_line(want) as ticket:
-            while True:
-                handle, seen = self._run(self._take_turn, ticket, want)
-                if handle is not None:
-                    return handle
-                left = seconds_left(deadline)
-                if left <= 0:
-                    raise self._timed_out(want, started)
-                # The clock looks too: the dead ring no bells.
-                try:
-                    await asyncio.wait_for(
-                        self._my_bell()[2].sleep(seen), min(left, self._longest_sleep())
-                    )
-                except (asyncio.TimeoutError, TimeoutError):
-                    continue
+        waiting = Waiting(want, deadline)
+        try:
+            try:
+                self._run(self._join, waiting)
+                while (turn := self._run(self._take_turn, waiting)).handle is None:
+                    await turn.bell.loops.sleep(turn.seen, self._seconds_to_sleep(waiting))
+                return turn.handle
+            finally:
+                self._leave_line(waiting)
+        finally:
+            self._leave_line(waiting)
+
+    def _seconds_to_sleep(self, waiting: Waiting) -> float:
+        """Until the clock looks (the dead ring no bells), or the error of a deadline that has passed.
+
+        Says once whom a long wait waits for.
+        """
+        left = seconds_left(waiting.deadline)
+        if left <= 0:
+            raise PoolTimeoutError(f"{self._waits(waiting)}\nfree some, or create a larger pool")
+        if not waiting.said and waiting.seconds > SAYS_SO_AFTER:
+            waiting.said = True
+            _log.warning("%s", self._waits(waiting))
+        return min(left, self._longest_sleep())
 
     def _longest_sleep(self) -> float:
         """Streams ring no bell either: while some are to give blocks back, look more often."""
         return STREAM_POLL if self._ledger.blocks.waits_for_streams else LONGEST_SLEEP
 
-    @contextmanager
-    def _in_line(self, want: Want) -> Iterator[Ticket]:
-        joined: list[Ticket] = []
-        try:
-            self._run(self._join, want, joined)
-            yield joined[0]
-        finally:
-            if joined:
-                self._run(self._leave, joined[0])
-
-    def _join(self, want: Want, joined: list[Ticket]) -> None:
+    def _join(self, waiting: Waiting) -> None:
         me = self._ledger.participants.me
-        req_id = want.req_id[:REQUEST_ID_BYTES]
+        num_blocks, _, request, _ = waiting.want
+        who = me.word if me else 0
         now = time.monotonic_ns()
-        self._ledger.line.join(me.word if me else 0, want.num_blocks, req_id, now, joined)
+        self._ledger.line.join(who, num_blocks, request[:REQUEST_ID_BYTES], now, waiting.joined)
+
+    def _leave_line(self, waiting: Waiting) -> None:
+        for ticket in waiting.joined:
+            # Closed: whoever closed the pool has taken us out.
+            with contextlib.suppress(PoolClosedError):
+                self._run(self._leave, ticket)
+        waiting.joined.clear()
 
     def _leave(self, ticket: Ticket) -> None:
         self._ledger.line.leave(ticket)
         self._ledger.ring()
 
-    def _take_turn(self, ticket: Ticket, want: Want) -> tuple[BlockHandle | None, int]:
-        """(handle, -) when served, else (None, value of the doorbell to sleep on)."""
+    def _take_turn(self, waiting: Waiting) -> Turn:
         ledger = self._ledger
-        seen = self._my_bell()[1].value
+        bell = self._my_bell()
+        seen = bell.futex.value
         if is_due(ledger.blocks, ledger.participants):
             ledger.reap()
-        if not ledger.line.is_turn_of(ticket, ledger.participants.is_alive, time.monotonic_ns()):
-            return None, seen
-        return self._reserve(want), seen
+        is_alive, now = ledger.participants.is_alive, time.monotonic_ns()
+        if not ledger.line.is_turn_of(waiting.joined[0], is_alive, now):
+            return Turn(None, bell, seen)
+        return Turn(self._reserve(waiting.want), bell, seen)
 
-    def _my_bell(self) -> tuple[int, Futex, LoopWaiters]:
-        """Our doorbell (place, word, those who await it); another one after a fork."""
+    def _my_bell(self) -> Bell:
+        """Under the lock: our doorbell; another one after a fork."""
         me = self._ledger.participants.me
         place = me.place if me else 0
-        if self._bell is None or self._bell[0] != place:
+        if self._bell is None or self._bell.place != place:
             futex = self._ledger.doorbell(place)
-            self._bell = (place, futex, LoopWaiters(futex, tells_all=True))
+            self._bell = Bell(place, futex, LoopWaiters(futex, tells_all=True))
         return self._bell
 
     def close(self) -> None:
-        """End the waits of this process's event loops; let go of the mapping."""
+        """After the ledger was left: end the waits of this process, let go of the mapping."""
         bell, self._bell = self._bell, None
         if bell is not None:
-            bell[2].close()
-            bell[1].drop()
+            bell.futex.drop()
+            bell.loops.close()
 
     # ---- whom it waits for -------------------------------------------------------------------
 
-    def _timed_out(self, want: Want, started: float) -> PoolTimeoutError:
-        return PoolTimeoutError(f"{self._waits(want, started)}\nfree some, or create a larger pool")
-
-    def _waits(self, want: Want, started: float) -> str:
+    def _waits(self, waiting: Waiting) -> str:
         return (
-            f"pool {self._ledger.name}: waited {time.monotonic() - started:.1f} s for "
-            f"{want.num_blocks} consecutive blocks; {self._run(inspection.who_holds, self._ledger)}"
+            f"pool {self._ledger.name}: waited {waiting.seconds:.1f} s for "
+            f"{waiting.want.num_blocks} consecutive blocks; "
+            f"{self._run(inspection.who_holds, self._ledger)}"
         )

@@ -13,8 +13,8 @@ Contract
   it: of `tail` for a put, of `head` for a get. Killed before it, nothing happened; after it, a
   getter takes the messages that it had in hand with it, and nobody else notices.
 - Lengths and counts read from the segment are checked before they are used.
-- `asleep` counts may be too high (a sleeper died or was woken otherwise), which costs a needless
-  system call and corrects itself with each wake-up; never too low.
+- `asleep` counts may be too high (a sleeper died or woke by itself), which costs a needless system
+  call of a later put or get and counts down with each; never too low.
 
 What it does not do: wait, encode, or know what the messages mean.
 """
@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from shmblocks.errors import (
     IncompatiblePoolError,
+    PoolClosedError,
     PoolNotFoundError,
     TooManyParticipantsError,
 )
@@ -60,6 +61,9 @@ LOCK_TIMEOUT = 30.0
 
 FULL = -1
 
+# More cannot be asleep; a larger count was written by something else.
+MOST_ASLEEP = 1 << 32
+
 
 class Taken(NamedTuple):
     """What a get took, and how many putters it must wake."""
@@ -71,9 +75,12 @@ class Taken(NamedTuple):
 class Ring(SharedSegment):
     """One queue's segment as one process sees it."""
 
-    def __init__(self, fd: int, name: str, capacity: int, message_bytes: int) -> None:
+    def __init__(
+        self, fd: int, name: str, queue_id: int, capacity: int, message_bytes: int
+    ) -> None:
         """Map the segment behind `fd` (which stays the caller's)."""
         super().__init__(fd, segment_bytes(capacity, message_bytes), name, LOCK_TIMEOUT)
+        self.queue_id = queue_id
         self.capacity = capacity
         self.message_bytes = message_bytes
         self._slot_bytes = _slot_bytes(message_bytes)
@@ -95,12 +102,13 @@ class Ring(SharedSegment):
         size = segment_bytes(capacity, message_bytes)
         with create_unnamed(size, name, group) as file:
             fd = file.fileno()
+            queue_id = secrets.randbits(64)
             identity = IDENTITY.pack(
-                QUEUE_MAGIC, LAYOUT_VERSION, secrets.randbits(64), size, time.monotonic_ns()
+                QUEUE_MAGIC, LAYOUT_VERSION, queue_id, size, time.monotonic_ns()
             )
             os.pwrite(fd, identity, 0)
             os.pwrite(fd, _SIZES.pack(capacity, message_bytes), _SIZES_OFFSET)
-            ring = cls(fd, name, capacity, message_bytes)
+            ring = cls(fd, name, queue_id, capacity, message_bytes)
             made.append(ring)
             ring.run(ring.take_place)
             take_name(fd, name, LOCK_TIMEOUT)
@@ -119,7 +127,7 @@ class Ring(SharedSegment):
                 or segment_bytes(capacity, message_bytes) != identity.size_bytes
             ):
                 raise IncompatiblePoolError(f"queue {name}: its header is damaged")
-            ring = cls(fd, name, capacity, message_bytes)
+            ring = cls(fd, name, identity.pool_id, capacity, message_bytes)
             made.append(ring)
             ring.run(ring.join)
 
@@ -163,14 +171,47 @@ class Ring(SharedSegment):
         self.puts.drop()
         self.gets.drop()
 
+    # ---- without the lock --------------------------------------------------------------------
+
+    @property
+    def messages(self) -> int:
+        """Messages in it, of this moment."""
+        words = self.segment.words
+        try:
+            there: int = words[Q_TAIL] - words[Q_HEAD]
+        except ValueError:  # released memory
+            raise PoolClosedError(
+                f"queue {self.name}: closed in this process; attach it again"
+            ) from None
+        return min(max(0, there), self.capacity)
+
+    def has_message(self) -> bool:
+        """Whether a get would not find it empty, as far as can be seen; True when closed."""
+        words = self.segment.words
+        try:
+            return bool(words[Q_TAIL] != words[Q_HEAD])
+        except ValueError:
+            return True
+
+    def has_room(self) -> bool:
+        """Whether a put would not find it full, as far as can be seen; True when closed."""
+        words = self.segment.words
+        try:
+            return bool(words[Q_TAIL] - words[Q_HEAD] != self.capacity)
+        except ValueError:
+            return True
+
     # ---- under the lock ----------------------------------------------------------------------
 
     def put(self, message: bytes) -> int:
         """Append a message; how many sleeping getters must be woken, or `FULL`."""
         words = self.segment.words
         tail: int = words[Q_TAIL]
-        if tail - words[Q_HEAD] >= self.capacity:
+        there: int = tail - words[Q_HEAD]
+        if there == self.capacity:
             return FULL
+        if not 0 <= there < self.capacity or tail == _LAST:
+            raise self._damaged(f"it counts {there} messages in {self.capacity} slots")
         offset = HEADER_BYTES + tail % self.capacity * self._slot_bytes
         slot = len(message).to_bytes(WORD, "little") + message
         self.segment.memory[offset : offset + len(slot)] = slot
@@ -208,33 +249,37 @@ class Ring(SharedSegment):
 
     def getter_sleeps(self) -> int:
         """Register as asleep; the value of `tail` to sleep on, or -1 when a message is there."""
-        words = self.segment.words
-        tail: int = words[Q_TAIL]
-        if tail != words[Q_HEAD]:
-            return -1
-        words[Q_GETTERS_ASLEEP] += 1
-        return tail
+        return -1 if self.has_message() else self._sleeps(Q_TAIL, Q_GETTERS_ASLEEP)
 
-    def getter_gives_up(self, seen: int) -> None:
-        """Take back a registration, unless a put has counted it off already."""
-        words = self.segment.words
-        if words[Q_TAIL] == seen and words[Q_GETTERS_ASLEEP]:
-            words[Q_GETTERS_ASLEEP] -= 1
+    def getter_gives_up(self, seen: int) -> bool:
+        """Take back a registration; True: a message is there, so that another must be woken."""
+        return self._gives_up(Q_TAIL, Q_GETTERS_ASLEEP, seen, self.has_message())
 
     def putter_sleeps(self) -> int:
         """Register as asleep; the value of `head` to sleep on, or -1 when there is room."""
-        words = self.segment.words
-        head: int = words[Q_HEAD]
-        if words[Q_TAIL] - head < self.capacity:
-            return -1
-        words[Q_PUTTERS_ASLEEP] += 1
-        return head
+        return -1 if self.has_room() else self._sleeps(Q_HEAD, Q_PUTTERS_ASLEEP)
 
-    def putter_gives_up(self, seen: int) -> None:
-        """Take back a registration, unless a get has counted it off already."""
+    def putter_gives_up(self, seen: int) -> bool:
+        """Take back a registration; True: there is room, so that another must be woken."""
+        return self._gives_up(Q_HEAD, Q_PUTTERS_ASLEEP, seen, self.has_room())
+
+    def _sleeps(self, word: int, count: int) -> int:
         words = self.segment.words
-        if words[Q_HEAD] == seen and words[Q_PUTTERS_ASLEEP]:
-            words[Q_PUTTERS_ASLEEP] -= 1
+        words[count] = min(words[count], MOST_ASLEEP) + 1
+        seen: int = words[word]
+        return seen
+
+    def _gives_up(self, word: int, count: int, seen: int, is_there: bool) -> bool:
+        """Count one off: ourselves, or the next if we were counted off by the change already.
+
+        Nobody is counted off when what changed is gone again: we may have been, and those who are
+        asleep now must stay counted.
+        """
+        words = self.segment.words
+        changed: bool = words[word] != seen
+        if words[count] and (is_there or not changed):
+            words[count] -= 1
+        return changed and is_there
 
     def _damaged(self, why: str) -> IncompatiblePoolError:
         return IncompatiblePoolError(
@@ -243,6 +288,7 @@ class Ring(SharedSegment):
 
 
 _NOTHING = Taken([], 0)
+_LAST = (1 << 64) - 1
 
 
 def _slot_bytes(message_bytes: int) -> int:

@@ -1,10 +1,14 @@
 """Waiting for a word of a segment as `waiting.py` draws it, from a thread or from asyncio.
 
 One `Sleeper` stands for one thing to wait for (a message, room) in one process. What is particular
-to it are two operations under the segment's lock:
+to it are three operations, the first two under the segment's lock:
 
     register() -> seen    count one more asleep and give the word's value; -1: no need to sleep
-    give_up(seen)         take that back, if nobody has counted it off already
+    give_up(seen)         take that back; True: what is waited for is there, wake another
+    is_there()            whether there seems to be what is waited for, or it is no use to wait
+
+A wait that ends otherwise than by being woken (deadline, interrupt, cancelled) hands a wake-up that
+may have been its own to the next.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ class Sleeper:
         run: Run,
         futex: Futex,
         register: Callable[[], int],
-        give_up: Callable[[int], None],
+        give_up: Callable[[int], bool],
+        is_there: Callable[[], bool],
         spin: float,
     ) -> None:
         """`spin`: seconds to spin before sleeping."""
@@ -32,13 +37,16 @@ class Sleeper:
         self._futex = futex
         self._register = register
         self._give_up = give_up
+        self._is_there = is_there
         self._spinner = Spinner(spin)
-        self._loops = LoopWaiters(futex)
+        self._loops = LoopWaiters(futex, is_there=is_there)
 
     def until_changed(self, deadline: float | None) -> bool:
         """True when it is time to look again; False when the deadline has passed."""
         futex = self._futex
-        if self._spinner.until_changed(futex, futex.value):
+        seen = futex.value
+        # In this order: what comes before the word is read is there, what comes after changes it.
+        if self._is_there() or self._spinner.until_changed(futex, seen):
             return True
         if seconds_left(deadline) <= 0:
             return False
@@ -55,8 +63,8 @@ class Sleeper:
                 self._futex.wait(seen, left)
                 changed = self._futex.value != seen & 0xFFFFFFFF
         finally:
-            if not changed:
-                self._run(self._give_up, seen)
+            if not changed and self._run(self._give_up, seen):
+                self._futex.wake(1)
         return True
 
     async def until_changed_async(self) -> None:
@@ -73,5 +81,5 @@ class Sleeper:
                 self._run(self._give_up, seen)
 
     def close(self) -> None:
-        """End the waits of this process's event loops."""
+        """End the waits of this process's event loops, once nobody can begin another."""
         self._loops.close()

@@ -51,21 +51,32 @@ class Spinner:
 
     def __init__(self, longest: float = LONGEST_SPIN) -> None:
         """`longest` in seconds; 0 never spins."""
-        alone = len(os.sched_getaffinity(0)) == 1
-        self._longest_ns = 0 if alone else int(longest * 1e9)
-        self._shortest_ns = min(int(SHORTEST_SPIN * 1e9), self._longest_ns)
-        self._budget_ns = self._longest_ns
+        self._wanted_ns = max(0, int(longest * 1e9))
+        self._budget_ns = self._longest_ns = self._allowed_ns()
 
     def until_changed(self, word: Word, seen: int) -> bool:
         """Whether the word came to differ from `seen` before the budget ran out."""
+        if self._budget_ns and self._spin(word, seen):
+            self._budget_ns = min(2 * self._budget_ns, self._longest_ns)
+            return True
+        # In vain. What follows is a sleep, beside which this question costs nothing: a process may
+        # be given other processors at any time.
+        self._longest_ns = self._allowed_ns()
+        shortest = min(int(SHORTEST_SPIN * 1e9), self._longest_ns)
+        self._budget_ns = min(max(self._budget_ns // 2, shortest), self._longest_ns)
+        return False
+
+    def _allowed_ns(self) -> int:
+        alone = self._wanted_ns and len(os.sched_getaffinity(0)) == 1
+        return 0 if alone else self._wanted_ns
+
+    def _spin(self, word: Word, seen: int) -> bool:
         end = time.monotonic_ns() + self._budget_ns
         while True:
             for _ in range(LOOKS):
                 if word.value != seen:
-                    self._budget_ns = min(2 * self._budget_ns, self._longest_ns)
                     return True
             if time.monotonic_ns() >= end:
-                self._budget_ns = max(self._budget_ns // 2, self._shortest_ns)
                 return False
             time.sleep(0)
 

@@ -145,6 +145,7 @@ class CudaDriver:
         self._write = bindings.cuStreamWriteValue64
         self._wait = bindings.cuStreamWaitValue64
         self._is_capturing = bindings.cuStreamIsCapturing
+        self._get_current = bindings.cuCtxGetCurrent
         self._current_stream = torch.cuda.current_stream
         _check("cuInit", bindings.cuInit(0))
         # How often another process's memory was mapped.
@@ -181,6 +182,10 @@ class CudaDriver:
             context = _check("cuDevicePrimaryCtxRetain", retain(self._device(device)))
             self._contexts[device] = context
         return context
+
+    def _is_current(self, device: int) -> bool:
+        """Whether the device's context is the thread's current one."""
+        return int(self._get_current()[1]) == int(self._context(device))
 
     @contextmanager
     def _current(self, device: int) -> Iterator[None]:
@@ -246,7 +251,7 @@ class CudaDriver:
         value: int,
         flags: int,
     ) -> None:
-        if stream in _STREAMS_OF_THE_CONTEXT:
+        if stream in _STREAMS_OF_THE_CONTEXT and not self._is_current(device):
             with self._current(device):
                 answer = call(stream, address, value, flags)
         else:

@@ -30,6 +30,7 @@ from shmblocks.testing.survival import (
     remember,
     within,
 )
+from shmblocks.testing.wire import Wire
 
 __all__ = [
     "Coverage",
@@ -39,6 +40,7 @@ __all__ = [
     "Scope",
     "Step",
     "TooSlowError",
+    "Wire",
     "abandon",
     "assert_accounted_for",
     "assert_clean",

@@ -114,6 +114,7 @@ def run_and_kill(
 
 def run_traced(operation: Callable[[], object], trace: Trace) -> object:
     """Run an operation under a trace, with no garbage collection in between."""
+    collects = gc.isenabled()
     gc.disable()
     trace.start()
     try:
@@ -121,16 +122,23 @@ def run_traced(operation: Callable[[], object], trace: Trace) -> object:
         result = operation()
     finally:
         trace.stop()
+        if collects:
+            gc.enable()
     return result
 
 
 def run_forked(
-    body: Callable[[Tell], None], *, timeout: float = PATIENCE, trace: Trace | None = None
+    body: Callable[[Tell], None],
+    *,
+    timeout: float = PATIENCE,
+    trace: Trace | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Ending:
     """Run `body(tell)` in a forked child and wait for its end.
 
     A child that raises has told its traceback and ends with 1; one that hangs is killed and is a
     TimeoutError. `trace` is running while the child is born, so that it sees fork handlers too.
+    `meanwhile` is called every millisecond while the child runs.
     """
     ours, theirs = os.pipe()
     try:
@@ -144,7 +152,7 @@ def run_forked(
             _child(body, theirs)
         os.close(theirs)
         theirs = -1
-        return _await(pid, ours, timeout)
+        return _await(pid, ours, timeout, meanwhile)
     finally:
         os.close(ours)
         if theirs >= 0:
@@ -167,14 +175,16 @@ def _write_all(pipe: int, data: bytes) -> None:
         data = data[os.write(pipe, data) :]
 
 
-def _await(pid: int, pipe: int, timeout: float) -> Ending:
+def _await(pid: int, pipe: int, timeout: float, meanwhile: Callable[[], None] | None) -> Ending:
     """Read what the child tells until it is gone. Its own children may hold the pipe longer."""
     os.set_blocking(pipe, False)
     deadline = time.monotonic() + timeout
     told = bytearray()
     with _watch(pid, pipe) as wait:
         while True:
-            wait()
+            wait(1 if meanwhile else 100)
+            if meanwhile is not None:
+                meanwhile()
             gone, status = os.waitpid(pid, os.WNOHANG)
             with contextlib.suppress(BlockingIOError):
                 while chunk := os.read(pipe, _CHUNK):
@@ -191,17 +201,17 @@ def _await(pid: int, pipe: int, timeout: float) -> Ending:
 
 
 @contextlib.contextmanager
-def _watch(pid: int, pipe: int) -> Iterator[Callable[[], object]]:
-    """A function that waits a little for something to be told, or for the process to end."""
+def _watch(pid: int, pipe: int) -> Iterator[Callable[[int], object]]:
+    """Waits at most so many milliseconds for something to be told, or for the process to end."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     try:
         watch = os.pidfd_open(pid)
     except (AttributeError, OSError):  # before Linux 5.3: the end is looked for
-        yield lambda: poll.poll(1)
+        yield lambda _: poll.poll(1)
         return
     poll.register(watch, select.POLLIN)
     try:
-        yield lambda: poll.poll(100)
+        yield poll.poll
     finally:
         os.close(watch)

@@ -23,8 +23,8 @@ How it works
   3. One more child is to die at the point behind the last. It must come to its end unharmed, or a
      line was passed over. It is dead now too, and is verified.
 
-`interrupt_at_every_line` raises an exception at the point instead, in a process that lives on:
-`verify` runs there, in the child.
+`interrupt_at_every_line` raises an exception at the point instead, in this very process, which
+lives on and verifies.
 
 Adapters name their own modules with `watch=`. The parent should not have imported torch: forking a
 process that has takes ten times as long, and there are thousands of forks.
@@ -35,6 +35,7 @@ What it does not do: reach code that other threads run, or places inside of C fu
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import mmap
 import sys
@@ -81,6 +82,7 @@ def kill_at_every_line(
     watch: Iterable[ModuleType | str] = (),
     step: Step = Step.LINE,
     with_fork: bool = False,
+    meanwhile: Callable[[S], None] | None = None,
     timeout: float = PATIENCE,
 ) -> Coverage:
     """SIGKILL at every point of an operation, and `verify` after each; see the top of this file.
@@ -91,9 +93,12 @@ def kill_at_every_line(
     watch      modules or paths whose lines are points too
     step       `Step.OPCODE`: kill at every bytecode instruction
     with_fork  the lines that fork handlers run in the new child are points too
+    meanwhile  called with the scene in the parent, every millisecond while the child lives: to
+               play the other side
     timeout    seconds that one child may take
     """
-    return _Harness(setup, operation, Scope(watch), step, with_fork, timeout).kill(verify)
+    common = (setup, operation, verify, Scope(watch), step)
+    return _Killing(*common, with_fork, meanwhile, timeout).run()
 
 
 def interrupt_at_every_line(
@@ -104,15 +109,125 @@ def interrupt_at_every_line(
     exception: type[BaseException] = KeyboardInterrupt,
     watch: Iterable[ModuleType | str] = (),
     step: Step = Step.LINE,
-    timeout: float = PATIENCE,
 ) -> Coverage:
-    """Raise an exception at every point of an operation; `verify` in the process that lives on.
+    """Raise an exception at every point of an operation, in this process, and `verify` after each.
 
-    The arguments are those of `kill_at_every_line`, but for `verify`: it runs in the forked child
-    in which the exception came up. An operation that swallows it is an AssertionError.
+    The arguments are those of `kill_at_every_line`; nothing is forked. An operation that swallows
+    the exception is an AssertionError.
     """
-    harness = _Harness(setup, operation, Scope(watch), step, False, timeout)
-    return harness.interrupt(verify, exception)
+    return _Interrupting(setup, operation, verify, Scope(watch), step, exception).run()
+
+
+class _EveryPoint(Generic[S]):
+    """One operation, and what is done at each of its points."""
+
+    def __init__(
+        self,
+        setup: Setup[S],
+        operation: Operation[S],
+        verify: Verify[S],
+        scope: Scope,
+        step: Step,
+        deed: str,
+    ) -> None:
+        self._setup = setup
+        self._operation = operation
+        self._verify_scene = verify
+        self._scope = scope
+        self._step = step
+        self._deed = deed
+        self._name: str = getattr(operation, "__name__", repr(operation))
+
+    def run(self) -> Coverage:
+        with _small_heap():
+            points = self._record()
+            if not points:
+                raise AssertionError(f"{self._name}: runs no line of what is watched")
+            for number, expected in enumerate([*points, end_point(len(points) + 1)], 1):
+                self._do_at(number, expected)
+        return Coverage(self._name, self._deed, self._step, tuple(points))
+
+    def _do_at(self, number: int, expected: Point) -> None:
+        was_at = expected
+        for _ in range(_ATTEMPTS):
+            was_at = self._attempt(number)
+            if was_at.place == expected.place:
+                return
+        raise AssertionError(f"{self._name}: expected {expected}, {self._deed} at {was_at}")
+
+    def _record(self) -> list[Point]:
+        """Every point of a run that nobody disturbs."""
+        raise NotImplementedError
+
+    def _attempt(self, number: int) -> Point:
+        """Disturb a run at a point, and verify; which point it was."""
+        raise NotImplementedError
+
+    def _trace(self, at: int, act: Act) -> Trace:
+        return Trace(self._scope, self._step, at, act)
+
+    def _verify(self, scene: S, point: Point) -> None:
+        try:
+            self._verify_scene(scene, point)
+        except Exception as error:
+            what = f"{self._name}, {self._deed} at {point}: {type(error).__name__}: {error}"
+            raise AssertionError(what) from error
+
+
+class _Killing(_EveryPoint[S]):
+    """Runs in children, which die."""
+
+    def __init__(
+        self,
+        setup: Setup[S],
+        operation: Operation[S],
+        verify: Verify[S],
+        scope: Scope,
+        step: Step,
+        with_fork: bool,
+        meanwhile: Callable[[S], None] | None,
+        timeout: float,
+    ) -> None:
+        super().__init__(setup, operation, verify, scope, step, "killed")
+        self._with_fork = with_fork
+        self._meanwhile = meanwhile
+        self._timeout = timeout
+
+    def _record(self) -> list[Point]:
+        points: list[Point] = []
+        with self._setup() as scene:
+            ending = self._run(scene, self._trace(0, points.append), told=points)
+            self._require_success(ending)
+        return msgspec.msgpack.decode(ending.told, type=list[Point])
+
+    def _attempt(self, number: int) -> Point:
+        box = _BlackBox()
+        with self._setup() as scene:
+            ending = self._run(scene, self._trace(number, box.write_and_die))
+            if not ending.was_killed:
+                self._require_success(ending)
+            point = box.read() if ending.was_killed else end_point(number)
+            self._verify(scene, point)
+        return point
+
+    def _run(self, scene: S, trace: Trace, told: list[Point] | None = None) -> Ending:
+        def body(tell: Tell) -> None:
+            run_traced(self._operation(scene), trace)
+            if told is not None:
+                tell(msgspec.msgpack.encode(told))
+
+        if self._with_fork:
+            # What earlier scenes left in reference cycles has fork handlers too, in any order.
+            gc.collect()
+        born_under = trace if self._with_fork else None
+        play = self._meanwhile
+        meanwhile = None if play is None else functools.partial(play, scene)
+        return run_forked(body, timeout=self._timeout, trace=born_under, meanwhile=meanwhile)
+
+    def _require_success(self, ending: Ending) -> None:
+        if ending.exit_code != 0:
+            told = ending.told.decode(errors="replace")
+            raise AssertionError(f"{self._name}: ended with {ending.exit_code}: {told}")
 
 
 class _BlackBox:
@@ -132,108 +247,42 @@ class _BlackBox:
         return msgspec.msgpack.decode(data, type=Point)
 
 
-class _Harness(Generic[S]):
-    """One operation and how its points are found."""
+class _Interrupting(_EveryPoint[S]):
+    """Runs here, and an exception comes up."""
 
     def __init__(
         self,
         setup: Setup[S],
         operation: Operation[S],
+        verify: Verify[S],
         scope: Scope,
         step: Step,
-        with_fork: bool,
-        timeout: float,
+        exception: type[BaseException],
     ) -> None:
-        self._setup = setup
-        self._operation = operation
-        self._scope = scope
-        self._step = step
-        self._with_fork = with_fork
-        self._timeout = timeout
-        self._name: str = getattr(operation, "__name__", repr(operation))
+        super().__init__(setup, operation, verify, scope, step, f"{exception.__name__} raised")
+        self._exception = exception
 
-    # ---- killing -----------------------------------------------------------------------------
+    def _record(self) -> list[Point]:
+        points: list[Point] = []
+        with self._setup() as scene:
+            run_traced(self._operation(scene), self._trace(0, points.append))
+            gc.collect()
+        return points
 
-    def kill(self, verify: Verify[S]) -> Coverage:
-        with _small_forks():
-            points = self._record()
-            for number, expected in enumerate(points, 1):
-                self._kill_at(verify, number, expected)
-            self._unharmed(verify, len(points) + 1)
-        return Coverage(self._name, "killed", self._step, tuple(points))
-
-    def _kill_at(self, verify: Verify[S], number: int, expected: Point) -> None:
-        died_at = expected
-        for _ in range(_ATTEMPTS):
-            with self._setup() as scene:
-                died_at = self._killed(scene, number)
-                self._verify(verify, scene, died_at, "killed")
-            if died_at.place == expected.place:
-                return
-        raise AssertionError(f"{self._name}: expected {expected}, died at {died_at}")
-
-    def _killed(self, scene: S, number: int) -> Point:
-        box = _BlackBox()
-        ending = self._run(scene, number, box.write_and_die)
-        if not ending.was_killed:
-            raise AssertionError(f"{self._name}: not killed at point {number}: {_words(ending)}")
-        return box.read()
-
-    def _unharmed(self, verify: Verify[S], number: int) -> None:
-        """The run whose point would lie behind the last one must come to its end, and then dies."""
-        box = _BlackBox()
-        for _ in range(_ATTEMPTS):
-            with self._setup() as scene:
-                ending = self._run(scene, number, box.write_and_die)
-                if not ending.was_killed:
-                    self._require_success(ending)
-                self._verify(verify, scene, end_point(number), "killed")
-            if not ending.was_killed:
-                return
-        raise AssertionError(f"{self._name}: has a point more than recorded: {box.read()}")
-
-    # ---- interrupting ------------------------------------------------------------------------
-
-    def interrupt(self, verify: Verify[S], exception: type[BaseException]) -> Coverage:
-        with _small_forks():
-            points = self._record()
-            for number, expected in enumerate([*points, end_point(len(points) + 1)], 1):
-                self._interrupt_at(verify, exception, number, expected)
-        return Coverage(self._name, f"{exception.__name__} raised", self._step, tuple(points))
-
-    def _interrupt_at(
-        self, verify: Verify[S], exception: type[BaseException], number: int, expected: Point
-    ) -> None:
-        was_at = expected
-        for _ in range(_ATTEMPTS):
-            with self._setup() as scene:
-                was_at = self._interrupted(scene, number, verify, exception)
-            if was_at.place == expected.place:
-                return
-        raise AssertionError(f"{self._name}: expected {expected}, was at {was_at}")
-
-    def _interrupted(
-        self, scene: S, number: int, verify: Verify[S], exception: type[BaseException]
-    ) -> Point:
-        raised = exception(f"point {number}")
-
-        def body(tell: Tell) -> None:
-            trace = Trace(self._scope, self._step, number, _raiser(raised))
-            came_out, result = self._run_interrupted(scene, trace, raised)
+    def _attempt(self, number: int) -> Point:
+        raised = self._exception(f"point {number}")
+        with self._setup() as scene:
+            trace = self._trace(number, _raiser(raised))
+            came_out, result = self._run(scene, trace, raised)
             point = trace.fired or end_point(number)
             if trace.fired and not came_out:
                 raise AssertionError(f"{self._name}: swallowed {raised!r} at {point}")
-            self._verify(verify, scene, point, f"{exception.__name__} raised")
-            tell(msgspec.msgpack.encode(point))
+            self._verify(scene, point)
             del result  # kept until here: a lease that is dropped is given back
+            gc.collect()
+        return point
 
-        ending = run_forked(body, timeout=self._timeout)
-        self._require_success(ending)
-        return msgspec.msgpack.decode(ending.told, type=Point)
-
-    def _run_interrupted(
-        self, scene: S, trace: Trace, raised: BaseException
-    ) -> tuple[bool, object]:
+    def _run(self, scene: S, trace: Trace, raised: BaseException) -> tuple[bool, object]:
         """Whether the exception came out of the operation, and what that returned otherwise.
 
         Nothing of its frames is kept alive.
@@ -250,47 +299,15 @@ class _Harness(Generic[S]):
         # Raised at the end of a `with` block that an exception leaves, where no signal could raise
         # it, it makes CPython go on handling that other exception.
         _forget_frames(sys.exc_info()[1])
-        gc.enable()
         gc.collect()
         return came_out, result
 
-    # ---- both --------------------------------------------------------------------------------
 
-    def _record(self) -> list[Point]:
-        """Every point of a run that nobody disturbs."""
-        points: list[Point] = []
-        with self._setup() as scene:
-            ending = self._run(scene, 0, points.append, tells=points)
-            self._require_success(ending)
-        recorded = msgspec.msgpack.decode(ending.told, type=list[Point])
-        if not recorded:
-            raise AssertionError(f"{self._name}: runs no line of what is watched")
-        return recorded
+def _raiser(exception: BaseException) -> Act:
+    def act(_: Point) -> None:
+        raise exception
 
-    def _run(self, scene: S, at: int, act: Act, tells: list[Point] | None = None) -> Ending:
-        trace = Trace(self._scope, self._step, at, act)
-
-        def body(tell: Tell) -> None:
-            run_traced(self._operation(scene), trace)
-            if tells is not None:
-                tell(msgspec.msgpack.encode(tells))
-
-        born_under = trace if self._with_fork else None
-        if self._with_fork:
-            # What earlier scenes left in reference cycles has fork handlers too, in any order.
-            gc.collect()
-        return run_forked(body, timeout=self._timeout, trace=born_under)
-
-    def _require_success(self, ending: Ending) -> None:
-        if ending.exit_code != 0:
-            raise AssertionError(f"{self._name}: {_words(ending)}")
-
-    def _verify(self, verify: Verify[S], scene: S, point: Point, deed: str) -> None:
-        try:
-            verify(scene, point)
-        except Exception as error:
-            what = f"{self._name}, {deed} at {point}: {type(error).__name__}: {error}"
-            raise AssertionError(what) from error
+    return act
 
 
 def _forget_frames(error: BaseException | None) -> None:
@@ -302,7 +319,7 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 @contextlib.contextmanager
-def _small_forks() -> Iterator[None]:
+def _small_heap() -> Iterator[None]:
     """Keep the collector off what is there already: touching it would copy it in each child."""
     gc.collect()
     gc.freeze()
@@ -310,14 +327,3 @@ def _small_forks() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _raiser(exception: BaseException) -> Act:
-    def act(_: Point) -> None:
-        raise exception
-
-    return act
-
-
-def _words(ending: Ending) -> str:
-    return f"the child ended with {ending.exit_code}: {ending.told.decode(errors='replace')}"

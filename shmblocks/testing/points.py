@@ -103,6 +103,7 @@ class Trace:
         self._at = at
         self._act = act
         self._spared = 0
+        self._before = sys.gettrace()
         self.count = 0
         self.fired: Point | None = None
 
@@ -111,11 +112,13 @@ class Trace:
         self._spared = pid
 
     def start(self) -> None:
+        """Trace from now on, in place of whatever traced before (a debugger, a coverage tool)."""
+        self._before = sys.gettrace()
         sys.settrace(self._enter)
 
-    @staticmethod
-    def stop() -> None:
-        sys.settrace(None)
+    def stop(self) -> None:
+        """Trace no more."""
+        sys.settrace(self._before)
 
     def _enter(self, frame: FrameType, event: str, _: Any) -> Any:  # noqa: ANN401
         if not self._scope.covers(frame.f_code) or os.getpid() == self._spared:

@@ -56,7 +56,7 @@ def field_bytes(pool: BlockPool, handle: BlockHandle, name: str) -> memoryview:
     if name == AUX:
         start, size = ledger.layout.aux + handle.start_block * AUX_BYTES, AUX_BYTES
     else:
-        (field,) = (field for field in pool.config.fields if field.name == name)
+        field = {field.name: field for field in pool.config.fields}[name]
         first = handle.start_block * pool.config.block_size
         start = ledger.layout.fields[name] + first * field.token_bytes
         size = handle.num_tokens * field.token_bytes

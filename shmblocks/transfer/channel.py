@@ -8,7 +8,8 @@ found out once, when the channel is made:
     queue                                 put without blocking        receive
     queue.Queue, queue.SimpleQueue,       put_nowait, queue.Full      get(timeout=), queue.Empty
       multiprocessing.Queue, torch's,
-      ZmqQueue, anything shaped so
+      HandleQueue, ZmqQueue, and
+      whatever is shaped so
     multiprocessing.SimpleQueue, torch's  put, when its pipe has      get, when its pipe has
                                           room (see `_PipePut`)       something; poll(timeout)
     put, get and empty only               put (may block: its own     get, after short sleeps
@@ -32,14 +33,18 @@ import time
 from collections import deque
 from typing import Protocol, runtime_checkable
 
+from shmblocks.errors import PoolTimeoutError, ShmBlocksError
+
 # Seconds between two looks at a queue that cannot be waited for. Smaller: less latency, more time
 # burnt. It grows from the first to the second, so a short wait is short and a long one cheap.
 FIRST_NAP = 0.0001
 LONGEST_NAP = 0.005
 
 # What a closed or broken queue raises: pipes OSError and EOFError, `multiprocessing.Queue`
-# ValueError when it was closed in this process.
-_BROKEN = (OSError, EOFError, ValueError)
+# ValueError when it was closed in this process, `HandleQueue` an error of this library.
+_BROKEN = (OSError, EOFError, ValueError, ShmBlocksError)
+# What says "not now": full, empty, or a HandleQueue whose lock is held by a stopped process.
+_NOT_NOW = (queue.Full, queue.Empty, PoolTimeoutError)
 
 
 class ChannelBrokenError(Exception):
@@ -96,7 +101,7 @@ class _NowaitPut:
     def __call__(self, data: bytes) -> bool:
         try:
             self._tx.put_nowait(data)
-        except queue.Full:
+        except _NOT_NOW:
             return False
         return True
 
@@ -105,8 +110,8 @@ class _PipePut:
     """For `multiprocessing.SimpleQueue`, whose put blocks while its pipe is full.
 
     The kernel calls a pipe writable when a whole page is free in it, and a message with its few
-    bytes of framing is smaller than that (but for a Failed with a very long reason). So with this
-    process as the only writer, which an endpoint's `tx` is, the put after the look cannot block.
+    bytes of framing is smaller than that. So with this process as the only writer, which an
+    endpoint's `tx` has, the put after the look cannot block.
     """
 
     def __init__(self, tx: QueueLike, writer: _HasFileno) -> None:
@@ -145,6 +150,9 @@ class Outgoing:
     """The sending half: a queue and the outbox in front of it."""
 
     def __init__(self, tx: QueueLike) -> None:
+        # Bytes of the longest message that the queue takes; of most queues there is none.
+        limit: object = getattr(tx, "message_bytes", None)
+        self.longest = limit if isinstance(limit, int) else None
         self._put = _choose_put(tx)
         self._outbox: deque[bytes] = deque()
 
@@ -244,7 +252,7 @@ class Incoming:
         """
         try:
             return self._get(timeout)
-        except queue.Empty:
+        except _NOT_NOW:
             return None
         except _BROKEN as error:
             raise ChannelBrokenError(f"reading from the queue failed: {error!r}") from error

@@ -17,6 +17,7 @@ from shmblocks.errors import TransferError
 from shmblocks.handle import BlockHandle
 from shmblocks.transfer.intake import Grant
 from shmblocks.transfer.room import blocks_text
+from shmblocks.transfer.tensors import finish_copies
 
 if TYPE_CHECKING:
     from shmblocks.pool import BlockPool
@@ -67,6 +68,7 @@ class LandingDelivery:
         num_tokens = min(handle.num_tokens - offset, self._payload.num_tokens - sent)
         with self._pool.write(handle) as lease:
             self._payload.write(lease.view, offset, sent, num_tokens)
+            finish_copies(lease.view)
         return Shipped(handle, offset, num_tokens)
 
     def collected(self) -> None:

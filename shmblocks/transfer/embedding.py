@@ -149,11 +149,7 @@ class EmbeddingEndpoint(Endpoint[SendingRoom]):
         if self._is_repeated(request):
             return
         self._given_up.pop(request.room)
-        room = self._rooms.get(request.room)
-        if room is not None and room.nonce:
-            room.fail("the language side began this room anew")
-            self._sweep()
-            room = None
+        room = self._room_for(request)
         refusal = self._refused.pop(request.room)
         if room is not None:
             room.safely(lambda: room.on_request(request))
@@ -161,6 +157,22 @@ class EmbeddingEndpoint(Endpoint[SendingRoom]):
             self._refuse(request, refusal)
         else:
             self._keep(request)
+
+    def _room_for(self, request: Request) -> SendingRoom | None:
+        """The room that waits for such a request.
+
+        One that was asked before, by an attempt that ended without a word (its language side saw
+        our predecessor die), begins with the new attempt, if nothing went over yet.
+        """
+        room = self._rooms.get(request.room)
+        if room is None or not room.nonce:
+            return room
+        if room.rounds == 0:
+            self._ended.put(room.nonce, True)
+            return room
+        room.fail("the language side began this room anew")
+        self._sweep()
+        return None
 
     def _is_repeated(self, request: Request) -> bool:
         counts = self._link.counts

@@ -91,8 +91,7 @@ class EndpointStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoint(abc.ABC, Generic[R]):
-    """One side of a pair; use `EmbeddingEndpoint` or `LanguageEndpoint`. Borrows pool and
-    queues."""
+    """One side of a pair: `EmbeddingEndpoint` or `LanguageEndpoint`. Borrows pool and queues."""
 
     def __init__(self, pool: BlockPool, tx: QueueLike, rx: QueueLike) -> None:
         if not pool.config.fields:

@@ -9,7 +9,9 @@
 No deadlock, in steps: (1) a room waits for blocks only before its first round, and then holds none;
 (2) from its first round on it never needs more than it has, because offering the same blocks again
 needs nobody; (3) so whoever holds blocks waits only for a message, and whoever waits for blocks
-holds none. It also follows that a transfer can be longer than the whole pool.
+holds none. It also follows that a transfer can be longer than the whole pool. What is left are
+results: those that a user has taken are his to release, the others are moved out of the pool when a
+room starves (`language.py`).
 
 What it does not do: know statuses or messages other than the chunk, or check what a room can check.
 """
@@ -23,7 +25,7 @@ from shmblocks.errors import TransferError
 from shmblocks.handle import BlockHandle
 from shmblocks.transfer.result import Part, PrivateTokens, nothing_to_give_back
 from shmblocks.transfer.room import blocks_text
-from shmblocks.transfer.tensors import AUX_LENGTH, Tensors, first_tokens
+from shmblocks.transfer.tensors import AUX_LENGTH, Tensors, finish_copies, first_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +124,7 @@ class LandingIntake:
             self.aux = noted_aux(view.aux, chunk)
         if self._private is not None:
             self._private.append(view, piece.filled, chunk.num_tokens)
+            finish_copies(view)
         else:
             piece.filled += chunk.num_tokens
 
@@ -153,11 +156,13 @@ class LandingIntake:
 
     def _empty_into_private(self, remaining: int) -> None:
         """Copy everything out and keep only the last blocks, empty."""
-        arrived = sum(piece.filled for piece in self._pieces)
-        self._private = PrivateTokens(self._fields, arrived + remaining)
-        for piece in self._pieces:
-            self._private.append(self._pool.view(piece.handle), 0, piece.filled)
+        total = remaining + sum(piece.filled for piece in self._pieces)
+        views = [self._pool.view(piece.handle) for piece in self._pieces]
+        self._private = PrivateTokens(self._fields, views[0], total)
+        for piece, view in zip(self._pieces, views, strict=True):
+            self._private.append(view, 0, piece.filled)
             piece.filled = 0
+        finish_copies(views[0])
         while len(self._pieces) > 1:
             self._returns.free(self._pieces.pop(0).handle)
 
@@ -218,7 +223,7 @@ class PushIntake:
         if chunk.num_tokens == chunk.total_tokens:
             return
         if self._private is None:
-            self._private = PrivateTokens(self._fields, chunk.total_tokens)
+            self._private = PrivateTokens(self._fields, view, chunk.total_tokens)
         self._private.append(view, 0, chunk.num_tokens)
 
     def finish(self) -> list[Part]:

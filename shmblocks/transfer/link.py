@@ -87,7 +87,7 @@ class Link:
             return
         self.counts.sent += 1
         try:
-            self._out.send(encode(message))
+            self._out.send(encode(message, self._out.longest))
         except ChannelBrokenError as error:
             self._break(error)
 

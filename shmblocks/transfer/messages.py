@@ -39,9 +39,10 @@ HandleBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
 Reason = Annotated[str, msgspec.Meta(max_length=2000)]
 Mode = Literal["landing", "push"]
 
-MAX_REASON_CHARACTERS = 2000
-# Of one encoded message. The longest is a Failed whose reason is all 4-byte characters.
-MAX_MESSAGE_BYTES = 4 * MAX_REASON_CHARACTERS + 200
+MAX_REASON_BYTES = 2000
+# Of one encoded message; the longest is a Failed. It must stay below PIPE_BUF (4096) with whatever
+# a queue adds: what is shorter goes into a pipe whole or not at all, even if its writer is killed.
+MAX_MESSAGE_BYTES = MAX_REASON_BYTES + 200
 
 
 class Origin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -123,13 +124,24 @@ class Failed(RoomMessage, frozen=True):
 
 AnyMessage = Hello | Bye | Request | Chunk | Resume | Starved | Done | Failed
 
+_CUT = " ..."
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)
 
 
-def encode(message: AnyMessage) -> bytes:
-    """The bytes that cross the queue."""
-    return _encoder.encode(message)
+def encode(message: AnyMessage, longest: int | None = None) -> bytes:
+    """The bytes that cross the queue.
+
+    `longest` is what the queue takes. All messages are short but for the reason of a Failed, which
+    is cut to fit: a short reason is better than none.
+    """
+    data = _encoder.encode(message)
+    if longest is None or len(data) <= longest or not isinstance(message, Failed):
+        return data
+    reason = message.reason.encode()
+    cut = _cut(reason, len(reason) - (len(data) - longest))
+    return _encoder.encode(msgspec.structs.replace(message, reason=cut))
 
 
 def decode(data: bytes | bytearray | memoryview) -> AnyMessage | None:
@@ -146,7 +158,11 @@ def decode(data: bytes | bytearray | memoryview) -> AnyMessage | None:
 def short_reason(text: str) -> str:
     """`text`, cut to what a Failed may carry."""
     # A lone surrogate (from a path, say) cannot be encoded; a reason is for reading, so replace it.
-    text = text.encode("utf-8", "replace").decode()
-    if len(text) <= MAX_REASON_CHARACTERS:
-        return text
-    return text[: MAX_REASON_CHARACTERS - 4] + " ..."
+    return _cut(text.encode("utf-8", "replace"), MAX_REASON_BYTES)
+
+
+def _cut(text: bytes, longest: int) -> str:
+    """At most so many bytes of UTF-8, cut between characters."""
+    if len(text) <= longest:
+        return text.decode()
+    return text[: max(0, longest - len(_CUT))].decode(errors="ignore") + _CUT

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shmblocks.errors import ShmBlocksError, StaleHandleError, TransferError
+from shmblocks.errors import PeerDiedError, ShmBlocksError, StaleHandleError, TransferError
 from shmblocks.transfer.messages import Failed, short_reason
 from shmblocks.transfer.status import Status, move
 
@@ -89,8 +89,12 @@ class Room(abc.ABC):
 
     def fail_by(self, error: Exception) -> None:
         """End as Failed because of an exception."""
-        is_ours = isinstance(error, TransferError)
-        self.fail(str(error) if is_ours else f"{type(error).__name__}: {error}")
+        if isinstance(error, TransferError):
+            self.fail(str(error))
+        elif isinstance(error, PeerDiedError):
+            self.fail(str(error), PeerDiedError)
+        else:
+            self.fail(f"{type(error).__name__}: {error}")
 
     def fail_by_peer(self, reason: str) -> None:
         """End as Failed because the other side said so."""

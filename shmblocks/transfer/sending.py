@@ -64,12 +64,15 @@ class SendingRoom(Room):
     # ---- messages ----------------------------------------------------------------------------
 
     def on_request(self, request: Request) -> None:
-        """The language side asks for round 0."""
+        """The language side asks for round 0; again, with another nonce, when it began anew."""
         self.nonce = request.nonce
+        self.withdrawn = None
+        # Nothing was sent yet, so an earlier delivery holds nothing that is not the payload's.
         self._delivery = make_delivery(
             self._pool, self._returns, request.mode, self._payload, self._req_id
         )
-        self.move(Status.WaitingForInput)
+        if self.status is Status.Bootstrapping:
+            self.move(Status.WaitingForInput)
         self._on_grant(0, Grant(_decoded(request.handle), 0))
 
     def on_resume(self, resume: Resume) -> None:
@@ -91,6 +94,7 @@ class SendingRoom(Room):
     def _on_grant(self, round_: int, grant: Grant) -> None:
         self._asked = round_
         self._grant = grant
+        self._has_starved = False
         self.advance()
 
     def on_done(self, done: Done) -> None:

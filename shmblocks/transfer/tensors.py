@@ -107,13 +107,27 @@ def first_tokens(fields: Iterable[Field], tensors: Tensors, num_tokens: int) -> 
     }
 
 
-def empty(fields: Iterable[Field], num_tokens: int) -> Tensors:
-    """Private memory for so many tokens, laid out as in a pool."""
+def finish_copies(tensors: Tensors) -> None:
+    """Wait until what was copied into or out of the tensors on this thread's stream is done.
+
+    For memory that another process is told of by a message, or is offered again: in a CUDA pool no
+    stream of its waits for ours there. In host memory a copy is done when it returns.
+    """
+    import torch
+
+    device = next(iter(tensors.values())).device
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def empty_like(fields: Iterable[Field], tensors: Tensors, num_tokens: int) -> Tensors:
+    """Private memory for so many tokens, laid out as in a pool, on the tensors' device."""
     import torch
 
     made: dict[str, torch.Tensor] = {}
     for field in fields:
-        stored = torch.empty((num_tokens, *field.shape), dtype=torch_dtype(field))
+        shape, device = (num_tokens, *field.shape), tensors[field.name].device
+        stored = torch.empty(shape, dtype=torch_dtype(field), device=device)
         made[field.name] = stored.t() if field.transposed else stored
     return made
 

@@ -6,6 +6,7 @@ a fresh interpreter, away from pytest.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from shmblocks import BlockPool
 from shmblocks.testing import (
     Coverage,
     Point,
+    Scope,
     Step,
     assert_accounted_for,
     assert_clean,
@@ -27,8 +29,10 @@ from shmblocks.testing import (
     run_forked,
     within,
 )
+from shmblocks.testing.deaths import run_traced
+from shmblocks.testing.points import Trace
 from tests.crash.operations import CASES, Case
-from tests.crash.scenes import CONFIG, Allocation, Scene, picture, reserve
+from tests.crash.scenes import CONFIG, Allocation, Scene, picture, reserve, survivor
 
 Pictures = tuple[list[Allocation], list[Allocation]]
 
@@ -70,6 +74,7 @@ def _judge_death(scene: Scene, point: Point, pictures: Pictures | None) -> None:
             _assert_done_or_not(picture(scene.pool), point, pictures)
     assert_survives(scene.pool, *scene.kept)
     _assert_mine_unchanged(scene)
+    assert scene.pool.stats().waiters == 0, "somebody stands in the line who does not wait"
 
 
 def _assert_done_or_not(now: list[Allocation], point: Point, pictures: Pictures) -> None:
@@ -117,7 +122,7 @@ def interrupt(name: str, exception: type[BaseException]) -> Coverage:
             assert not left, f"left open: {left}"
         if scene.has_survivor:
             _judge_interrupt(case, scene, point, pictures)
-        elif not point.is_end:
+        elif not (point.is_end and name.startswith("create")):
             _judge_name(scene)
 
     return interrupt_at_every_line(case.setup, operation, verify, exception=exception)
@@ -134,19 +139,54 @@ def _descriptors() -> set[str]:
 
 
 def _judge_interrupt(case: Case, scene: Scene, point: Point, pictures: Pictures | None) -> None:
-    """In the process that lives on. The witness proves that the lock is free for others."""
+    """The process lives on. The witness proves that the lock is free for others."""
+    witness = scene.witness
+    assert witness.stats().waiters == 0, "somebody stands in the line who does not wait"
     with within(1.0, "another participant's next operation"):
-        witness = BlockPool.attach(scene.name, prefault="off", role="witness")
-    with witness:
-        if pictures is not None:
-            _judge_outcome(case, picture(witness), point, pictures)
-        assert_survives(witness, *scene.kept)
-        if not scene.pool.is_closed:
-            _judge_interrupted(scene.pool)
-        assert_accounted_for(witness)
-        assert_clean(witness, "after all")
-        for remembered in scene.kept:
-            assert_unchanged(witness, remembered)
+        witness.available_blocks()
+    if pictures is not None:
+        _judge_outcome(case, picture(witness), point, pictures)
+    assert_survives(witness, *scene.kept)
+    if not scene.pool.is_closed:
+        _assert_mine_unchanged(scene)
+        _judge_interrupted(scene.pool)
+    assert_accounted_for(witness)
+    assert_clean(witness, "after all")
+    for remembered in scene.kept:
+        assert_unchanged(witness, remembered)
+
+
+def interrupt_first_use_after_fork() -> int:
+    """Interrupt the first call of a forked child, which joins, at every line; how many it has."""
+    lines = 0
+    while True:
+        with survivor() as scene:
+            ending = run_forked(functools.partial(_join_interrupted, scene, lines + 1))
+            assert ending.exit_code == 0, ending.told.decode()
+            assert_survives(scene.pool, *scene.kept)
+        if ending.told == b"over":
+            return lines
+        lines += 1
+
+
+def _join_interrupted(scene: Scene, at: int, tell: Callable[[bytes], None]) -> None:
+    interrupt = KeyboardInterrupt()
+
+    def act(_: Point) -> None:
+        raise interrupt
+
+    try:
+        run_traced(scene.pool.available_blocks, Trace(Scope(), Step.LINE, at, act))
+    except KeyboardInterrupt:
+        pass
+    else:
+        tell(b"over")
+    with within(1.0, "the next operation of the one who was interrupted"):
+        reserve(scene.pool, 4)
+    assert_clean(scene.pool, "after a join that was interrupted")
+    alive = [info.place for info in scene.pool.participants() if info.is_alive]
+    # The parent is two of them; the child must not be two more.
+    assert len(alive) == 3, scene.pool.participants()
 
 
 def _judge_outcome(case: Case, now: list[Allocation], point: Point, pictures: Pictures) -> None:
@@ -159,7 +199,7 @@ def _judge_outcome(case: Case, now: list[Allocation], point: Point, pictures: Pi
 def _judge_interrupted(pool: BlockPool) -> None:
     """The one that was interrupted goes on as if nothing had been."""
     with within(1.0, "the next operation of the one who was interrupted"):
-        reserve(pool, 4)
+        pool.free(reserve(pool, 4))
     assert_clean(pool, "seen by the one who was interrupted")
     assert_accounted_for(pool)
     pool.close()

@@ -19,9 +19,19 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmblocks import BlockPool, PoolExistsError, remove_pool
+from shmblocks import BlockPool, PoolExistsError, PoolTimeoutError, remove_pool
 from shmblocks.testing import Point, abandon, remember, run_and_kill
-from tests.crash.scenes import CONFIG, Scene, leftover, nobody, publish, reserve, survivor
+from tests.crash.scenes import (
+    CONFIG,
+    LARGE,
+    Scene,
+    leftover,
+    nobody,
+    pool_of_two,
+    publish,
+    reserve,
+    survivor,
+)
 
 Operation = Callable[[Scene], Callable[[], object]]
 Setup = Callable[[], AbstractContextManager[Scene]]
@@ -96,12 +106,11 @@ def attach(scene: Scene) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def all_places_of_the_dead() -> Iterator[Scene]:
-    with survivor() as scene:
-        others = [BlockPool.attach(scene.name, prefault="off") for _ in range(4)]
-        for each in others:
-            reserve(each, 5)
-        for each in others:
-            abandon(each)
+    config = msgspec.structs.replace(CONFIG, max_participants=3)
+    with survivor(config) as scene:
+        other = BlockPool.attach(scene.name, prefault="off")
+        reserve(other, 5)
+        abandon(other)
         yield scene
 
 
@@ -129,7 +138,13 @@ def alloc_default(scene: Scene) -> Callable[[], object]:
     return joined(scene).alloc_default
 
 
-@case(undone=True)
+@contextlib.contextmanager
+def large() -> Iterator[Scene]:
+    with survivor(LARGE) as scene:
+        yield scene
+
+
+@case(large, undone=True)
 def alloc_blocks(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: pool.alloc_blocks(70, 77)
@@ -137,7 +152,7 @@ def alloc_blocks(scene: Scene) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def cursor_near_the_end() -> Iterator[Scene]:
-    with survivor() as scene:
+    with survivor(LARGE) as scene:
         hole = reserve(scene.pool, 4 * 20)
         far = reserve(scene.pool, 4 * 54)
         scene.mine.append(remember(scene.pool, far))
@@ -152,6 +167,17 @@ def alloc_that_wraps(scene: Scene) -> Callable[[], object]:
 
 
 @case(cursor_near_the_end)
+def alloc_that_waits_in_vain(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+
+    def wait_in_vain() -> None:
+        with contextlib.suppress(PoolTimeoutError):
+            pool.alloc(4 * 30, timeout=1e-9)
+
+    return wait_in_vain
+
+
+@case(cursor_near_the_end)
 def alloc_in_vain(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: pool.alloc(4 * 30)
@@ -161,10 +187,9 @@ def alloc_in_vain(scene: Scene) -> Callable[[], object]:
 def pool_full_of_the_dead() -> Iterator[Scene]:
     """Reservations and leases of two dead participants fill what the survivor left."""
     with survivor() as scene:
-        scene.handle = publish(scene.pool, 4 * 20)
+        scene.handle = publish(scene.pool, 4 * 6)
         writer, reader = (BlockPool.attach(scene.name, prefault="off") for _ in range(2))
-        while writer.available_blocks():
-            reserve(writer, 4 * min(30, writer.available_blocks()))
+        reserve(writer, 4 * writer.available_blocks())
         scene.leases.append(reader.open(scene.handle))
         abandon(writer)
         abandon(reader)
@@ -174,7 +199,7 @@ def pool_full_of_the_dead() -> Iterator[Scene]:
 @case(pool_full_of_the_dead, once=False, undone=True)
 def alloc_that_reclaims(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
-    return lambda: pool.alloc(4 * 15)
+    return lambda: pool.alloc(4 * 5)
 
 
 @case()
@@ -295,14 +320,6 @@ def free_what_is_read(scene: Scene) -> Callable[[], object]:
     return lambda: pool.free(scene.the_handle)
 
 
-@case(published)
-def free_what_is_draining(scene: Scene) -> Callable[[], object]:
-    pool = joined(scene)
-    scene.leases.append(pool.open(scene.the_handle))
-    pool.free(scene.the_handle)
-    return lambda: pool.free(scene.the_handle)
-
-
 # ---- reap and recovery -----------------------------------------------------------------------
 
 
@@ -315,22 +332,16 @@ def reap(scene: Scene) -> Callable[[], object]:
 def unclaimed() -> Iterator[Scene]:
     """Published blocks whose time is over from the start; the survivor has published nothing."""
     config = msgspec.structs.replace(CONFIG, unclaimed_timeout=1e-9)
-    with BlockPool.create(_name(), config, role="survivor", prefault="off") as pool:
-        scene = Scene(pool.name, pool)
-        scene.mine.append(remember(pool, reserve(pool, 6)))
+    with pool_of_two(config) as scene:
+        scene.mine.append(remember(scene.pool, reserve(scene.pool, 6)))
         for num_tokens in (7, 20):
-            publish(pool, num_tokens)
+            publish(scene.pool, num_tokens)
         yield scene
 
 
 @case(unclaimed, once=False)
 def reap_what_nobody_claimed(scene: Scene) -> Callable[[], object]:
     return joined(scene).reap
-
-
-def _name() -> str:
-    with nobody() as scene:
-        return scene.name
 
 
 def _dies_half_done(scene: Scene, store: int) -> None:
@@ -381,8 +392,8 @@ def recovery_by_one_that_goes_on(scene: Scene) -> Callable[[], object]:
 @case(published, once=False)
 def close(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
-    reserve(pool, 9)
-    pool.publish(reserve(pool, 9))
+    reserve(pool, 7)
+    pool.publish(reserve(pool, 7))
     scene.leases.append(pool.open(scene.the_handle))
     return pool.close
 

@@ -11,20 +11,32 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from shmblocks import BlockHandle, BlockPool, Field, Lease, PoolConfig
+import msgspec
+
+from shmblocks import (
+    BlockHandle,
+    BlockPool,
+    Field,
+    Lease,
+    PoolConfig,
+    PoolNotFoundError,
+    remove_pool,
+)
 from shmblocks.testing import Remembered, abandon, field_bytes, remember
 from tests.support.naming import new_pool_name
 
-# 80 blocks: more than one word of the bitmap.
+# 16 blocks: few lines in every loop over them.
 CONFIG = PoolConfig(
-    total_tokens=320,
+    total_tokens=64,
     fields=(Field("x", (2,), "int32"), Field("ids", (), "int32")),
     block_size=4,
     default_num_blocks=2,
     max_participants=5,
-    max_leases=6,
+    max_leases=4,
     lock_timeout=2.0,
 )
+# 80 blocks: more than one word of the bitmap.
+LARGE = msgspec.structs.replace(CONFIG, total_tokens=320)
 
 
 class Allocation(NamedTuple):
@@ -40,11 +52,17 @@ class Allocation(NamedTuple):
 
 
 class Scene:
-    """A pool and what is in it. `handle` is what an operation works on."""
+    """A pool and what is in it. `handle` is what an operation works on.
 
-    def __init__(self, name: str, pool: BlockPool | None) -> None:
+    `witness` is a participant of its own, on locks of its own, in the survivor's process.
+    """
+
+    def __init__(
+        self, name: str, pool: BlockPool | None = None, witness: BlockPool | None = None
+    ) -> None:
         self.name = name
         self._pool = pool
+        self._witness = witness
         self.kept: list[Remembered] = []
         self.mine: list[Remembered] = []
         # Open leases that an operation needs: kept, since one that is dropped is given back.
@@ -55,6 +73,11 @@ class Scene:
     def pool(self) -> BlockPool:
         assert self._pool is not None, "this scene has no survivor"
         return self._pool
+
+    @property
+    def witness(self) -> BlockPool:
+        assert self._witness is not None, "this scene has no survivor"
+        return self._witness
 
     @property
     def the_handle(self) -> BlockHandle:
@@ -91,7 +114,7 @@ def reserve(pool: BlockPool, num_tokens: int) -> BlockHandle:
 
 
 def fill(pool: BlockPool, handle: BlockHandle) -> None:
-    for name in ("x", "ids", "aux"):
+    for name in ("aux", *(field.name for field in pool.config.fields)):
         memory = field_bytes(pool, handle, name)
         pattern = f"{name} of {handle.generation}. ".encode()
         memory[:] = (pattern * (len(memory) // len(pattern) + 1))[: len(memory)]
@@ -102,10 +125,21 @@ def publish(pool: BlockPool, num_tokens: int, readers: int = 1) -> BlockHandle:
 
 
 @contextlib.contextmanager
+def pool_of_two(config: PoolConfig) -> Iterator[Scene]:
+    """A pool with its creator and a witness."""
+    name = new_pool_name()
+    with (
+        BlockPool.create(name, config, role="survivor", prefault="off") as pool,
+        BlockPool.attach(name, role="witness", prefault="off") as witness,
+    ):
+        yield Scene(pool.name, pool, witness)
+
+
+@contextlib.contextmanager
 def survivor(config: PoolConfig = CONFIG) -> Iterator[Scene]:
     """A pool whose creator survives."""
-    with BlockPool.create(new_pool_name(), config, role="survivor", prefault="off") as pool:
-        scene = Scene(pool.name, pool)
+    with pool_of_two(config) as scene:
+        pool = scene.pool
         scene.kept.append(remember(pool, publish(pool, 10, readers=3)))
         scene.mine.append(remember(pool, reserve(pool, 6)))
         yield scene
@@ -115,7 +149,10 @@ def survivor(config: PoolConfig = CONFIG) -> Iterator[Scene]:
 @contextlib.contextmanager
 def nobody() -> Iterator[Scene]:
     """A name and no pool."""
-    yield Scene("/" + new_pool_name(), None)
+    scene = Scene("/" + new_pool_name())
+    yield scene
+    with contextlib.suppress(PoolNotFoundError):
+        remove_pool(scene.name)
 
 
 @contextlib.contextmanager

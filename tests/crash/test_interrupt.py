@@ -28,9 +28,22 @@ def test_interrupted_at_any_line_an_operation_is_done_or_not_and_the_lock_is_fre
     record_property(SUMMARY, str(coverage))
 
 
+def test_a_join_interrupted_at_any_line_leaves_no_second_participant_behind() -> None:
+    assert run_in_clean_room(judge.interrupt_first_use_after_fork) >= 50
+
+
 # One that `except Exception` catches, and one that it does not.
-@pytest.mark.parametrize("exception", [MemoryError, SystemExit])
-@pytest.mark.parametrize("name", ["alloc", "open_", "publish_", "release_the_last"])
+@pytest.mark.parametrize(
+    ("name", "exception"),
+    [
+        ("alloc", MemoryError),
+        ("attach", MemoryError),
+        ("close", MemoryError),
+        ("open_", MemoryError),
+        ("publish_", SystemExit),
+        ("release_the_last", MemoryError),
+    ],
+)
 def test_any_exception_at_any_line_does_the_same(
     name: str,
     exception: type[BaseException],

@@ -33,16 +33,10 @@ def test_killed_at_any_line_an_operation_is_done_or_not_and_harms_nobody(
 
 
 # Between two lines lie the instructions of which each may be the last one.
-@pytest.mark.parametrize("name", ["alloc", "publish_", "release_the_last"])
-def test_killed_at_any_bytecode_instruction_an_operation_is_done_or_not(
-    name: str, record_property: Callable[[str, object], None]
+def test_killed_at_any_bytecode_instruction_an_allocation_is_made_or_not(
+    record_property: Callable[[str, object], None],
 ) -> None:
-    coverage = run_in_clean_room(judge.kill, name, step=Step.OPCODE)
+    coverage = run_in_clean_room(judge.kill, "alloc", step=Step.OPCODE)
     record_property(SUMMARY, str(coverage))
     assert len(coverage.points) >= 10 * FEWEST
-
-
-def test_the_lines_that_commit_are_among_those_killed_at() -> None:
-    coverage = run_in_clean_room(judge.kill, "publish_")
-    assert [point for point in coverage.points if point.function == "commit"]
-    assert [point for point in coverage.points if point.function == "_leave"]
+    assert any(point.function == "commit" for point in coverage.points)

@@ -16,8 +16,12 @@ TOKENS = 64
 BLOCK_SIZE = 16
 # As many handles may be on their way as the pool has room for: each allocation waits for the reader
 # of the one that had its blocks before.
-ROOM = 4
+ROOM = 8
 LONGEST_NAP_CYCLES = 60_000
+# Now and then the producer is late by some milliseconds: longer than a GPU that is shared by two
+# processes stays with one of them, so that a reader that does not wait comes first.
+LATE_EVERY = 8
+LATE_CYCLES = 8_000_000
 
 
 def config(allocations: int = ROOM, **more: int) -> PoolConfig:
@@ -47,7 +51,7 @@ def write_on_stream(pool: BlockPool, seed: int, source: torch.Tensor, readers: i
     stream = torch.cuda.current_stream()
     handle = pool.alloc(TOKENS, timeout=60)
     assert handle is not None
-    nap(seed * 7919 % LONGEST_NAP_CYCLES)
+    nap(LATE_CYCLES if seed % LATE_EVERY == 0 else seed * 7919 % LONGEST_NAP_CYCLES)
     source.fill_(seed)
     pool.view(handle)["rows"].copy_(source, non_blocking=True)
     return pool.publish(handle, readers=readers, stream=stream).encode()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shmblocks import BlockPool, PoolConfig
+from shmblocks import BlockPool, PoolConfig, PoolExistsError
 from tests.core.conformance import test_conformance as suite
 from tests.core.conformance.kinds import Kind
 
@@ -67,9 +67,6 @@ def pool(kind: Kind, pool_name: str) -> Iterator[BlockPool]:
         assert made.check() == []
 
 
-test_a_pool_is_attached_by_name_and_named_once = (
-    suite.test_a_pool_is_attached_by_name_and_named_once
-)
 test_what_is_published_is_read_bit_for_bit_by_another_attachment = (
     suite.test_what_is_published_is_read_bit_for_bit_by_another_attachment
 )
@@ -81,3 +78,10 @@ test_a_landing_allocation_is_written_by_another_and_read_by_its_owner = (
     suite.test_a_landing_allocation_is_written_by_another_and_read_by_its_owner
 )
 test_a_tensor_outlives_its_pool = suite.test_a_tensor_outlives_its_pool
+
+
+def test_a_pool_is_attached_by_name_and_named_once(kind: Kind, pool: BlockPool) -> None:
+    with kind.attach(pool.name) as other:
+        assert (other.pool_id, other.config) == (pool.pool_id, pool.config)
+    with pytest.raises(PoolExistsError):
+        kind.create(pool.name, suite.CONFIG)

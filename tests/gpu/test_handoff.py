@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from shmblocks import BlockHandle, BlockPool, InvalidStateError
 from tests.gpu import kit
 from tests.support.children import Channel, spawn
 
-MANY = 10_000
+MANY = int(os.environ.get("SHMBLOCKS_TEST_HANDOFFS", "10000"))
 FEW = 400
 
 
@@ -28,6 +29,8 @@ def handoffs(name: str, count: int, readers: int, device: str, how: str = "") ->
         source = torch.zeros(kit.TOKENS, kit.WIDTH, dtype=torch.int32, device="cuda")
         started = time.monotonic()
         for seed in range(1, count + 1):
+            if seed % 500 == 0:
+                print(f"{seed} handoffs in {time.monotonic() - started:.1f} s", flush=True)
             data = kit.write_on_stream(pool, seed, source, readers)
             for child in children:
                 child.say((data, seed))

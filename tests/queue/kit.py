@@ -14,10 +14,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
-import pytest
 
 from shmblocks import HandleQueue
 from shmblocks import futex as futex_module
@@ -26,15 +25,18 @@ from shmblocks import reservations as reservations_module
 from shmblocks.ring import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
 from tests.support.children import wait_until
 
+if TYPE_CHECKING:
+    import pytest
+
 T = TypeVar("T")
 
 CAPACITY = 4
 MESSAGE_BYTES = 64
 # Seconds until a wait of a test counts as a hang. Smaller: a loaded machine is called a hang.
-PATIENCE = 8.0
+PATIENCE = 20.0
 # Seconds. What comes within this was woken, where nothing else would wake it before NO_NET.
-SOON = 3.0
-NO_NET = 15.0
+SOON = 10.0
+NO_NET = 60.0
 WAITER_THREAD = "shmblocks-waiter"
 _FUTEX_WAIT = "0x0"
 

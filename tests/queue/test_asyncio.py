@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import threading
 from collections.abc import Coroutine, Iterator
 from typing import TypeVar
@@ -22,7 +23,7 @@ from tests.queue.kit import (
     start_counting_at,
     waiter_threads,
 )
-from tests.support.children import Channel, fork, wait_until
+from tests.support.children import Channel, fork, run_in_fork, wait_until
 
 T = TypeVar("T")
 
@@ -291,6 +292,41 @@ def test_a_coroutine_that_is_dropped_in_its_wait_eats_no_message(
 
     asyncio.run(main())
     assert asleep(queue) == (0, 0)
+
+
+def interrupted_again_and_again(queue: HandleQueue[bytes], seed: float) -> int:
+    """In a child, whose main thread this is."""
+    random_moment = random.Random(seed)
+    interrupted = 0
+
+    async def wait_for_messages() -> None:
+        await asyncio.gather(*(queue.get_async() for _ in range(3)))
+
+    for _ in range(100):
+        signal.setitimer(signal.ITIMER_REAL, random_moment.uniform(0.0001, 0.004))
+        try:
+            asyncio.run(asyncio.wait_for(wait_for_messages(), 0.003))
+        except (KeyboardInterrupt, asyncio.TimeoutError) as error:
+            interrupted += isinstance(error, KeyboardInterrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    queue.put(b"x")
+    assert asyncio.run(soon(queue.get_async())) == b"x"
+    with Waiting(queue.close) as closing:
+        closing.result(SOON)
+    assert waiter_threads() == []
+    return interrupted
+
+
+def test_interrupts_at_any_moment_leave_it_usable(
+    queue: HandleQueue[bytes], rng: random.Random
+) -> None:
+    def child() -> int:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        return interrupted_again_and_again(queue, rng.random())
+
+    assert run_in_fork(child) > 0
+    queue.put(b"y")
+    assert queue.get() == b"y"
 
 
 # ---- more ------------------------------------------------------------------------------------

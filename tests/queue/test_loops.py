@@ -276,8 +276,9 @@ def test_a_loop_that_closes_while_it_is_told_does_not_end_the_thread(word: Word)
     """Found: the thread died of it, nobody noticed, and every later wait was for ever."""
 
     async def main() -> None:
-        future = asyncio.get_running_loop().create_future()
-        word.waiters._waiters.append((ClosingLoop(), future))  # type: ignore[arg-type]
+        waiter = loops_module._Waiter(asyncio.get_running_loop())
+        waiter.loop = ClosingLoop()  # type: ignore[assignment]
+        word.waiters._waiters.append(waiter)
         (task,) = await sleeping(word, 1, 0)
         word.goes_up()
         await soon(task)

@@ -103,7 +103,7 @@ def test_one_who_was_given_a_single_processor_stops_spinning(
     assert word.looks <= 1
     processors.add(1)
     spinner.until_changed(CountedWord(), 0)
-    assert spinner.until_changed(CountedWord(changes_at=100), 0)
+    assert spinner.until_changed(CountedWord(changes_at=10), 0)
 
 
 def spin_on_one_processor(_: Channel, name: str) -> int:

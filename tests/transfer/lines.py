@@ -12,7 +12,9 @@ import queue
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from shmblocks.queue import HandleQueue
 from shmblocks.transfer import QueueLike, ZmqQueue
+from tests.support import naming
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -137,6 +139,17 @@ def _simple_queues(context: BaseContext) -> Line:
     return crossed(one, two, close)
 
 
+def _handle_queues(capacity: int) -> Line:
+    one = HandleQueue.create(naming.new_pool_name(), capacity)
+    two = HandleQueue.create(naming.new_pool_name(), capacity)
+
+    def close() -> None:
+        for each in (one, two):
+            each.close()
+
+    return crossed(one, two, close)
+
+
 def _zmq_pair(folder: str) -> Line:
     address = f"ipc://{folder}/pair"
     return Line(ZmqEnd(address, binds=True), ZmqEnd(address, binds=False), _nothing)
@@ -161,6 +174,8 @@ PROCESS_KINDS: dict[str, Callable[[str], Line]] = {
     "multiprocessing.SimpleQueue": lambda _: _simple_queues(_spawn_context()),
     "torch.multiprocessing.Queue": lambda _: _multiprocessing_queues(_torch_context()),
     "torch.multiprocessing.SimpleQueue": lambda _: _simple_queues(_torch_context()),
+    "HandleQueue": lambda _: _handle_queues(64),
+    "HandleQueue of one": lambda _: _handle_queues(1),
     "zmq PAIR": _zmq_pair,
     "zmq PUSH and PULL": _zmq_push_pull,
 }

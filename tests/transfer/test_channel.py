@@ -102,6 +102,23 @@ def test_a_closed_pipe_is_a_broken_channel() -> None:
         incoming.receive(0.01)
 
 
+def test_a_closed_handle_queue_is_a_broken_channel(pool_name: str) -> None:
+    from shmblocks.queue import HandleQueue
+
+    closed = HandleQueue.create(pool_name, capacity=1)
+    incoming, outgoing = Incoming(closed), Outgoing(closed)
+    assert outgoing.longest == closed.message_bytes
+    outgoing.send(b"taken")
+    outgoing.send(b"kept")
+    assert len(outgoing) == 1
+    assert incoming.try_receive() == b"taken"
+    closed.close()
+    with pytest.raises(ChannelBrokenError, match="closed"):
+        incoming.try_receive()
+    with pytest.raises(ChannelBrokenError, match="closed"):
+        outgoing.flush()
+
+
 def test_what_is_no_queue_is_a_type_error_that_says_what_is_missing() -> None:
     with pytest.raises(TypeError, match=r"tx: expected a queue with put\(bytes\), got list"):
         Outgoing([])  # type: ignore[arg-type]

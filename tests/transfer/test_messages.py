@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -112,6 +114,20 @@ def test_any_reason_can_be_sent(text: str) -> None:
 
 def test_a_long_reason_is_cut_and_says_so() -> None:
     reason = short_reason("\U0001f600" * 5000)
+    assert MAX_MESSAGE_BYTES < select.PIPE_BUF
     assert len(encode(Failed(FROM, BIG, BIG, reason))) <= MAX_MESSAGE_BYTES
     assert reason.endswith(" ...")
     assert short_reason("a path \udcff") == "a path ?"
+
+
+@pytest.mark.parametrize("longest", [60, 61, 256, 1900])
+def test_a_reason_is_cut_to_what_the_queue_takes(longest: int) -> None:
+    failed = Failed(FROM, BIG, BIG, short_reason("\N{SNOWMAN}" * 2000))
+    data = encode(failed, longest)
+    cut = decode(data)
+    assert longest - 4 <= len(data) <= longest
+    assert isinstance(cut, Failed)
+    assert cut.reason.endswith(" ...")
+    assert failed.reason.startswith(cut.reason[:-4])
+    short = Failed(FROM, 1, 1, "short")
+    assert encode(short, longest) == encode(short)

@@ -143,17 +143,33 @@ def test_a_failed_of_an_earlier_attempt_does_not_end_a_room_that_nobody_has_aske
     assert pair.embedding.stats.late == 1
 
 
-def test_a_request_in_place_of_an_unfinished_one_ends_that(pair: Pair) -> None:
+def test_a_newer_request_takes_the_place_of_one_that_was_not_served_yet(pair: Pair) -> None:
+    """As when the embedding side was restarted on the same queues, with old requests in them."""
+    receiver = pair.language.receive(ROOM)
+    (*_, newer) = intercept(pair.to_embedding)
+    stale = BlockHandle(0, LANDING_BLOCKS, LANDING, 1 << 40, pair.pool.pool_id).encode()
+    put(pair.to_embedding, Request(origin(pair), ROOM, 1, "landing", stale))
+    sender = pair.embedding.send(ROOM, payload(pair.pool.config.fields, LONG))
+    assert sender.status is Status.WaitingForInput
+    put(pair.to_embedding, newer, Failed(origin(pair), ROOM, 1, "of the first attempt"))
+    settle(pair.embedding, pair.language)
+    assert pair.embedding.stats.late == 1
+    with receiver.wait(0) as result:
+        assert_arrived(result, pair.pool, LONG)
+
+
+def test_a_request_in_place_of_one_that_was_partly_served_ends_that(pair: Pair) -> None:
     """As a language side does that came back without a goodbye."""
-    with no_blocks(pair.pool):
-        put(pair.to_embedding, Request(origin(pair), ROOM, 1, "push", None))
-        first = pair.embedding.send(ROOM, payload(pair.pool.config.fields, 5))
-        assert first.status is Status.WaitingForInput
-        put(pair.to_embedding, Request(origin(pair), ROOM, 2, "push", None))
-        pair.embedding.poll()
-        assert "began this room anew" in (first.failure or "")
-    second = pair.embedding.send(ROOM, payload(pair.pool.config.fields, 5))
-    assert second.status is Status.Transferring
+    tokens = pair.pool.config.total_tokens + 1
+    put(pair.to_embedding, Request(origin(pair), ROOM, 1, "push", None))
+    first = pair.embedding.send(ROOM, payload(pair.pool.config.fields, tokens))
+    assert first.rounds == 1
+    put(pair.to_embedding, Request(origin(pair), ROOM, 2, "push", None))
+    pair.embedding.poll()
+    assert "began this room anew" in (first.failure or "")
+    assert_nothing_held(pair.pool)
+    second = pair.embedding.send(ROOM, payload(pair.pool.config.fields, tokens))
+    assert second.rounds == 1
     second.abort()
 
 
@@ -360,7 +376,7 @@ def messages(nonce: int, handle: bytes, me: Origin) -> st.SearchStrategy[AnyMess
 
 
 QUICK = settings(
-    max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 
 

@@ -12,7 +12,13 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from shmblocks import BlockPool, PoolTimeoutError
-from shmblocks.transfer import EmbeddingEndpoint, LanguageEndpoint, Status, TransferResult
+from shmblocks.transfer import (
+    EmbeddingEndpoint,
+    LanguageEndpoint,
+    Receiver,
+    Status,
+    TransferResult,
+)
 from tests.transfer.conftest import Pair
 from tests.transfer.kit import (
     LANDING,
@@ -25,6 +31,7 @@ from tests.transfer.kit import (
     assert_arrived,
     assert_nothing_held,
     payload,
+    poll_until,
     settle,
 )
 from tests.transfer.lines import ALL_KINDS
@@ -164,6 +171,82 @@ def test_many_threads_wait_on_one_endpoint_and_each_gets_its_own(
             + [functools.partial(receive, room) for room in rooms]
         )
         assert_nothing_held(pool)
+
+
+class Hesitates:
+    """A queue that is full most of the time: it takes a message at the tenth attempt."""
+
+    def __init__(self) -> None:
+        self.items: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._attempts = 0
+
+    def put(self, item: bytes) -> None:
+        self.items.put(item)
+
+    def put_nowait(self, item: bytes) -> None:
+        self._attempts += 1
+        if self._attempts % 10:
+            raise queue.Full
+        self.items.put(item)
+
+    def get(self) -> bytes:
+        return self.items.get()
+
+
+def test_a_wait_sends_what_a_full_queue_did_not_take_before_it_returns(pool: BlockPool) -> None:
+    """Nobody might poll any more, and the other side waits for the confirmation."""
+    to_language: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    to_embedding = Hesitates()
+    with (
+        EmbeddingEndpoint(pool, to_language, to_embedding.items) as embedding,
+        LanguageEndpoint(pool, to_embedding, to_language) as language,
+    ):
+        receiver = language.receive(ROOM, "push")
+        sender = embedding.send(ROOM, payload(pool.config.fields, 5))
+        poll_until(lambda: sender.status is Status.Transferring, embedding, language)
+        with receiver.wait(PATIENCE):
+            assert language.stats.unsent == 0
+        embedding.poll()
+        assert str(sender.status) == "Success"
+
+
+class Holds(queue.SimpleQueue[bytes]):
+    """A queue whose sleeping reader has a message in hand for as long as a test wants."""
+
+    def __init__(self) -> None:
+        self.is_in_hand = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> bytes:
+        item = super().get(block, timeout)
+        if block:
+            self.is_in_hand.set()
+            assert self.may_go_on.wait(PATIENCE)
+        return item
+
+
+def test_messages_are_handled_in_order_while_another_thread_has_one_in_hand(
+    pool: BlockPool,
+) -> None:
+    to_embedding: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    to_language = Holds()
+    with LanguageEndpoint(pool, to_embedding, to_language) as language:
+        receiver = language.receive(ROOM)
+        waiting = threading.Thread(target=_wait_and_release, args=(receiver,))
+        waiting.start()
+        with EmbeddingEndpoint(pool, to_language, to_embedding) as embedding:
+            assert to_language.is_in_hand.wait(PATIENCE)  # it has the Hello
+            sender = embedding.send(ROOM, payload(pool.config.fields, 5))
+            language.poll()
+            assert language.stats.received == 0, "the chunk is not taken before the Hello"
+            to_language.may_go_on.set()
+            sender.wait(PATIENCE)
+        waiting.join(PATIENCE)
+        assert not waiting.is_alive()
+
+
+def _wait_and_release(receiver: Receiver) -> None:
+    receiver.wait(PATIENCE).release()
 
 
 def test_closing_wakes_those_who_wait(pool: BlockPool) -> None:

@@ -1,0 +1,1 @@
+"""Tests of blocking allocation: the waiting line, its fairness, and those who drop out of it."""

@@ -1,0 +1,78 @@
+"""What the tests of the waiting line share.
+
+- `Waiting` threads (tests/queue/kit.py) ask for blocks; `in_line(pool, n)` waits until n are in it.
+- `all_but(pool, free)` is somebody else who has the pool: nobody can be served before it is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from shmblocks import BlockHandle, BlockPool
+from tests.core.pools import BLOCK_SIZE
+from tests.queue.kit import PATIENCE, Waiting
+from tests.support.children import Channel, Child, fork, wait_until
+
+TOTAL = 16
+
+
+def in_line(pool: BlockPool, count: int) -> None:
+    """Wait until so many are in the line."""
+    wait_until(lambda: waiting(pool) == count, f"{count} are in the line", PATIENCE)
+
+
+def waiting(pool: BlockPool) -> int:
+    return pool.stats().waiters
+
+
+def reserve(pool: BlockPool, blocks: int, req_id: str | None = None) -> BlockHandle:
+    """A reservation that there must be room for."""
+    handle = pool.alloc_blocks(blocks, blocks * BLOCK_SIZE, req_id)
+    assert handle is not None, f"no room for {blocks} blocks: {pool.stats()}"
+    return handle
+
+
+def wait_for(
+    pool: BlockPool, blocks: int, timeout: float | None = PATIENCE, req_id: str | None = None
+) -> BlockHandle:
+    handle = pool.alloc_blocks(blocks, blocks * BLOCK_SIZE, req_id, timeout=timeout)
+    assert handle is not None
+    assert handle.num_blocks == blocks
+    return handle
+
+
+@contextlib.contextmanager
+def all_but(pool: BlockPool, free: int) -> Iterator[BlockHandle]:
+    """Somebody has everything but the last `free` blocks."""
+    held = reserve(pool, TOTAL - free, req_id="somebody else")
+    try:
+        yield held
+    finally:
+        pool.free(held)
+
+
+def waiter(pool: BlockPool, blocks: int, place: int) -> Waiting[BlockHandle]:
+    """A thread that waits for blocks, and is the `place`-th in the line."""
+    thread = Waiting(lambda: wait_for(pool, blocks))
+    in_line(pool, place)
+    return thread
+
+
+def wait_there(channel: Channel, pool: BlockPool, blocks: int, keeps: bool) -> int:
+    """In a child: wait, say so when served, and give back when told (or never)."""
+    channel.say("waiting")
+    handle = wait_for(pool, blocks, 3 * PATIENCE, req_id="over there")
+    channel.say("served")
+    if not keeps:
+        channel.hear("give back")
+        pool.free(handle)
+    return handle.num_blocks
+
+
+def child_waiter(pool: BlockPool, blocks: int, place: int, *, keeps: bool = False) -> Child:
+    """A process that waits for blocks, and is the `place`-th in the line."""
+    child = fork(wait_there, pool, blocks, keeps)
+    child.hear("waiting")
+    in_line(pool, place)
+    return child
