@@ -309,20 +309,19 @@ class BlockTable:
         if not on_stream:
             # Before the commit, and no part of it: nobody looks at it before the state says so.
             self._words[self._layout.ready_word(start)] = record.generation
-        earliest = self.unclaimed_ns
-        self._journal.commit(
-            [
-                self._rewritten(
-                    start,
-                    record,
-                    (R_STATE, NUMBER[state]),
-                    (R_NUM_TOKENS, num_tokens),
-                    (R_READERS_LEFT, readers),
-                    (R_PUBLISHED, now_ns),
-                ),
-                _word(H_UNCLAIMED, min(earliest, until_ns) if earliest else until_ns),
-            ]
-        )
+        stores = [
+            self._rewritten(
+                start,
+                record,
+                (R_STATE, NUMBER[state]),
+                (R_NUM_TOKENS, num_tokens),
+                (R_READERS_LEFT, readers),
+                (R_PUBLISHED, now_ns),
+            )
+        ]
+        if not 0 < self.unclaimed_ns <= until_ns:
+            stores.append(_word(H_UNCLAIMED, until_ns))
+        self._journal.commit(stores)
 
     def note_unclaimed(self, earliest_ns: int) -> None:
         """Set when published blocks may be reclaimed at the earliest (0: none are there)."""

@@ -15,6 +15,7 @@ What it does not do: sleep, allocate, or know who lives (it is told).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import NamedTuple
 
 from shmblocks.errors import ShmBlocksError
@@ -69,7 +70,8 @@ class WaitingLine:
         """Everyone in the line, first come first."""
         first = self._layout.waiters // WORD
         numbers = self._words[first : first + MAX_WAITERS * WAITER_WORDS : WAITER_WORDS].tolist()
-        for number, slot in sorted((number, slot) for slot, number in enumerate(numbers) if number):
+        places = zip(numbers, range(MAX_WAITERS), strict=True)
+        for number, slot in sorted(compress(places, numbers)):
             yield Ticket(slot, number), self._record(slot)
 
     def _record(self, slot: int) -> WaiterRecord:

@@ -24,8 +24,9 @@ with CUDA, which the kernel closes only when the mapping is gone:
   3. the second byte falls: it is gone, what it held may go to others.
 
 Measured on an H100 (driver 580), 9 kills in the middle of copies into a registered segment: the
-last byte changed 4 to 6 ms after the kill, the second byte fell after 98 to 132 ms, while the
-process table said zombie after 0.1 to 1.5 ms.
+last byte changed 4 to 6 ms after the kill, the second lock fell after 98 to 132 ms, while the
+process table said zombie after 0.1 to 1.5 ms. With this code, 6 kills on two machines: the last
+byte changed after 0 to 5 ms, the first lock fell after 41 to 65 ms, the second 2 ms later.
 
 A forked child has its parent's mapping, and with it the parent's description: if it lives on, its
 dead parent's blocks stay apart for as long. Nothing else waits for them.

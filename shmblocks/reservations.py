@@ -66,7 +66,10 @@ class Turn(NamedTuple):
 
 
 class Waiting:
-    """One wait of one thread or coroutine. `joined` gets its ticket before it is in the line."""
+    """One wait of one thread or coroutine.
+
+    `joined` gets its ticket before it is in the line, as the participant `who` (a word).
+    """
 
     def __init__(self, want: Want, deadline: float | None) -> None:
         self.want = want
@@ -74,6 +77,7 @@ class Waiting:
         self.started = time.monotonic()
         self.said = False
         self.joined: list[Ticket] = []
+        self.who = 0
 
     @property
     def seconds(self) -> float:
@@ -152,7 +156,7 @@ class Reservations:
             self._leave_line(waiting)
 
     def _seconds_to_sleep(self, waiting: Waiting) -> float:
-        """Until the clock looks (the dead ring no bells), or the error of a deadline that has passed.
+        """Until the clock looks (the dead ring no bells); the error of a deadline that has passed.
 
         Says once whom a long wait waits for.
         """
@@ -169,17 +173,28 @@ class Reservations:
         return STREAM_POLL if self._ledger.blocks.waits_for_streams else LONGEST_SLEEP
 
     def _join(self, waiting: Waiting) -> None:
-        me = self._ledger.participants.me
+        waiting.who = self._my_word
         num_blocks, _, request, _ = waiting.want
-        who = me.word if me else 0
-        now = time.monotonic_ns()
-        self._ledger.line.join(who, num_blocks, request[:REQUEST_ID_BYTES], now, waiting.joined)
+        self._ledger.line.join(
+            waiting.who,
+            num_blocks,
+            request[:REQUEST_ID_BYTES],
+            time.monotonic_ns(),
+            waiting.joined,
+        )
+
+    @property
+    def _my_word(self) -> int:
+        me = self._ledger.participants.me
+        return me.word if me else 0
 
     def _leave_line(self, waiting: Waiting) -> None:
-        for ticket in waiting.joined:
-            # Closed: whoever closed the pool has taken us out.
-            with contextlib.suppress(PoolClosedError):
-                self._run(self._leave, ticket)
+        # Not in a forked child that drops what it inherited of its parent's coroutines, and not
+        # after a close: whoever closed the pool has taken us out.
+        if waiting.who == self._my_word:
+            for ticket in waiting.joined:
+                with contextlib.suppress(PoolClosedError):
+                    self._run(self._leave, ticket)
         waiting.joined.clear()
 
     def _leave(self, ticket: Ticket) -> None:

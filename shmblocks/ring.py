@@ -13,8 +13,9 @@ Contract
   it: of `tail` for a put, of `head` for a get. Killed before it, nothing happened; after it, a
   getter takes the messages that it had in hand with it, and nobody else notices.
 - Lengths and counts read from the segment are checked before they are used.
-- `asleep` counts may be too high (a sleeper died or woke by itself), which costs a needless system
-  call of a later put or get and counts down with each; never too low.
+- `asleep` counts may be too high (a sleeper died, or woke by itself and sleeps again), up to
+  `MOST_ASLEEP`; each that is too many costs one needless system call of a later put or get, which
+  counts it down. They are never too low.
 
 What it does not do: wait, encode, or know what the messages mean.
 """
@@ -61,8 +62,10 @@ LOCK_TIMEOUT = 30.0
 
 FULL = -1
 
-# More cannot be asleep; a larger count was written by something else.
-MOST_ASLEEP = 1 << 32
+# What the counts of sleepers are held to: each who wakes by itself and sleeps again is one too many.
+# Larger: more needless system calls when a queue gets busy after it was idle. Smaller: with more
+# threads than that asleep at once, some are woken only by their own clock.
+MOST_ASLEEP = 1 << 12
 
 
 class Taken(NamedTuple):
@@ -265,7 +268,7 @@ class Ring(SharedSegment):
 
     def _sleeps(self, word: int, count: int) -> int:
         words = self.segment.words
-        words[count] = min(words[count], MOST_ASLEEP) + 1
+        words[count] = min(words[count] + 1, MOST_ASLEEP)
         seen: int = words[word]
         return seen
 

@@ -13,6 +13,7 @@ may have been its own to the next.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from shmblocks.futex import Futex
@@ -73,11 +74,13 @@ class Sleeper:
         if seen < 0:
             return
         changed = False
+        process = os.getpid()
         try:
             await self._loops.sleep(seen)
             changed = True
         finally:
-            if not changed:
+            # (A forked child that drops its parent's coroutines gives up nothing.)
+            if not changed and process == os.getpid():
                 self._run(self._give_up, seen)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from shmblocks.cli.reports import (
     AllocationRow,
     Blocks,
     CheckReport,
+    DeviceRow,
     Holder,
     LeaseRow,
     MapReport,
@@ -64,6 +65,7 @@ def stat(name: str) -> StatReport:
             blocks=_blocks(stats),
             participants=tuple(_participant(info) for info in pool.participants()),
             allocations=tuple(_allocation(info) for info in pool.allocations()),
+            device=_device(stats),
         )
 
 
@@ -174,6 +176,22 @@ def _participant(info: ParticipantInfo) -> ParticipantRow:
         creator=info.is_creator,
         role=info.role,
         age_seconds=info.age,
+        uses_gpu=info.uses_gpu,
+        has_device_memory=info.has_device_memory,
+        pinned_bytes=info.pinned_bytes,
+    )
+
+
+def _device(stats: PoolStats) -> DeviceRow:
+    return DeviceRow(
+        device=stats.device,
+        device_bytes=stats.device_bytes,
+        state=stats.device_state,
+        openers=stats.device_openers,
+        gpu_users=stats.gpu_users,
+        pinned_bytes=stats.pinned_bytes,
+        pending_leases=stats.pending_leases,
+        settling_allocations=stats.settling_allocations,
     )
 
 

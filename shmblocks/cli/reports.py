@@ -67,6 +67,22 @@ class ParticipantRow(msgspec.Struct, frozen=True, kw_only=True):
     creator: bool
     role: str
     age_seconds: Seconds
+    uses_gpu: bool = False
+    has_device_memory: Annotated[bool, _about("has the pool's CUDA memory open")] = False
+    pinned_bytes: Annotated[int, _about("of the segment, registered with CUDA")] = 0
+
+
+class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The GPU part of a pool."""
+
+    device: Annotated[str, _about("where the fields lie, as the creator counts its devices")]
+    device_bytes: Bytes
+    state: Annotated[str, _about("empty for a pool in host memory")]
+    openers: Annotated[int, _about("living processes that have the CUDA memory open")]
+    gpu_users: int
+    pinned_bytes: Annotated[int, _about("registered with CUDA, over all living processes")]
+    pending_leases: Annotated[int, _about("released on a stream that is not there yet")]
+    settling_allocations: Annotated[int, _about("given back while a stream works on them")]
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +129,7 @@ class StatReport(msgspec.Struct, frozen=True, kw_only=True):
     blocks: Blocks
     participants: tuple[ParticipantRow, ...]
     allocations: tuple[AllocationRow, ...]
+    device: DeviceRow | None = None
 
 
 class MapReport(msgspec.Struct, frozen=True, kw_only=True):

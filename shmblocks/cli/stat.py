@@ -7,7 +7,7 @@ from argparse import Namespace
 from shmblocks.cli import gather
 from shmblocks.cli.command import Command, add_name
 from shmblocks.cli.document import Column, Document, Facts, Line, Table, Text, line
-from shmblocks.cli.reports import AllocationRow, LeaseRow, ParticipantRow, StatReport
+from shmblocks.cli.reports import AllocationRow, DeviceRow, LeaseRow, ParticipantRow, StatReport
 from shmblocks.cli.words import POOL_STYLES, account, age_text, alive, state, who
 from shmblocks.config import Field
 from shmblocks.doctor.words import bytes_text
@@ -95,8 +95,22 @@ def _facts(report: StatReport) -> tuple[tuple[str, Line], ...]:
             line(f"unclaimed {config.unclaimed_timeout:g} s, lock {config.lock_timeout:g} s"),
         ),
         ("group", line(config.group or "none: its user only")),
+        *_device(report.device),
         ("blocks", account(report.blocks)),
     )
+
+
+def _device(row: DeviceRow | None) -> tuple[tuple[str, Line], ...]:
+    """Only for a pool that has to do with a GPU."""
+    if row is None or not (row.device_bytes or row.gpu_users):
+        return ()
+    memory: tuple[tuple[str, Line], ...] = ()
+    if row.device_bytes:
+        text = f"{bytes_text(row.device_bytes)}, {row.state}, open in {row.openers}"
+        memory = (("device", line(f"{row.device}: {text}")),)
+    pinned = f"{row.gpu_users} processes, {bytes_text(row.pinned_bytes)} pinned"
+    waits = f"{row.pending_leases} leases, {row.settling_allocations} allocations"
+    return (*memory, ("GPU users", line(pinned)), ("wait for streams", line(waits)))
 
 
 def _fields(report: StatReport) -> tuple[Line, ...]:
@@ -119,8 +133,14 @@ def _participant(row: ParticipantRow) -> Line:
         Text(row.role or "-"),
         alive(row.alive),
         Text(f"{age_text(row.age_seconds)} ago"),
-        Text("creator" if row.creator else "", "dim"),
+        Text(_marks(row), "dim"),
     )
+
+
+def _marks(row: ParticipantRow) -> str:
+    marks = ["creator"] if row.creator else []
+    marks += ["GPU"] if row.uses_gpu else []
+    return ", ".join(marks)
 
 
 def _allocation(row: AllocationRow) -> Line:

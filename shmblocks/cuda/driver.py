@@ -34,7 +34,7 @@ _WAIT_GEQ = 0
 _INVALID_CONTEXT = 201
 _NOT_CAPTURING = 0
 # Default, legacy and per-thread stream: they mean a stream of the context that is current.
-_STREAMS_OF_THE_CONTEXT = (0, 1, 2)
+_LAST_OF_THE_CONTEXT = 2
 
 
 class Gpu(Protocol):
@@ -146,7 +146,9 @@ class CudaDriver:
         self._wait = bindings.cuStreamWaitValue64
         self._is_capturing = bindings.cuStreamIsCapturing
         self._get_current = bindings.cuCtxGetCurrent
-        self._current_stream = torch.cuda.current_stream
+        # The public way makes a stream object each time, for 4 us; this is the one that torch's own
+        # compilers use. Where it is missing, the public one does.
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
         _check("cuInit", bindings.cuInit(0))
         # How often another process's memory was mapped.
         self.ipc_opens = 0
@@ -158,7 +160,10 @@ class CudaDriver:
         return device
 
     def current_stream(self, device: int) -> int:
-        stream: int = self._current_stream(device).cuda_stream
+        if self._raw_stream is not None:
+            raw: int = self._raw_stream(device)
+            return raw
+        stream: int = self._torch.cuda.current_stream(device).cuda_stream
         return stream
 
     def uuid(self, device: int) -> bytes:
@@ -237,34 +242,33 @@ class CudaDriver:
     # ---- streams -----------------------------------------------------------------------------
 
     def write(self, device: int, stream: int, address: int, value: int) -> None:
-        self._enqueue(self._write, device, stream, address, value, _WRITE_DEFAULT)
+        if stream > _LAST_OF_THE_CONTEXT or self._is_current(device):
+            answer = self._write(stream, address, value, _WRITE_DEFAULT)
+            if answer[0] == 0:
+                return
+        self._once_more(self._write, device, (stream, address, value, _WRITE_DEFAULT))
 
     def wait(self, device: int, stream: int, address: int, value: int) -> None:
-        self._enqueue(self._wait, device, stream, address, value, _WAIT_GEQ)
+        if stream > _LAST_OF_THE_CONTEXT or self._is_current(device):
+            answer = self._wait(stream, address, value, _WAIT_GEQ)
+            if answer[0] == 0:
+                return
+        self._once_more(self._wait, device, (stream, address, value, _WAIT_GEQ))
 
-    def _enqueue(
+    def _once_more(
         self,
         call: Any,  # noqa: ANN401
         device: int,
-        stream: int,
-        address: int,
-        value: int,
-        flags: int,
+        arguments: tuple[int, int, int, int],
     ) -> None:
-        if stream in _STREAMS_OF_THE_CONTEXT and not self._is_current(device):
-            with self._current(device):
-                answer = call(stream, address, value, flags)
-        else:
-            answer = call(stream, address, value, flags)
-            if int(answer[0]) == _INVALID_CONTEXT:
-                # A thread that has not used CUDA yet.
-                with self._current(device):
-                    answer = call(stream, address, value, flags)
-        if int(answer[0]):
-            _check(call.__name__, answer)
+        """With the device's context: a thread that has not used CUDA yet has none, and the default
+        stream is that of the context that is current. What failed for another reason does again.
+        """
+        with self._current(device):
+            _check(call.__name__, call(*arguments))
 
     def is_capturing(self, device: int, stream: int) -> bool:
-        if stream in _STREAMS_OF_THE_CONTEXT:
+        if stream <= _LAST_OF_THE_CONTEXT:
             # The default stream cannot be captured, and asking it while another is would break
             # that one's capture.
             return False

@@ -50,8 +50,8 @@ class GpuUse:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._gpu: Gpu = driver.load()
-        self.device = self._gpu.current_device()
+        self.gpu: Gpu = driver.load()
+        self.device = self.gpu.current_device()
         self._memory: DeviceMemory | None = None
         self._registered: _Registered | None = None
         self._opening = threading.Lock()
@@ -92,7 +92,7 @@ class GpuUse:
             address = ctypes.addressof(ctypes.c_char.from_buffer(segment.mapping))
             size = segment.size_bytes
             try:
-                there = self._gpu.register(self.device, address, size)
+                there = self.gpu.register(self.device, address, size)
             except CudaUnavailableError as error:
                 raise CudaUnavailableError(
                     f"pool {self._ledger.name}: {size} bytes of shared memory cannot be registered "
@@ -106,10 +106,10 @@ class GpuUse:
         """As the creator: make the pool's device memory and export it."""
         ledger = self._ledger
         self.device = device
-        made = memory.allocate(self._gpu, device, size, ledger.pool_id)
-        handle = self._gpu.export(device, made.address)
+        made = memory.allocate(self.gpu, device, size, ledger.pool_id)
+        handle = self.gpu.export(device, made.address)
         me = ledger.participants.me
-        export = Export(EXPORTED, me.word if me else 0, self._gpu.uuid(device), handle)
+        export = Export(EXPORTED, me.word if me else 0, self.gpu.uuid(device), handle)
         ledger.run(write_export, ledger.segment.memory, export)
         self._memory = made
         ledger.run(ledger.participants.note_flags, HAS_DEVICE_MEMORY)
@@ -134,7 +134,7 @@ class GpuUse:
         self._require_creator(export)
         try:
             return memory.open_exported(
-                self._gpu,
+                self.gpu,
                 self.device,
                 export.uuid,
                 export.handle,
@@ -173,31 +173,22 @@ class GpuUse:
                 )
             self.register()
         if stream is None:
-            return Order(self, self._gpu.current_stream(self.device), None)
+            return Order(self, self.gpu.current_stream(self.device), None)
         if isinstance(stream, int):
             return Order(self, stream, None)
         return Order(self, int(stream.cuda_stream), stream)
 
     def refuse_capture(self, stream: int) -> None:
         """Raise when the stream is being captured into a graph."""
-        if self._gpu.is_capturing(self.device, stream):
+        if self.gpu.is_capturing(self.device, stream):
             raise InvalidStateError(
                 f"pool {self._ledger.name}: publish, open and release cannot be captured into a "
                 "CUDA graph, since each replay would use the generation of the capture; call them "
                 "outside, before and after the replay"
             )
 
-    def write(self, stream: int, word: int, value: int) -> None:
-        """Enqueue: a word of the segment gets a value."""
-        address = self._there(word)
-        self._gpu.write(self.device, stream, address, value)
-
-    def wait(self, stream: int, word: int, value: int) -> None:
-        """Enqueue: go on when a word of the segment has reached a value."""
-        address = self._there(word)
-        self._gpu.wait(self.device, stream, address, value)
-
-    def _there(self, word: int) -> int:
+    def address_of(self, word: int) -> int:
+        """Where a device finds a word of the segment."""
         registered = self._registered
         if registered is None:
             raise InvalidStateError(f"pool {self._ledger.name}: its GPU use has ended")
@@ -213,11 +204,11 @@ class GpuUse:
             # Blocks go back to others after this, and an unfinished write to memory that is not
             # registered any more would break the context. The watcher still runs: the dead do not
             # keep this from ending.
-            self._gpu.synchronize(self.device)
+            self.gpu.synchronize(self.device)
             self.watcher.stop()
             registered, self._registered = self._registered, None
             if registered is not None:
-                self._gpu.unregister(self.device, registered.address)
+                self.gpu.unregister(self.device, registered.address)
             participants = self._ledger.participants
             self._ledger.run(participants.was_gpu_user, self._ledger.segment.mapped_fd)
         except CudaUnavailableError as error:
@@ -241,13 +232,18 @@ class Order(NamedTuple):
     kept: object
 
     def refuse_capture(self) -> None:
+        """As `GpuUse.refuse_capture`."""
         self.use.refuse_capture(self.stream)
 
     def write(self, word: int, value: int) -> None:
-        self.use.write(self.stream, word, value)
+        """Enqueue: a word of the segment gets a value."""
+        use = self.use
+        use.gpu.write(use.device, self.stream, use.address_of(word), value)
 
     def wait(self, word: int, value: int) -> None:
-        self.use.wait(self.stream, word, value)
+        """Enqueue: go on when a word of the segment has reached a value."""
+        use = self.use
+        use.gpu.wait(use.device, self.stream, use.address_of(word), value)
 
 
 class _Registered(NamedTuple):

@@ -26,8 +26,8 @@ How it works
 `interrupt_at_every_line` raises an exception at the point instead, in this very process, which
 lives on and verifies.
 
-Adapters name their own modules with `watch=`. The parent should not have imported torch: forking a
-process that has takes ten times as long, and there are thousands of forks.
+Adapters name their own modules with `scope=Scope([my_module])`. The parent should not have imported
+torch: forking a process that has takes ten times as long, and there are thousands of forks.
 
 What it does not do: reach code that other threads run, or places inside of C functions.
 """
@@ -39,9 +39,8 @@ import functools
 import gc
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -79,7 +78,7 @@ def kill_at_every_line(
     operation: Operation[S],
     verify: Verify[S],
     *,
-    watch: Iterable[ModuleType | str] = (),
+    scope: Scope | None = None,
     step: Step = Step.LINE,
     with_fork: bool = False,
     meanwhile: Callable[[S], None] | None = None,
@@ -90,14 +89,14 @@ def kill_at_every_line(
     setup      gives the scene: entered in the parent for every point anew, and left after `verify`
     operation  called with the scene in a forked child; what it returns is called and killed
     verify     called with the scene and the `Point` in the parent, when the child is dead
-    watch      modules or paths whose lines are points too
+    scope      whose lines are points: the library's, if nothing else is said
     step       `Step.OPCODE`: kill at every bytecode instruction
     with_fork  the lines that fork handlers run in the new child are points too
     meanwhile  called with the scene in the parent, every millisecond while the child lives: to
                play the other side
     timeout    seconds that one child may take
     """
-    common = (setup, operation, verify, Scope(watch), step)
+    common = (setup, operation, verify, scope or Scope(), step)
     return _Killing(*common, with_fork, meanwhile, timeout).run()
 
 
@@ -107,7 +106,7 @@ def interrupt_at_every_line(
     verify: Verify[S],
     *,
     exception: type[BaseException] = KeyboardInterrupt,
-    watch: Iterable[ModuleType | str] = (),
+    scope: Scope | None = None,
     step: Step = Step.LINE,
 ) -> Coverage:
     """Raise an exception at every point of an operation, in this process, and `verify` after each.
@@ -115,7 +114,7 @@ def interrupt_at_every_line(
     The arguments are those of `kill_at_every_line`; nothing is forked. An operation that swallows
     the exception is an AssertionError.
     """
-    return _Interrupting(setup, operation, verify, Scope(watch), step, exception).run()
+    return _Interrupting(setup, operation, verify, scope or Scope(), step, exception).run()
 
 
 class _EveryPoint(Generic[S]):

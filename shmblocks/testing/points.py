@@ -65,11 +65,14 @@ def end_point(number: int) -> Point:
 
 
 class Scope:
-    """Which code is watched: the library and the modules and files that a caller adds."""
+    """Which code is watched: the library, and the modules and files that a caller adds.
 
-    def __init__(self, watch: Iterable[ModuleType | str] = ()) -> None:
-        package = os.path.dirname(shmblocks.__file__)
-        self._inside = (package + os.sep, *map(_prefix, watch))
+    With `library=False` only these: for steps between operations that are killed by themselves.
+    """
+
+    def __init__(self, watch: Iterable[ModuleType | str] = (), *, library: bool = True) -> None:
+        package = os.path.dirname(shmblocks.__file__) + os.sep
+        self._inside = (*([package] if library else []), *map(_prefix, watch))
         self._outside = os.path.dirname(__file__) + os.sep
         self._known: dict[CodeType, bool] = {}
 

@@ -1,4 +1,4 @@
-"""Every operation that changes shared state, ready to be killed or interrupted at every line.
+"""Every operation that changes a pool, ready to be killed or interrupted at every line.
 
 A case names how its scene is set up, and gives a function that gets ready in the child and returns
 the call that is to be disturbed.
@@ -8,6 +8,8 @@ once           it is a single change: whatever happens to the process, it is don
 undone         when it is interrupted it gives back what it took
 interruptible  no: it is the first thing that a forked child does, which is interrupted elsewhere
 with_fork      the lines of fork handlers belong to it
+
+Waiting for blocks is in tests/line, queues are in tests/queue, transfers in transfer_cases.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmblocks import BlockPool, PoolExistsError, PoolTimeoutError, remove_pool
+from shmblocks import BlockPool, PoolExistsError, remove_pool
 from shmblocks.testing import Point, abandon, remember, run_and_kill
 from tests.crash.scenes import (
     CONFIG,
@@ -164,17 +166,6 @@ def cursor_near_the_end() -> Iterator[Scene]:
 def alloc_that_wraps(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: pool.alloc(4 * 4)
-
-
-@case(cursor_near_the_end)
-def alloc_that_waits_in_vain(scene: Scene) -> Callable[[], object]:
-    pool = joined(scene)
-
-    def wait_in_vain() -> None:
-        with contextlib.suppress(PoolTimeoutError):
-            pool.alloc(4 * 30, timeout=1e-9)
-
-    return wait_in_vain
 
 
 @case(cursor_near_the_end)

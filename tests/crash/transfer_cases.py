@@ -1,9 +1,12 @@
 """Either side of a transfer dies at every line of each of its steps; the other one lives on.
 
-The side that dies runs in a child; the other is played by the parent (`meanwhile`), until the child
-is about to take the step it may die in. Then the parent stands still, so that the step has the same
-lines every time, and judges after the death: its rooms end within a second and say who died, and
-every block comes back.
+The side that dies runs in a child; the other is played by the parent (`meanwhile`), which moves
+only when the child gives it a turn, so that every step finds the same messages and has the same
+lines every time. After the death the parent judges: its room ends within a second and says who
+died, and every block comes back.
+
+The points are the lines of `shmblocks.transfer`: the pool's operations between them are killed at
+every line of their own by `operations.py`.
 """
 
 from __future__ import annotations
@@ -14,17 +17,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import shmblocks.transfer
 import shmblocks.transfer.link
-from shmblocks import BlockPool, Field, PoolConfig
+from shmblocks import BlockPool, Field, PoolConfig, State
 from shmblocks.testing import (
     Coverage,
     Point,
+    Scope,
     Wire,
     assert_survives,
     kill_at_every_line,
     remember,
 )
 from shmblocks.transfer import EmbeddingEndpoint, LanguageEndpoint, Receiver, Sender, Status
+from shmblocks.transfer.messages import Mode
 from tests.crash.scenes import publish
 from tests.support.naming import new_pool_name
 
@@ -47,6 +53,8 @@ TOKENS = LANDING_BLOCKS * BLOCK + 3
 ROOM = 7
 PATIENCE = 10.0
 
+Survivor = Callable[["Scene", int], None]
+
 
 class Scene:
     """A pool, a wire, and what the survivor has of the transfer."""
@@ -55,13 +63,29 @@ class Scene:
         self.pool = pool
         self.kept = remember(pool, publish(pool, 5, readers=2))
         self.ours, self.theirs = Wire.pair()
-        self.is_about_to = mmap.mmap(-1, 1)
+        # In memory that both see: whose turn it is (n: the survivor's n-th; 0: the child's), and
+        # whether the survivor moves.
+        self._shared = mmap.mmap(-1, 2)
+        self._turns = 0
         self.endpoint: EmbeddingEndpoint | LanguageEndpoint | None = None
         self.room: Sender | Receiver | None = None
 
-    def begin(self) -> None:
-        """The child takes the step that it may die in: nobody else moves from now on."""
-        self.is_about_to[0] = 1
+    def next_message(self) -> None:
+        """In the child: let the survivor move until it has sent something."""
+        self._turns += 1
+        self._shared[0] = self._turns
+        assert self.theirs.has_message(PATIENCE), "the other side said nothing"
+        self._shared[0] = 0
+        while self._shared[1]:
+            time.sleep(0.0001)
+
+    def move(self, survivor: Survivor) -> None:
+        """In the parent: let the survivor move, if it is its turn."""
+        self._shared[1] = 1
+        turn = self._shared[0]
+        if turn:
+            survivor(self, turn)
+        self._shared[1] = 0
 
 
 class Step(NamedTuple):
@@ -69,7 +93,7 @@ class Step(NamedTuple):
 
     name: str
     side: Callable[[Scene], Callable[[], object]]
-    survivor: Callable[[Scene], None]
+    survivor: Survivor
 
 
 def payload() -> dict[str, torch.Tensor]:
@@ -81,97 +105,86 @@ def payload() -> dict[str, torch.Tensor]:
 # ---- the survivor's side, in the parent --------------------------------------------------------
 
 
-def survivor_sends(scene: Scene) -> None:
-    """Plays the embedding side."""
+def survivor_sends(scene: Scene, turn: int) -> None:
+    """Plays the embedding side: first it greets, then it sends."""
     if scene.endpoint is None:
         scene.endpoint = EmbeddingEndpoint(scene.pool, scene.ours, scene.ours)
-        scene.room = scene.endpoint.send(ROOM, payload())
-    scene.endpoint.poll()
+    elif turn > 1:
+        _start(scene, "landing")
+        scene.endpoint.poll()
 
 
-def survivor_lands(scene: Scene) -> None:
-    _survivor_receives(scene, "landing")
+def survivor_lands(scene: Scene, turn: int) -> None:
+    """Plays the language side: first it greets, then it asks."""
+    _receive(scene, turn, "landing")
 
 
-def survivor_is_pushed(scene: Scene) -> None:
-    _survivor_receives(scene, "push")
+def survivor_is_pushed(scene: Scene, turn: int) -> None:
+    _receive(scene, turn, "push")
 
 
-def _survivor_receives(scene: Scene, mode: str) -> None:
-    """Plays the language side."""
+def _receive(scene: Scene, turn: int, mode: Mode) -> None:
     if scene.endpoint is None:
-        endpoint = LanguageEndpoint(scene.pool, scene.ours, scene.ours)
-        scene.endpoint = endpoint
-        scene.room = endpoint.receive(ROOM, "push" if mode == "push" else "landing")
-    scene.endpoint.poll()
+        scene.endpoint = LanguageEndpoint(scene.pool, scene.ours, scene.ours)
+    elif turn > 1:
+        _start(scene, mode)
+        scene.endpoint.poll()
+
+
+def _start(scene: Scene, mode: Mode) -> None:
+    if scene.room is None and isinstance(scene.endpoint, EmbeddingEndpoint):
+        scene.room = scene.endpoint.send(ROOM, payload())
+    elif scene.room is None and isinstance(scene.endpoint, LanguageEndpoint):
+        scene.room = scene.endpoint.receive(ROOM, mode)
 
 
 # ---- the side that dies, in the child ----------------------------------------------------------
 
 
-def next_message(scene: Scene) -> None:
-    assert scene.theirs.has_message(PATIENCE), "the other side said nothing"
-
-
-def language(scene: Scene, mode: str, polls: int, last: str) -> Callable[[], object]:
-    """A language side that has polled so often, each time with one more message there."""
+def language(scene: Scene, mode: Mode, chunks: int, last: str) -> Callable[[], object]:
+    """A language side that has taken so many chunks, before its `last` step."""
     endpoint = LanguageEndpoint(scene.pool, scene.theirs, scene.theirs)
+    scene.next_message()
+    endpoint.poll()  # the greeting
     if last == "receive":
-        scene.begin()
-        return lambda: endpoint.receive(ROOM, "push" if mode == "push" else "landing")
-    receiver = endpoint.receive(ROOM, "push" if mode == "push" else "landing")
-    while receiver.rounds < polls:
-        next_message(scene)
+        return lambda: endpoint.receive(ROOM, mode)
+    receiver = endpoint.receive(ROOM, mode)
+    for _ in range(chunks):
+        scene.next_message()
         endpoint.poll()
-    scene.room = receiver
     if last == "release":
-        result = receiver.wait(PATIENCE)
-        scene.begin()
-        return result.release
+        return receiver.wait(PATIENCE).release
     if last == "close":
-        scene.begin()
         return endpoint.close
-    wait_for_chunk(scene, receiver, endpoint)
-    scene.begin()
+    scene.next_message()
     return endpoint.poll
 
 
-def wait_for_chunk(scene: Scene, receiver: Receiver, endpoint: LanguageEndpoint) -> None:
-    """Take greetings until what lies there is the next chunk: the answer to what was asked."""
-    next_message(scene)
-    if receiver.rounds == 0:
-        endpoint.poll()  # the greeting
-        if receiver.rounds == 0:
-            next_message(scene)
-
-
-def embedding(scene: Scene, polls: int, last: str) -> Callable[[], object]:
-    """An embedding side that has answered so many requests."""
+def embedding(scene: Scene, answers: int, last: str) -> Callable[[], object]:
+    """An embedding side that has got so many answers to its chunks, before its `last` step."""
     endpoint = EmbeddingEndpoint(scene.pool, scene.theirs, scene.theirs)
-    next_message(scene)  # the greeting
-    endpoint.poll()
+    scene.next_message()
+    endpoint.poll()  # the greeting
+    scene.next_message()  # the request
     if last == "send":
-        next_message(scene)
         tensors = payload()
-        scene.begin()
         return lambda: endpoint.send(ROOM, tensors)
-    sender = endpoint.send(ROOM, payload())
-    while sender.rounds < polls:
-        next_message(scene)
+    scene.room = endpoint.send(ROOM, payload())
+    for _ in range(answers):
+        scene.next_message()
         endpoint.poll()
-    scene.room = sender
-    if last == "poll":
-        next_message(scene)
-    scene.begin()
-    return endpoint.close if last == "close" else endpoint.poll
+    if last == "close":
+        return endpoint.close
+    scene.next_message()
+    return endpoint.poll
 
 
-def of_language(mode: str, polls: int, last: str) -> Callable[[Scene], Callable[[], object]]:
-    return lambda scene: language(scene, mode, polls, last)
+def of_language(mode: Mode, chunks: int, last: str) -> Callable[[Scene], Callable[[], object]]:
+    return lambda scene: language(scene, mode, chunks, last)
 
 
-def of_embedding(polls: int, last: str) -> Callable[[Scene], Callable[[], object]]:
-    return lambda scene: embedding(scene, polls, last)
+def of_embedding(answers: int, last: str) -> Callable[[Scene], Callable[[], object]]:
+    return lambda scene: embedding(scene, answers, last)
 
 
 STEPS = {
@@ -185,11 +198,11 @@ STEPS = {
         Step("language, push: succeeds", of_language("push", 0, "poll"), survivor_sends),
         Step("language, push: releases", of_language("push", 1, "release"), survivor_sends),
         Step("embedding, landing: writes", of_embedding(0, "send"), survivor_lands),
-        Step("embedding, landing: writes the rest", of_embedding(1, "poll"), survivor_lands),
-        Step("embedding, landing: succeeds", of_embedding(2, "poll"), survivor_lands),
-        Step("embedding, landing: closes", of_embedding(1, "close"), survivor_lands),
+        Step("embedding, landing: writes the rest", of_embedding(0, "poll"), survivor_lands),
+        Step("embedding, landing: succeeds", of_embedding(1, "poll"), survivor_lands),
+        Step("embedding, landing: closes", of_embedding(0, "close"), survivor_lands),
         Step("embedding, push: writes", of_embedding(0, "send"), survivor_is_pushed),
-        Step("embedding, push: succeeds", of_embedding(1, "poll"), survivor_is_pushed),
+        Step("embedding, push: succeeds", of_embedding(0, "poll"), survivor_is_pushed),
     )
 }
 
@@ -214,16 +227,19 @@ def kill(name: str) -> Coverage:
     shmblocks.transfer.link.LOOK_INTERVAL = 0.0
     step = STEPS[name]
 
-    def meanwhile(scene: Scene) -> None:
-        if not scene.is_about_to[0]:
-            step.survivor(scene)
-
-    coverage = kill_at_every_line(stage, step.side, _judge, meanwhile=meanwhile)
+    coverage = kill_at_every_line(
+        stage,
+        step.side,
+        _judge,
+        scope=Scope([shmblocks.transfer], library=False),
+        meanwhile=lambda scene: scene.move(step.survivor),
+    )
     return coverage._replace(operation=name)
 
 
 def _judge(scene: Scene, _: Point) -> None:
     """The survivor's room ends, and says why; everything comes back."""
+    _start(scene, "landing")
     endpoint, room = scene.endpoint, scene.room
     assert endpoint is not None
     assert room is not None
@@ -237,8 +253,9 @@ def _judge(scene: Scene, _: Point) -> None:
         _judge_result(room)
     endpoint.close()
     assert_survives(scene.pool, scene.kept)
-    left = [info for info in scene.pool.allocations() if info.owner is None or info.owner.is_self]
-    assert len(left) == 1, f"more than what is kept: {left}"
+    # What the dead one had published and not announced goes when its time is over.
+    left = [info for info in scene.pool.allocations() if info.state is not State.PUBLISHED]
+    assert not left, f"more than what is published: {left}"
 
 
 def _judge_result(receiver: Receiver) -> None:

@@ -122,7 +122,7 @@ class FakeGpu:
         self, device: int, home: int | None, address: int, size: int, owner: object
     ) -> torch.Tensor:
         array = (ctypes.c_uint8 * size).from_address(address)
-        array._keeps = owner
+        array._keeps = owner  # type: ignore[attr-defined]
         return torch.frombuffer(array, dtype=torch.uint8)
 
     # ---- what the test calls -----------------------------------------------------------------

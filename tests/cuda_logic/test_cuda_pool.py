@@ -45,7 +45,7 @@ def test_views_lie_in_the_device_memory_and_aux_in_the_segment(
     view["rows"].fill_(9)
     view.aux[0] = 6
     (memory_of_pool,) = gpu.allocated.values()
-    assert bytes(memory_of_pool[: 6 * 16]) == (9).to_bytes(4, "little") * 24
+    assert memory_of_pool.raw[: 6 * 16] == (9).to_bytes(4, "little") * 24
     with cuda_pool.open(cuda_pool.publish(handle)) as lease:
         gpu.run()
         assert torch.equal(lease["rows"], view["rows"])

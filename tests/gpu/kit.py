@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 
@@ -18,10 +19,10 @@ BLOCK_SIZE = 16
 # of the one that had its blocks before.
 ROOM = 8
 LONGEST_NAP_CYCLES = 60_000
-# Now and then the producer is late by some milliseconds: longer than a GPU that is shared by two
+# Now and then the producer is late by some 20 ms: longer than a GPU that is shared by two
 # processes stays with one of them, so that a reader that does not wait comes first.
-LATE_EVERY = 8
-LATE_CYCLES = 8_000_000
+LATE_EVERY = 16
+LATE_CYCLES = 40_000_000
 
 
 def config(allocations: int = ROOM, **more: int) -> PoolConfig:
@@ -43,7 +44,7 @@ def create(name: str, device: str = "cuda:0", allocations: int = ROOM) -> BlockP
 
 def nap(cycles: int) -> None:
     """Keep the current stream busy for so many clock cycles."""
-    torch.cuda._sleep(cycles)
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
 
 def write_on_stream(pool: BlockPool, seed: int, source: torch.Tensor, readers: int = 1) -> bytes:
@@ -91,7 +92,7 @@ def broken(how: str) -> Iterator[None]:
         def at_once(self: BlockPool, key: object, order: object) -> None:
             self._release(key)  # type: ignore[arg-type]
 
-        BlockPool._release_on = at_once  # type: ignore[method-assign,assignment]
+        BlockPool._release_on = at_once  # type: ignore[method-assign]
         undo.append(lambda: setattr(BlockPool, "_release_on", release))
     try:
         yield
@@ -109,7 +110,7 @@ def read_many(channel: Channel, name: str, count: int, how: str, pinned: bool) -
         torch.cuda.synchronize()
         channel.say("ready")
         for _ in range(count):
-            data, seed = channel.receive(120)  # type: ignore[misc]
+            data, seed = cast("tuple[bytes, int]", channel.receive(120))
             reader.read(data, seed)
         verdict = reader.verdict()
         torch.cuda.synchronize()
@@ -119,5 +120,5 @@ def read_many(channel: Channel, name: str, count: int, how: str, pinned: bool) -
 def ipc_opens(pool: BlockPool) -> int:
     use = pool._ledger.outside
     assert isinstance(use, GpuUse)
-    opens: int = use._gpu.ipc_opens  # type: ignore[attr-defined]
+    opens: int = use.gpu.ipc_opens  # type: ignore[attr-defined]
     return opens

@@ -90,7 +90,7 @@ def test_the_bytes_in_the_other_process_are_those_that_were_written(pool_name: s
 
 
 def test_publish_open_and_release_wait_for_no_stream(pool_name: str) -> None:
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with kit.create(pool_name) as pool, torch.cuda.stream(stream):
         for _ in range(3):  # the first of everything is slower
             first = pool.alloc(kit.TOKENS)
@@ -103,7 +103,7 @@ def test_publish_open_and_release_wait_for_no_stream(pool_name: str) -> None:
         view = pool.view(handle)
         kit.nap(2_000_000_000)
         view["rows"].fill_(1)
-        blocked = torch.cuda.Event()
+        blocked = torch.cuda.Event()  # type: ignore[no-untyped-call]
         blocked.record()
         started = time.monotonic()
         lease = pool.open(pool.publish(handle))
@@ -111,7 +111,7 @@ def test_publish_open_and_release_wait_for_no_stream(pool_name: str) -> None:
         lease.release()
         free = pool.available_blocks()
         seconds = time.monotonic() - started
-        assert not blocked.query(), "the stream must still be blocked, or this shows nothing"
+        assert not blocked.query(), "the stream must still be blocked, or this shows nothing"  # type: ignore[no-untyped-call]
         assert not is_ready
         assert free == pool.config.total_blocks - kit.TOKENS // kit.BLOCK_SIZE
         print(f"publish + open + release + available_blocks on a blocked stream: {seconds:.6f} s")
@@ -149,7 +149,7 @@ def test_record_stream_of_a_pools_tensor_does_no_harm(pool_name: str) -> None:
         handle = pool.alloc(kit.TOKENS)
         assert handle is not None
         rows = pool.view(handle)["rows"]
-        rows.record_stream(torch.cuda.Stream())
+        rows.record_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         del rows
         pool.free(handle)
         torch.cuda.synchronize()

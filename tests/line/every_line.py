@@ -10,7 +10,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from shmblocks import BlockPool, PoolTimeoutError
+from shmblocks import BlockHandle, BlockPool, PoolTimeoutError
+from shmblocks import reservations as reservations_module
 from shmblocks.line import Ticket
 from shmblocks.testing import (
     Coverage,
@@ -22,6 +23,7 @@ from shmblocks.testing import (
     kill_at_every_line,
     within,
 )
+from shmblocks.waiting import seconds_left
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
 from tests.line.kit import reserve, waiting
@@ -29,8 +31,9 @@ from tests.support.naming import new_pool_name
 
 TOTAL = 4
 HELD = 3
-# Seconds. Longer: each of some hundred runs takes that much longer.
-IN_VAIN = 0.002
+# Seconds that the waits of these runs sleep for before they are over, by a clock of their own: the
+# real one would let them look more or less often, and pass other lines each time.
+NAP = 0.0005
 
 Call = Callable[[], object]
 
@@ -38,14 +41,13 @@ Call = Callable[[], object]
 class Scene:
     """A pool of which the survivor holds three blocks of four, and waits for more of them."""
 
-    def __init__(self, survivor: BlockPool, sleeps: bool) -> None:
+    def __init__(self, survivor: BlockPool) -> None:
         self.survivor = survivor
         self.mine: BlockPool | None = None
         self._tickets: list[Ticket] = []
         self.held = reserve(survivor, HELD)
+        self.published: BlockHandle | None = None
         self.waiters = 0
-        if sleeps:
-            self.sleep()
 
     def sleep(self) -> None:
         """The survivor joins the line; it looks just now."""
@@ -60,23 +62,30 @@ class Scene:
             self.survivor._ledger.run(self.survivor._ledger.line.leave, ticket)
 
 
-def _scene(sleeps: bool) -> Iterator[Scene]:
+@contextlib.contextmanager
+def nobody_sleeps() -> Iterator[Scene]:
     config = pools.tiny(TOTAL, max_participants=4, lock_timeout=2.0)
     with pools.create(new_pool_name(), config, role="survivor") as pool:
-        scene = Scene(pool, sleeps)
+        scene = Scene(pool)
         yield scene
+        _set_clock(seconds_left)
         if scene.mine is not None:
             scene.mine.close()
 
 
 @contextlib.contextmanager
 def survivor_sleeps() -> Iterator[Scene]:
-    yield from _scene(sleeps=True)
+    with nobody_sleeps() as scene:
+        scene.sleep()
+        yield scene
 
 
 @contextlib.contextmanager
-def nobody_sleeps() -> Iterator[Scene]:
-    yield from _scene(sleeps=False)
+def survivor_sleeps_beside_a_full_pool() -> Iterator[Scene]:
+    with nobody_sleeps() as scene:
+        scene.published = scene.survivor.publish(reserve(scene.survivor, 1))
+        scene.sleep()
+        yield scene
 
 
 def mine(scene: Scene) -> BlockPool:
@@ -85,61 +94,61 @@ def mine(scene: Scene) -> BlockPool:
     return scene.mine
 
 
+def _set_clock(clock: Callable[[float | None], float]) -> None:
+    vars(reservations_module)["seconds_left"] = clock
+
+
+def _no_room(_: object) -> None:
+    """A first look that finds no room, so that there is a wait."""
+
+
 # ---- operations ------------------------------------------------------------------------------
 
 
 def wait_in_vain(scene: Scene) -> Call:
-    """Joins the line, looks, sleeps to the deadline, says who is in the way, leaves and rings."""
+    """Joins the line, looks, sleeps, is told that it is late, leaves and rings."""
     pool = mine(scene)
+    reservations = vars(pool._reservations)
+    reservations["try_reserve"] = _no_room
+    # What it says who is in the way is an inspector's reading, of some 500 lines.
+    reservations["_waits"] = str
+    clock = iter((NAP, -1.0))
 
     def run() -> None:
         with contextlib.suppress(PoolTimeoutError):
-            pool.alloc(1, timeout=IN_VAIN)
+            pool.alloc(1, timeout=10.0)
 
+    _set_clock(lambda _: next(clock))
     return run
 
 
 def wait_and_be_served(scene: Scene) -> Call:
     """Joins the line and finds room there, as if it had come in between."""
     pool = mine(scene)
-    pool._reservations.try_reserve = lambda _: None  # type: ignore[method-assign]
+    vars(pool._reservations)["try_reserve"] = _no_room
     return lambda: pool.alloc(1, timeout=10.0)
 
 
 def free_what_others_wait_for(scene: Scene) -> Call:
     """Rings for the survivor."""
-    pool = mine(scene)
-    handle = pool.publish(reserve(pool, 1))
+    pool, handle = mine(scene), scene.published
+    assert handle is not None
     return lambda: pool.free(handle)
 
 
 SCENES = {
     wait_in_vain: survivor_sleeps,
     wait_and_be_served: nobody_sleeps,
-    free_what_others_wait_for: survivor_sleeps,
+    free_what_others_wait_for: survivor_sleeps_beside_a_full_pool,
 }
 OPERATIONS = {operation.__name__: operation for operation in SCENES}
-
-
-def _operation(name: str) -> Callable[[Scene], Call]:
-    chosen = OPERATIONS[name]
-
-    def operation(scene: Scene) -> Call:
-        call = chosen(scene)
-        if name == "free_what_others_wait_for":
-            scene.wake_up()
-            scene.sleep()
-        return call
-
-    operation.__name__ = name
-    return operation
 
 
 # ---- what must be true -----------------------------------------------------------------------
 
 
 def kill(name: str) -> Coverage:
-    return kill_at_every_line(SCENES[OPERATIONS[name]], _operation(name), _judge_death)
+    return kill_at_every_line(SCENES[OPERATIONS[name]], OPERATIONS[name], _judge_death)
 
 
 def _judge_death(scene: Scene, _: Point) -> None:
@@ -148,32 +157,35 @@ def _judge_death(scene: Scene, _: Point) -> None:
     assert_survives(pool)
     assert waiting(pool) == 0, "the dead are in the line"
     with within(1.0, "the survivor's next wait"):
-        pool.free(scene.held)
+        _free_all(pool)
         handle = pool.alloc(TOTAL * BLOCK_SIZE, timeout=10.0)
     assert handle is not None
     pool.free(handle)
 
 
+def _free_all(pool: BlockPool) -> None:
+    for info in pool.allocations():
+        pool.free(pool.handle_at(info.start_block))
+
+
 def interrupt(name: str) -> Coverage:
-    return interrupt_at_every_line(SCENES[OPERATIONS[name]], _operation(name), _judge_interrupt)
+    return interrupt_at_every_line(SCENES[OPERATIONS[name]], OPERATIONS[name], _judge_interrupt)
 
 
 def _judge_interrupt(scene: Scene, point: Point) -> None:
     """It is out of the line, and holds nothing."""
+    _set_clock(seconds_left)
     pool, victim = scene.survivor, scene.mine
     assert victim is not None
     assert_clean(pool, "after the interrupt")
     line = waiting(pool)
     assert line == scene.waiters, f"{line} are in the line, {scene.waiters} should be"
-    mine_now = [info for info in pool.allocations() if info.owner_place != 0]
-    if not point.is_end and not any(info.state == "published" for info in mine_now):
-        assert not mine_now, f"it keeps {mine_now}"
+    kept = [info for info in pool.allocations() if info.owner_place != 0]
+    assert point.is_end or not kept, f"it keeps {kept}"
     scene.wake_up()
     with within(1.0, "the next wait of the one that was interrupted"):
-        for info in mine_now:
-            victim.free(victim.handle_at(info.start_block))
-        pool.free(scene.held)
-        victim._reservations.__dict__.pop("try_reserve", None)
+        _free_all(pool)
+        vars(victim._reservations).pop("try_reserve", None)
         handle = victim.alloc(TOTAL * BLOCK_SIZE, timeout=10.0)
     assert handle is not None
     victim.free(handle)

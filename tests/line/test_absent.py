@@ -32,13 +32,15 @@ ABOUT_A_SECOND = PATIENCE_NS / 1e9 + 0.25 + 0.5
 
 
 def test_a_dead_first_one_is_passed_over_within_a_second(pool: BlockPool) -> None:
-    with all_but(pool, 4):
-        with child_waiter(pool, TOTAL, 1) as child:
-            with waiter(pool, 4, 2) as next_one:
-                child.kill()
-                start = time.monotonic()
-                pool.free(next_one.result(SOON))
-                assert time.monotonic() - start < A_SECOND
+    with (
+        all_but(pool, 4),
+        child_waiter(pool, TOTAL, 1) as child,
+        waiter(pool, 4, 2) as next_one,
+    ):
+        child.kill()
+        start = time.monotonic()
+        pool.free(next_one.result(SOON))
+        assert time.monotonic() - start < A_SECOND
     assert waiting(pool) == 0
 
 
@@ -68,13 +70,12 @@ def test_one_who_does_not_wait_is_served_at_once_when_only_the_dead_do(pool: Blo
 
 def test_one_who_dies_when_it_is_its_turn_gives_back_what_it_got(pool: BlockPool) -> None:
     held = reserve(pool, TOTAL)
-    with child_waiter(pool, TOTAL, 1, keeps=True) as child:
-        with waiter(pool, 2, 2) as next_one:
-            pool.free(held)
-            child.kill()
-            start = time.monotonic()
-            pool.free(next_one.result(SOON))
-            assert time.monotonic() - start < A_SECOND
+    with child_waiter(pool, TOTAL, 1, keeps=True) as child, waiter(pool, 2, 2) as next_one:
+        pool.free(held)
+        child.kill()
+        start = time.monotonic()
+        pool.free(next_one.result(SOON))
+        assert time.monotonic() - start < A_SECOND
 
 
 def test_the_line_is_in_order_after_a_death_in_its_middle(pool: BlockPool) -> None:

@@ -143,12 +143,11 @@ def test_a_reap_serves_the_one_who_waits(no_net: None, pool: BlockPool) -> None:
 
 
 def test_one_who_gives_up_makes_way_for_the_next(no_net: None, pool: BlockPool) -> None:
-    with all_but(pool, 3):
-        with Waiting(lambda: wait_for(pool, 10, 0.3)) as first:
-            in_line(pool, 1)
-            with waiter(pool, 3, 2) as second:
-                assert isinstance(first.error(SOON), PoolTimeoutError)
-                pool.free(second.result(SOON))
+    with all_but(pool, 3), Waiting(lambda: wait_for(pool, 10, 0.3)) as first:
+        in_line(pool, 1)
+        with waiter(pool, 3, 2) as second:
+            assert isinstance(first.error(SOON), PoolTimeoutError)
+            pool.free(second.result(SOON))
 
 
 def test_the_dead_holders_blocks_come_by_themselves(pool: BlockPool) -> None:
@@ -325,10 +324,9 @@ def test_a_child_forked_in_the_middle_of_a_wait_is_not_in_the_line(
     no_net: None, pool: BlockPool
 ) -> None:
     held = reserve(pool, TOTAL)
-    with waiter(pool, 2, 1) as thread:
-        with fork(wait_in_the_child, pool) as child:
-            child.hear("here")
-            in_line(pool, 2)
-            pool.free(held)
-            pool.free(thread.result(SOON))
-            child.result(SOON)
+    with waiter(pool, 2, 1) as thread, fork(wait_in_the_child, pool) as child:
+        child.hear("here")
+        in_line(pool, 2)
+        pool.free(held)
+        pool.free(thread.result(SOON))
+        child.result(SOON)

@@ -3,8 +3,8 @@
 The functions here run in a fresh interpreter, away from pytest. Queues that spin would pass a
 different number of lines each time: these never do.
 
-What is not here: asyncio. Its lock is left by `with`, at whose end the harness raises what no signal
-could; real signals do it in test_asyncio.py.
+What is not here: asyncio. Its lock is left by `with`, at whose end the harness raises what no
+signal could; real signals do it in test_asyncio.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shmblocks import HandleQueue
+from shmblocks import sleeper as sleeper_module
 from shmblocks.ring import Q_GETTERS_ASLEEP, Q_PUTTERS_ASLEEP
 from shmblocks.testing import (
     Coverage,
@@ -26,13 +27,15 @@ from shmblocks.testing import (
     kill_at_every_line,
     within,
 )
+from shmblocks.waiting import seconds_left
 from tests.queue.kit import abandon, asleep, drain, require_right
 from tests.support.naming import new_pool_name
 
 CAPACITY = 4
 THERE = [b"0", b"1"]
-# Seconds. Longer: each of some hundred runs takes that much longer.
-IN_VAIN = 0.004
+# Seconds that the waits of these runs sleep for before they are over, by a clock of their own: the
+# real one would let them look more or less often, and pass other lines each time.
+NAP = 0.0005
 
 Call = Callable[[], object]
 
@@ -68,6 +71,7 @@ def two_messages() -> Iterator[Scene]:
             queue.put(message)
         scene = Scene(name, queue)
         yield scene
+        _set_clock(seconds_left)
         scene.close_mine()
     assert_nothing_left(name)
 
@@ -144,6 +148,17 @@ def mine(scene: Scene) -> HandleQueue[bytes]:
     return scene.mine
 
 
+def _set_clock(clock: Callable[[float | None], float]) -> None:
+    vars(sleeper_module)["seconds_left"] = clock
+
+
+def short_of_time() -> float:
+    """The timeout for a wait of one nap, by the clock above."""
+    clock = iter((NAP, NAP, -1.0))
+    _set_clock(lambda _: next(clock))
+    return 10.0
+
+
 def some_sleep(scene: Scene) -> None:
     """So that it is a wake-up's turn too."""
     words = scene.survivor._ring.segment.words
@@ -167,7 +182,7 @@ def get(scene: Scene) -> Call:
     return queue.get
 
 
-@case(two_messages, THERE, [])
+@case(two_messages, THERE, [], killable=False)
 def get_many(scene: Scene) -> Call:
     queue = mine(scene)
     return lambda: queue.get_many(2)
@@ -176,10 +191,11 @@ def get_many(scene: Scene) -> Call:
 @case(no_message, [])
 def get_in_vain(scene: Scene) -> Call:
     queue = mine(scene)
+    timeout = short_of_time()
 
     def run() -> None:
         with contextlib.suppress(standard.Empty):
-            queue.get(timeout=IN_VAIN)
+            queue.get(timeout=timeout)
 
     return run
 
@@ -187,10 +203,11 @@ def get_in_vain(scene: Scene) -> Call:
 @case(no_room, [*THERE, b"2", b"3"])
 def put_in_vain(scene: Scene) -> Call:
     queue = mine(scene)
+    timeout = short_of_time()
 
     def run() -> None:
         with contextlib.suppress(standard.Full):
-            queue.put(b"new", timeout=IN_VAIN)
+            queue.put(b"new", timeout=timeout)
 
     return run
 
@@ -218,7 +235,7 @@ def create(scene: Scene) -> Call:
     return run
 
 
-@case(leftover)
+@case(leftover, interruptible=False)
 def create_in_place_of_a_leftover(scene: Scene) -> Call:
     return create(scene)
 
@@ -300,6 +317,7 @@ def interrupt(name: str, exception: type[BaseException]) -> Coverage:
 
 def _judge_mine(scene: Scene) -> None:
     """The one that was interrupted goes on too."""
+    _set_clock(seconds_left)
     queue = scene.mine
     if queue is None:
         return

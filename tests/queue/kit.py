@@ -82,7 +82,7 @@ class Waiting(Generic[T]):
     def _run(self) -> None:
         try:
             self._results.append(self._function())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - told by `result` and `error`
             self._errors.append(error)
 
     @property

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import queue as standard
 import random
 import signal
 import threading
 from collections.abc import Coroutine, Iterator
+from types import FrameType
 from typing import TypeVar
 
 import pytest
 
+import shmblocks
 from shmblocks import HandleQueue, MalformedHandleError, PoolClosedError
 from tests.queue.kit import (
     PATIENCE,
@@ -26,6 +30,8 @@ from tests.queue.kit import (
 from tests.support.children import Channel, fork, run_in_fork, wait_until
 
 T = TypeVar("T")
+
+PACKAGE = os.path.dirname(shmblocks.__file__) + os.sep
 
 
 async def soon(awaitable: asyncio.Future[T] | Coroutine[object, object, T]) -> T:
@@ -294,6 +300,35 @@ def test_a_coroutine_that_is_dropped_in_its_wait_eats_no_message(
     assert asleep(queue) == (0, 0)
 
 
+def drop_what_was_inherited(
+    _: Channel, coroutine: Coroutine[object, object, bytes], queue: HandleQueue[bytes]
+) -> None:
+    coroutine.close()
+    with pytest.raises(standard.Empty):
+        queue.get_nowait()
+
+
+def test_a_forked_child_does_not_give_up_in_its_parents_place(
+    no_net: None, queue: HandleQueue[bytes]
+) -> None:
+    """Found: collecting the inherited coroutine counted the parent off, and no put woke it."""
+
+    async def main() -> None:
+        inherited = queue.get_async()
+        future = inherited.send(None)
+        with fork(drop_what_was_inherited, inherited, queue):
+            pass
+        assert asleep(queue) == (1, 0)
+        queue.put(b"x")
+        await soon(future)
+        with pytest.raises(StopIteration) as got:
+            inherited.send(None)
+        assert got.value.value == b"x"
+
+    asyncio.run(main())
+    assert asleep(queue) == (0, 0)
+
+
 def interrupted_again_and_again(queue: HandleQueue[bytes], seed: float) -> int:
     """In a child, whose main thread this is."""
     random_moment = random.Random(seed)
@@ -303,7 +338,7 @@ def interrupted_again_and_again(queue: HandleQueue[bytes], seed: float) -> int:
         await asyncio.gather(*(queue.get_async() for _ in range(3)))
 
     for _ in range(100):
-        signal.setitimer(signal.ITIMER_REAL, random_moment.uniform(0.0001, 0.004))
+        signal.setitimer(signal.ITIMER_REAL, random_moment.uniform(0.0001, 0.003))
         try:
             asyncio.run(asyncio.wait_for(wait_for_messages(), 0.003))
         except (KeyboardInterrupt, asyncio.TimeoutError) as error:
@@ -320,8 +355,14 @@ def interrupted_again_and_again(queue: HandleQueue[bytes], seed: float) -> int:
 def test_interrupts_at_any_moment_leave_it_usable(
     queue: HandleQueue[bytes], rng: random.Random
 ) -> None:
+    def interrupt_ours(_: int, frame: FrameType | None) -> None:
+        # asyncio itself cannot bear it: a task whose step is interrupted may never go on.
+        if frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+            raise KeyboardInterrupt
+        signal.setitimer(signal.ITIMER_REAL, 0.00005)
+
     def child() -> int:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.signal(signal.SIGALRM, interrupt_ours)
         return interrupted_again_and_again(queue, rng.random())
 
     assert run_in_fork(child) > 0

@@ -115,13 +115,14 @@ def test_an_empty_queue_raises_empty(any_queue: AnyQueue) -> None:
 
 def test_a_full_queue_raises_full(any_queue: AnyQueue) -> None:
     filled(any_queue)
-    for put in (
+    ways: list[Callable[[], None]] = [
         lambda: any_queue.put_nowait(b"x"),
         lambda: any_queue.put(b"x", False),
         lambda: any_queue.put(b"x", block=False),
         lambda: any_queue.put(b"x", timeout=0),
         lambda: any_queue.put(b"x", True, 0.001),
-    ):
+    ]
+    for put in ways:
         with pytest.raises(standard.Full):
             put()
     assert [any_queue.get(timeout=PATIENCE) for _ in range(SIZE)] == [b"0", b"1", b"2"]
@@ -198,14 +199,14 @@ def test_a_negative_timeout_is_a_value_error_whatever_is_in_it(
     prompt_queue: AnyQueue, wrong: float
 ) -> None:
     """Found: it was one only if there was something to wait for."""
-    with pytest.raises(ValueError, match="non-negative|>= 0"):
+    with pytest.raises(ValueError, match=r"non-negative|>= 0"):
         prompt_queue.get(timeout=wrong)
-    with pytest.raises(ValueError, match="non-negative|>= 0"):
+    with pytest.raises(ValueError, match=r"non-negative|>= 0"):
         prompt_queue.put(b"x", timeout=wrong)
     filled(prompt_queue)
-    with pytest.raises(ValueError, match="non-negative|>= 0"):
+    with pytest.raises(ValueError, match=r"non-negative|>= 0"):
         prompt_queue.get(timeout=wrong)
-    with pytest.raises(ValueError, match="non-negative|>= 0"):
+    with pytest.raises(ValueError, match=r"non-negative|>= 0"):
         prompt_queue.put(b"x", timeout=wrong)
     assert prompt_queue.full()
 

@@ -1,4 +1,4 @@
-"""SIGKILL and KeyboardInterrupt at every line of a queue's operations; judged in `every_line.py`."""
+"""SIGKILL and KeyboardInterrupt at every line of a queue's operations; see `every_line.py`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +28,10 @@ class Shared(NamedTuple):
 
 
 @pytest.fixture
-def shared() -> Iterator[Shared]:
+def shared() -> Shared:
     mapping = mmap.mmap(-1, mmap.PAGESIZE)
     words = memoryview(mapping).cast("Q")
-    yield Shared(Futex(mapping, 16), words)
+    return Shared(Futex(mapping, 16), words)
 
 
 WORD = 2
@@ -44,9 +43,7 @@ def test_it_reads_the_lower_half_of_its_word(shared: Shared) -> None:
         assert shared.futex.value == value & MASK
 
 
-def test_wait_returns_at_once_when_the_word_has_another_value(
-    no_net: None, shared: Shared
-) -> None:
+def test_wait_returns_at_once_when_the_word_has_another_value(no_net: None, shared: Shared) -> None:
     shared.words[WORD] = 7
     for other in (6, 8, 7 + (1 << 31)):
         shared.futex.wait(other, SOON)
@@ -108,9 +105,7 @@ def test_a_sleeper_in_another_process_is_woken(no_net: None, shared: Shared) -> 
         assert shared.futex.wake(1) == 1
 
 
-def test_a_dead_sleeper_is_not_woken_in_place_of_a_living_one(
-    no_net: None, shared: Shared
-) -> None:
+def test_a_dead_sleeper_is_not_woken_in_place_of_a_living_one(no_net: None, shared: Shared) -> None:
     with fork(sleep_there, shared) as child:
         child.receive()
         wait_until_asleep(child.pid, child.pid)
@@ -155,6 +150,6 @@ def test_a_sleeper_can_be_seen_asleep() -> None:
 
 
 def test_system_call_numbers_are_those_of_the_supported_processors() -> None:
-    assert {"x86_64": 202, "aarch64": 98} == futex_module._NUMBERS
+    assert futex_module._NUMBERS == {"x86_64": 202, "aarch64": 98}
     tree = ast.parse(Path(futex_module.__file__).read_text())
     assert any(isinstance(node, ast.ClassDef) and node.name == "Futex" for node in tree.body)

@@ -11,8 +11,8 @@ import pytest
 
 from shmblocks import HandleQueue, IncompatiblePoolError
 from shmblocks.layout import HEADER_BYTES
-from shmblocks.ring import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
-from tests.queue.kit import CAPACITY, SOON, Waiting, drain, fill, positions
+from shmblocks.ring import MOST_ASLEEP, Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
+from tests.queue.kit import CAPACITY, SOON, Waiting, asleep, drain, fill, positions
 
 LARGEST = 2**64 - 1
 
@@ -99,6 +99,7 @@ def test_sleepers_that_are_not_there_cost_nobody_anything(
         getter.until_asleep()
         queue.put(b"x")
         assert getter.result(SOON) == b"x"
+    assert asleep(queue)[0] < MOST_ASLEEP, "needless wake-ups are bounded"
 
 
 @pytest.mark.parametrize("length", [65, 2**31, 2**63, LARGEST])

@@ -61,10 +61,13 @@ def test_a_name_that_nobody_has_is_not_found(pool_name: str) -> None:
 
 
 def test_attach_waits_for_the_creator(pool_name: str) -> None:
-    with Waiting(lambda: HandleQueue.attach(pool_name, timeout=PATIENCE)) as attaching:
-        with HandleQueue.create(pool_name) as queue, attaching.result() as other:
-            other.put(b"x")
-            assert queue.get() == b"x"
+    with (
+        Waiting(lambda: HandleQueue.attach(pool_name, timeout=PATIENCE)) as attaching,
+        HandleQueue.create(pool_name) as queue,
+        attaching.result() as other,
+    ):
+        other.put(b"x")
+        assert queue.get() == b"x"
 
 
 def test_a_pool_is_no_queue_and_a_queue_is_no_pool(
@@ -316,9 +319,7 @@ def test_a_file_that_is_too_short_is_a_typed_error(queue: HandleQueue[bytes]) ->
     path.unlink()
 
 
-def test_random_headers_are_a_typed_error_or_work(
-    queue: HandleQueue[bytes], rng: object
-) -> None:
+def test_random_headers_are_a_typed_error_or_work(queue: HandleQueue[bytes], rng: object) -> None:
     import random
 
     assert isinstance(rng, random.Random)

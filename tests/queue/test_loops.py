@@ -1,4 +1,4 @@
-"""One thread that sleeps for all coroutines on a word: told in turn, whatever becomes of the others.
+"""One thread that sleeps for all coroutines on a word: told in turn, whatever others do.
 
 Here the word is plain memory and the test plays the queue: it moves the word and wakes.
 """
@@ -35,10 +35,10 @@ class Word(NamedTuple):
         self.futex.wake()
 
 
-def make_word(**options: bool) -> Word:
+def make_word(*, tells_all: bool = False) -> Word:
     mapping = mmap.mmap(-1, mmap.PAGESIZE)
     futex = Futex(mapping, 0)
-    return Word(LoopWaiters(futex, **options), futex, memoryview(mapping).cast("Q"))
+    return Word(LoopWaiters(futex, tells_all=tells_all), futex, memoryview(mapping).cast("Q"))
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_one_who_is_told_and_cancelled_with_nobody_behind_hands_it_to_other_proc
 
     async def main() -> None:
         (task,) = await sleeping(word, 1, 0)
-        await until(lambda: waiter_threads(), "the thread is there")
+        await until(waiter_threads, "the thread is there")
         wait_until_asleep(waiter_threads()[0].native_id or 0)
         with Waiting(lambda: word.futex.wait(0, SOON * 10)) as elsewhere:
             elsewhere.until_asleep()
@@ -401,5 +401,6 @@ def test_the_module_does_not_import_asyncio() -> None:
     import sys
 
     code = "import sys, shmblocks; sys.exit('asyncio' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=PATIENCE)
+    ended = subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=PATIENCE)
+    assert ended.returncode == 0
     assert not hasattr(loops_module, "asyncio")

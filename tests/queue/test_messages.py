@@ -1,5 +1,4 @@
-"""What goes through a queue: bytes and Structs, whole and in order, and a typed error for the rest.
-"""
+"""What goes through a queue: bytes and Structs, whole, in order, or else a typed error."""
 
 from __future__ import annotations
 
@@ -126,7 +125,7 @@ def test_a_malformed_message_is_a_typed_error_and_the_next_arrives(
 ) -> None:
     raw.put(malformed)
     handles.put(HANDLE)
-    with pytest.raises(MalformedHandleError, match="expected .*BlockHandle.*got"):
+    with pytest.raises(MalformedHandleError, match=r"expected .*BlockHandle.*got"):
         handles.get()
     assert handles.get() == HANDLE
 
@@ -168,9 +167,7 @@ def test_get_many_waits_for_the_first_and_not_for_more(queue: HandleQueue[bytes]
         assert getter.result() == [b"x"]
 
 
-def test_get_many_wakes_a_putter_for_each_message(
-    no_net: None, queue: HandleQueue[bytes]
-) -> None:
+def test_get_many_wakes_a_putter_for_each_message(no_net: None, queue: HandleQueue[bytes]) -> None:
     fill(queue)
     putters = [Waiting(lambda: queue.put(b"x")).until_asleep() for _ in range(3)]
     assert len(queue.get_many(3)) == 3
@@ -186,7 +183,7 @@ def test_get_many_of_less_than_one_is_refused(queue: HandleQueue[bytes], limit: 
     queue.get()
     queue.put(b"y")
     before = positions(queue)
-    with pytest.raises(ValueError, match="limit: expected .*1"):
+    with pytest.raises(ValueError, match=r"limit: expected .*1"):
         queue.get_many(limit, timeout=0)
     assert positions(queue) == before
     assert queue.get() == b"y"

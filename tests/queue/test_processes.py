@@ -1,4 +1,4 @@
-"""Many producers and consumers in processes: nothing lost, nothing doubled, everyone's order kept."""
+"""Many producers and consumers in processes: nothing lost or doubled, everyone's order kept."""
 
 from __future__ import annotations
 
@@ -51,11 +51,9 @@ def run_all(queue: HandleQueue[Numbered], count: int, limit: int) -> list[Got]:
         child.say("go")
     for child in producers:
         child.result()
-    got = []
-    for child in consumers:
+    for _ in consumers:
         queue.put(OVER, timeout=PATIENCE)
-    for child in consumers:
-        got.append(cast("Got", child.result()))
+    got = [cast("Got", child.result()) for child in consumers]
     for child in (*producers, *consumers):
         child.close()
     return got
@@ -110,13 +108,16 @@ def test_one_consumer_of_batches_sees_everyones_order(pool_name: str) -> None:
 
 
 def test_spawned_processes_take_part(pool_name: str) -> None:
-    with HandleQueue.create(pool_name, 4, message_type=Numbered) as queue:
-        with spawn(consume, queue, 1) as consumer, spawn(produce, queue, 7, 50) as producer:
-            consumer.hear("here")
-            producer.say("go")
-            producer.result()
-            queue.put(OVER)
-            assert consumer.result() == [(7, number) for number in range(50)]
+    with (
+        HandleQueue.create(pool_name, 4, message_type=Numbered) as queue,
+        spawn(consume, queue, 1) as consumer,
+        spawn(produce, queue, 7, 50) as producer,
+    ):
+        consumer.hear("here")
+        producer.say("go")
+        producer.result()
+        queue.put(OVER)
+        assert consumer.result() == [(7, number) for number in range(50)]
 
 
 def produce_for_ever(channel: Channel, queue: HandleQueue[Numbered], producer: int) -> None:

@@ -49,7 +49,7 @@ class CountedWord:
 
 @pytest.fixture
 def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting_module.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
 
 def test_a_spin_sees_the_change(two_processors: None) -> None:
@@ -83,7 +83,7 @@ def test_no_spin_does_not_look_at_all(two_processors: None) -> None:
 
 
 def test_nobody_spins_where_there_is_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting_module.os, "sched_getaffinity", lambda _: {3})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     word = CountedWord()
     assert not Spinner(10.0).until_changed(word, 0)
     assert word.looks <= 1
@@ -94,7 +94,7 @@ def test_one_who_was_given_a_single_processor_stops_spinning(
 ) -> None:
     """A launcher pins its workers after they were forked with the queue in hand."""
     processors = {0, 1}
-    monkeypatch.setattr(waiting_module.os, "sched_getaffinity", lambda _: processors)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: processors)
     spinner = Spinner(0.001)
     processors.discard(1)
     spinner.until_changed(CountedWord(), 0)

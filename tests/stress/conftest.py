@@ -19,15 +19,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put storms where each worker begins, so that they meet.
 
-    pytest-xdist gives each worker a quarter of its share at first, in one piece. Where it does
-    otherwise, storms run at other times and meet fewer others; nothing depends on it.
+    `--dist worksteal` gives each worker its share in one piece. Where it is shared out otherwise,
+    storms run at other times and meet fewer others; nothing depends on it.
     """
     workers = getattr(config, "workerinput", {}).get("workercount", 0)
-    piece = max(len(items) // (workers or 1) // 4, 2)
     storms = [item for item in items if "storm" in item.nodeid and item.path.parent == HERE]
-    for number, storm in enumerate(storms[: 2 * workers]):
+    for number, storm in enumerate(storms if workers else ()):
         items.remove(storm)
-        items.insert(number % workers * piece + number // workers, storm)
+        items.insert(number % workers * len(items) // workers + number // workers, storm)
 
 
 @pytest.fixture(scope="session")

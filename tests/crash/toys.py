@@ -1,0 +1,80 @@
+"""Operations for the tests of the harness itself: some right, some wrong on purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable, Iterator
+
+
+class Account:
+    """Two words of shared memory, whose sum must stay 0."""
+
+    def __init__(self) -> None:
+        self.words = memoryview(mmap.mmap(-1, 64)).cast("q")
+
+    @property
+    def is_whole(self) -> bool:
+        return self.words[0] + self.words[1] == 0
+
+
+@contextlib.contextmanager
+def account() -> Iterator[Account]:
+    yield Account()
+
+
+def move_at_once(scene: Account) -> Callable[[], None]:
+    def move() -> None:
+        amount = 5
+        scene.words[:2] = memoryview(bytes((amount).to_bytes(8, "little", signed=True)
+                                     + (-amount).to_bytes(8, "little", signed=True))).cast("q")  # fmt: skip
+        del amount
+
+    return move
+
+
+def move_in_two_steps(scene: Account) -> Callable[[], None]:
+    def move() -> None:
+        scene.words[0] += 5
+        scene.words[1] -= 5
+
+    return move
+
+
+def move_and_mend(scene: Account) -> Callable[[], None]:
+    """Right when interrupted, wrong when killed."""
+
+    def move() -> None:
+        before = bytes(scene.words[:2])
+        try:
+            scene.words[0] += 5
+            scene.words[1] -= 5
+        except BaseException:
+            scene.words[:2] = memoryview(before).cast("q")
+            raise
+
+    return move
+
+
+def move_and_hide(scene: Account) -> Callable[[], None]:
+    """Swallows what interrupts it."""
+
+    def move() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            scene.words[2] += 1
+
+    return move
+
+
+def move_differently_each_time(scene: Account) -> Callable[[], None]:
+    """Has other lines in each run."""
+
+    def move() -> None:
+        for _ in range(_runs[0]):
+            scene.words[2] += 1
+
+    _runs[0] += 1
+    return move
+
+
+_runs = [1]
