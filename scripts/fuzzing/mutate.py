@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 # Bytes that have a meaning in MessagePack, or at the edges of numbers.
 _TELLING = bytes((0x00, 0x01, 0x7F, 0x80, 0x81, 0x90, 0x95, 0x9F, 0xA0, 0xC0, 0xC4, 0xCA, 0xCB,
@@ -38,16 +39,21 @@ def _change(data: bytearray, chooser: random.Random, others: list[bytes]) -> Non
         data[at] = data[at] ^ flip if kind < 7 else chooser.choice(_TELLING)
 
 
-def words_mutated(data: bytearray, chooser: random.Random, limit: int) -> None:
-    """Change one to three aligned 8-byte words in the first `limit` bytes, in place."""
-    for _ in range(chooser.choice((1, 1, 2, 3))):
-        at = chooser.randrange(limit // 8) * 8
+def words_mutated(data: bytearray, chooser: random.Random, indices: Sequence[int]) -> None:
+    """Change one to five of the aligned 8-byte words of these indices, in place."""
+    for _ in range(chooser.choice((1, 1, 1, 2, 3, 5))):
+        at = chooser.choice(indices) * 8
         old = int.from_bytes(data[at : at + 8], "little")
-        new = chooser.choice(
-            (
-                0, 1, 2, 3, 4, 5, 63, 64, 65, 1 << 16, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63,
-                (1 << 64) - 1, old + 1, old - 1, old ^ (1 << chooser.randrange(64)),
-                chooser.getrandbits(64),
-            )
-        )  # fmt: skip
-        data[at : at + 8] = (new % (1 << 64)).to_bytes(8, "little")
+        data[at : at + 8] = plausible_word(old, chooser).to_bytes(8, "little")
+
+
+def plausible_word(old: int, chooser: random.Random) -> int:
+    """A number that code may believe, or that lies at an edge of what it can hold."""
+    new = chooser.choice(
+        (
+            0, 1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 1 << 16, (1 << 16) + 1, 1 << 31, 1 << 32,
+            (1 << 63) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 2, old + 1, old - 1, old << 16,
+            old ^ (1 << chooser.randrange(64)), chooser.getrandbits(64),
+        )
+    )  # fmt: skip
+    return new % (1 << 64)

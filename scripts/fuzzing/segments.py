@@ -11,16 +11,17 @@ import contextlib
 import os
 import random
 
-from fuzzing.mutate import words_mutated
+from fuzzing.mutate import plausible_word, words_mutated
 from shmblocks import (
     BlockPool,
+    BlockView,
     Field,
     PoolConfig,
     ShmBlocksError,
     open_inspector,
 )
 from shmblocks.filelock import PLACE_BYTE, FileLocks
-from shmblocks.layout import Layout
+from shmblocks.layout import HEADER_BYTES, LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
 
 
 def fuzz_segments(name: str, inputs: int, chooser: random.Random) -> dict[str, int]:
@@ -35,14 +36,63 @@ def fuzz_segments(name: str, inputs: int, chooser: random.Random) -> dict[str, i
     )
     with BlockPool.create(name, config, prefault="off") as pool:
         image = _image(pool)
+    layout = Layout(config)
+    telling = _telling_words(image, layout)
     counts = {"refused": 0, "opened": 0}
     for _ in range(inputs):
         data = bytearray(image)
-        words_mutated(data, chooser, Layout(config).ledger_bytes)
+        if chooser.random() < 0.15:
+            _plant_journal(data, layout, telling, chooser)
+        words_mutated(data, chooser, telling if chooser.random() < 0.95 else range(len(data) // 8))
         if chooser.random() < 0.05:
             del data[chooser.randrange(len(data)) :]
         counts["opened" if _open(name, bytes(data)) else "refused"] += 1
     return counts
+
+
+def _telling_words(image: bytes, layout: Layout) -> list[int]:
+    """Indices of the words that mean something; most of a segment is padding.
+
+    The header comes more often, every word that is not 0 does, and the first few of each table.
+    """
+    header = list(range(32))
+    filled = [
+        index
+        for index in range(layout.ledger_bytes // WORD)
+        if any(image[index * WORD : index * WORD + WORD])
+    ]
+    tables = [
+        (layout.journal, 200),
+        (layout.participants, 4 * PARTICIPANT.size),
+        (layout.waiters, 3 * WAITER.size),
+        (layout.leases, 8 * LEASE.size),
+        (layout.records, 32 * RECORD.size),
+        (layout.bitmap, layout.bitmap_bytes),
+    ]
+    words = [
+        index
+        for start, size in tables
+        for index in range(start // WORD, min(start + size, layout.ledger_bytes) // WORD)
+    ]
+    return 3 * header + 2 * filled + words + 10 * [layout.journal // WORD]
+
+
+def _plant_journal(
+    data: bytearray, layout: Layout, telling: list[int], chooser: random.Random
+) -> None:
+    """Entries as a dead holder of the lock could have left them, and as nobody could."""
+    entries = bytearray()
+    for _ in range(chooser.choice((1, 1, 2, 3))):
+        edge = chooser.choice((0, layout.ledger_bytes - 8, layout.ledger_bytes, 1 << 40))
+        offset = edge if chooser.random() < 0.3 else chooser.choice(telling) * WORD
+        length = chooser.choice((0, 8, 8, 16, 24, 72, 3, 1 << 30))
+        entries += offset.to_bytes(WORD, "little") + length.to_bytes(WORD, "little")
+        for _ in range(min(length, 200) // WORD):
+            entries += plausible_word(0, chooser).to_bytes(WORD, "little")
+    claimed = max(1, len(entries) + chooser.choice((0, 0, 0, 8, -8)))
+    head = layout.journal
+    data[head : head + WORD] = claimed.to_bytes(WORD, "little")
+    data[head + WORD : head + WORD + len(entries)] = entries
 
 
 def _image(pool: BlockPool) -> bytes:
@@ -104,14 +154,28 @@ def _use(pool: BlockPool) -> None:
     with contextlib.suppress(ShmBlocksError, ValueError):
         handle = pool.alloc(9)
         if handle is not None:
-            pool.view(handle)["stamp"].fill_(1)
+            _touch(pool.view(handle))
             with pool.open(pool.publish(handle)) as lease:
-                lease["stamp"].sum()
-    for block in range(min(pool.config.total_blocks, 32)):
+                _touch(lease.view)
+    for block in range(min(pool.config.total_blocks, 40)):
         with contextlib.suppress(ShmBlocksError, ValueError):
             handle = pool.handle_at(block)
             with contextlib.suppress(ShmBlocksError), pool.open(handle) as lease:
-                stamps = lease["stamp"]
-                if stamps.shape[0] != handle.num_tokens:
-                    raise AssertionError(f"a view of {stamps.shape} for {handle}")
+                _touch(lease.view)
+            with contextlib.suppress(ShmBlocksError):
+                pool.grow(handle, handle.num_tokens + 3)
             pool.free(handle)
+    for look in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
+        with contextlib.suppress(ShmBlocksError):
+            look()
+
+
+def _touch(view: BlockView) -> None:
+    """Every byte of it is where the view says, inside the pool."""
+    for name in view:
+        tensor = view[name]
+        rows = tensor.shape[1] if view.field(name).transposed else tensor.shape[0]
+        if rows != view.num_tokens:
+            raise AssertionError(f"{name}: a view of {tuple(tensor.shape)} for {view.handle}")
+        tensor.clone()
+    view.aux.clone()

@@ -21,6 +21,9 @@ def main() -> int:
     parser.add_argument("--stop-rate", type=float, default=1.0, help="stops per second")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--name", default=f"soak-{os.getpid()}", help="of the pool")
+    parser.add_argument(
+        "--pace", type=float, default=0.0, help="ms of rest between two operations of a worker"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.processes < 3:
@@ -35,6 +38,7 @@ def main() -> int:
         options.stop_rate,
         seed,
         options.name,
+        options.pace / 1000,
     )
     verdict = soak(settings)
     report = {

@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     stop_rate: float
     seed: int
     name: str
+    pace: float  # seconds of rest between two operations of a mixer
 
 
 class Verdict(NamedTuple):
@@ -117,7 +118,9 @@ class Conductor:
     def _start_mixer(self, worker: int) -> None:
         seed = self._next_seed()
         names = (self._settings.name, f"{self._settings.name}-market")
-        self._fork(worker, lambda: Mixer(worker, seed, *names, self._board).run())
+        self._fork(
+            worker, lambda: Mixer(worker, seed, *names, self._board, self._settings.pace).run()
+        )
 
     def _start_pair(self, pair: int) -> None:
         seed = self._next_seed()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import random
+import time
 from collections.abc import Callable
 
 from shmblocks import (
@@ -27,8 +28,16 @@ class Mixer:
     """One life of one worker."""
 
     def __init__(
-        self, worker: int, seed: int, pool_name: str, market_name: str, board: Board
+        self,
+        worker: int,
+        seed: int,
+        pool_name: str,
+        market_name: str,
+        board: Board,
+        pace: float,
     ) -> None:
+        """`pace`: seconds of rest between two operations, on average."""
+        self._pace = pace
         self._worker = worker
         self._random = random.Random(seed)
         self._name = pool_name
@@ -54,6 +63,8 @@ class Mixer:
         while not self._board.is_over:
             (_, operation) = self._random.choices(operations, weights)[0]
             operation()
+            if self._pace:
+                time.sleep(self._random.expovariate(1 / self._pace))
         self._pool.close()
         self._market.close()
 

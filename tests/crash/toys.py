@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import struct
 from collections.abc import Callable, Iterator
 
 
@@ -25,10 +26,9 @@ def account() -> Iterator[Account]:
 
 def move_at_once(scene: Account) -> Callable[[], None]:
     def move() -> None:
-        amount = 5
-        scene.words[:2] = memoryview(bytes((amount).to_bytes(8, "little", signed=True)
-                                     + (-amount).to_bytes(8, "little", signed=True))).cast("q")  # fmt: skip
-        del amount
+        five = struct.pack("=2q", 5, -5)
+        scene.words[:2] = memoryview(five).cast("q")
+        del five
 
     return move
 
