@@ -27,6 +27,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from shmblocks.bitmap import find_zeros
 from shmblocks.errors import (
     IncompatiblePoolError,
@@ -75,6 +77,9 @@ WRITES = 2
 WINDOW = 4096
 
 _from_bytes = int.from_bytes
+_ZERO = bytes(WORD)
+# What `Record._make` does, without its Python frame: each operation reads a record.
+_new_record = tuple.__new__
 _NUM_STATES = len(STATES)
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]
@@ -91,7 +96,7 @@ class LeaseKey(NamedTuple):
     opened_ns: int
 
 
-class ReservationKey(NamedTuple):
+class ReservationKey(msgspec.Struct, frozen=True, gc=False):
     """What tells one reservation from every other, also from one that got its generation instead.
 
     A reservation that was interrupted before its commit has used up no generation: the next one,
@@ -146,16 +151,13 @@ class BlockTable:
 
     def record(self, block: int) -> Record:
         """The record at `block`, checked to lie inside the pool when it is not free."""
-        record = Record._make(RECORD.unpack_from(self._memory, self._records + block * RECORD.size))
-        if record.state:
-            self._believe(block, record)
-        return record
-
-    def _believe(self, block: int, record: Record) -> None:
-        """Refuse numbers that lead outside of the pool, or that no operation leaves behind."""
+        record = _new_record(
+            Record, RECORD.unpack_from(self._memory, self._records + block * RECORD.size)
+        )
         words: tuple[int, ...] = record[:R_CREATED]  # type: ignore[assignment]
         state, _, num_blocks, num_tokens, _, readers_left, leases = words
-        if (
+        # Refuse numbers that lead outside of the pool, or that no operation leaves behind.
+        if state and (
             state >= _NUM_STATES
             or not 0 < num_blocks <= self._total - block
             or num_tokens > num_blocks * self._block_size
@@ -163,6 +165,7 @@ class BlockTable:
             or (state == _PUBLISHED and not readers_left)
         ):
             raise _damaged(f"the record of block {block} says {record}")
+        return record
 
     def find(self, handle: BlockHandle) -> Record:
         """The record of the allocation that the handle's generation names.
@@ -421,7 +424,8 @@ class BlockTable:
     def take_back(self, key: ReservationKey) -> bool:
         """Free the reservation of that key; False when it was never made, or is one no more."""
         record = self.record(key.start_block)
-        if key[1:] != (record.generation, record.owner, record.created_ns):
+        found = (record.generation, record.owner, record.created_ns)
+        if found != (key.generation, key.owner, key.created_ns):
             return False
         if record.state != _RESERVED:
             return False
@@ -526,7 +530,7 @@ class BlockTable:
                 words[H_CURSOR], words[H_NEXT_GENERATION], words[H_FREE_BLOCKS] + record.num_blocks
             ),
             self._marked(start, record.num_blocks, used=False),
-            (self._layout.record_word(start) * WORD, bytes(WORD)),
+            (self._records + start * RECORD.size, _ZERO),
         ]
 
     def _rewritten(self, start: int, record: Record, *changes: tuple[int, int]) -> Store:

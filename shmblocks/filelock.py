@@ -41,40 +41,41 @@ class FileLocks:
     """Locks on bytes of the file behind `fd`, through a description of their own."""
 
     def __init__(self, fd: int) -> None:
-        self._file = _open_again(fd)
+        # Public, for the lock's hot path: fcntl takes the file itself.
+        self.file = _open_again(fd)
 
     @property
     def fd(self) -> int:
         """The descriptor that holds the locks; -1 once closed."""
-        file = self._file
+        file = self.file
         return -1 if file.closed else file.fileno()
 
     def try_lock(self, byte: int) -> bool:
         """Lock a byte for writing; False when another description holds it."""
-        return try_set(self._file.fileno(), _request(fcntl.F_WRLCK, byte, 1))
+        return try_set(self.file.fileno(), _request(fcntl.F_WRLCK, byte, 1))
 
     def unlock(self, byte: int) -> None:
         """Give a byte back; nothing happens when it is not held."""
-        fcntl.fcntl(self._file.fileno(), fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))
+        fcntl.fcntl(self.file.fileno(), fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))
 
     def is_locked_by_others(self, byte: int, length: int = 1) -> bool:
         """Whether another description holds any of the bytes (never True for our own locks)."""
         request = _request(fcntl.F_WRLCK, byte, length)
-        answer = fcntl.fcntl(self._file.fileno(), fcntl.F_OFD_GETLK, request)
+        answer = fcntl.fcntl(self.file.fileno(), fcntl.F_OFD_GETLK, request)
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def reopen_after_fork(self) -> None:
         """In a forked child: leave the parent's description for one of our own."""
-        parents = self._file
+        parents = self.file
         if not parents.closed:
             try:
-                self._file = _open_again(parents.fileno())
+                self.file = _open_again(parents.fileno())
             finally:
                 parents.close()
 
     def close(self) -> None:
         """Close the descriptor; every lock falls unless a fork still shares it. Idempotent."""
-        self._file.close()
+        self.file.close()
 
 
 def _open_again(fd: int) -> io.FileIO:

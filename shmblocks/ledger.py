@@ -50,6 +50,7 @@ from shmblocks.layout import (
     H_NEXT_INCARNATION,
     H_NEXT_TICKET,
     H_REMOVED,
+    H_WAITERS,
     HEADER_BYTES,
     IDENTITY,
     LAYOUT_VERSION,
@@ -261,7 +262,7 @@ class Ledger(SharedSegment):
         Waking under the lock costs the sleeper one more look at it; waking after it would be one
         more thing to be interrupted at, and only those who wait pay.
         """
-        if self.line.length:
+        if self.segment.words[H_WAITERS]:
             place = self.line.turn(self.participants.is_alive, time.monotonic_ns())
             if place is not None:
                 self.doorbell(place).wake()

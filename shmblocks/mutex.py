@@ -40,7 +40,7 @@ from types import FrameType
 from typing import TypeVar
 
 from shmblocks.errors import InvalidStateError, PoolClosedError, PoolTimeoutError
-from shmblocks.filelock import LOCK_MUTEX, UNLOCK_MUTEX, FileLocks, try_set
+from shmblocks.filelock import LOCK_MUTEX, UNLOCK_MUTEX, FileLocks
 
 T = TypeVar("T")
 
@@ -107,17 +107,22 @@ class Mutex:
                 self._leave(token)
 
     def _try_file(self) -> bool:
-        fd = self._locks.fd
-        if fd < 0:
-            raise PoolClosedError(f"pool {self._name}: closed in this process; attach it again")
-        return try_set(fd, LOCK_MUTEX)
+        try:
+            _fcntl(self._locks.file, _setlk, LOCK_MUTEX)
+        except (BlockingIOError, PermissionError):
+            return False  # another process holds it: EAGAIN, or EACCES on other systems
+        except ValueError:
+            raise PoolClosedError(
+                f"pool {self._name}: closed in this process; attach it again"
+            ) from None
+        return True
 
     def _leave(self, token: _Token) -> None:
         """Give back what `token` holds, the file lock first; nothing when it holds nothing."""
         if self._inside.get(0) is token:
-            fd = self._locks.fd
-            if fd >= 0:
-                _fcntl(fd, _setlk, UNLOCK_MUTEX)
+            file = self._locks.file
+            if not file.closed:
+                _fcntl(file, _setlk, UNLOCK_MUTEX)
             self._inside.pop(0, None)
 
     def _wait(self, token: _Token) -> None:

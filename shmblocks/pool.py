@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import struct
 import sys
 import time
 import warnings
@@ -90,6 +91,8 @@ class BlockPool:
         self._role = role
         self._prefault = prefault
         self._is_on_gpu = ledger.config.is_on_gpu
+        self._block_size = ledger.config.block_size
+        self._total_blocks = ledger.config.total_blocks
         self._use: GpuUse | None = None
         self._tensors: FieldTensors | None = self._make_tensors()
         # Leases that were dropped without release where it could not be done at once.
@@ -298,7 +301,7 @@ class BlockPool:
         somebody waits, calls that don't get None.
         """
         num_tokens = _whole("num_tokens", num_tokens)
-        num_blocks = self.config.blocks_for(num_tokens)
+        num_blocks = -(-num_tokens // self._block_size)
         return self._alloc(num_blocks, num_tokens, req_id, fake, timeout)
 
     def alloc_default(
@@ -363,12 +366,12 @@ class BlockPool:
             raise
 
     def _want(self, num_blocks: int, num_tokens: int, req_id: str | None, fake: bool) -> Want:
-        if num_tokens > num_blocks * self.config.block_size:
+        if num_tokens > num_blocks * self._block_size:
             raise ValueError(
-                f"num_tokens: expected at most {num_blocks * self.config.block_size} for "
+                f"num_tokens: expected at most {num_blocks * self._block_size} for "
                 f"{num_blocks} blocks, got {num_tokens}"
             )
-        if num_blocks > self.config.total_blocks and not fake:
+        if num_blocks > self._total_blocks and not fake:
             raise ValueError(
                 f"pool {self.name}: has {self.config.total_blocks} blocks, {num_blocks} can never "
                 "be served: create a larger pool, or send the tokens in several allocations"
@@ -427,7 +430,10 @@ class BlockPool:
         A fake handle is left alone. Raises `StaleHandleError` for what was freed before, and
         changes nothing then. (`req_id` is accepted for symmetry with `alloc`.)
         """
-        if fake or handle.is_fake:
+        if fake or handle.generation == 0:
+            return
+        if self._use is None and stream is None:
+            self._run(self._free, self._real(handle))
             return
         order = self._order_of_writes(handle, stream)
         if order is None:
@@ -813,7 +819,10 @@ class BlockPool:
             self._rejoin()
         if self._dropped:
             self._release_dropped()
-        return ledger.run(body, *args)
+        try:
+            return ledger.mutex.run(body, *args)
+        except struct.error as error:
+            raise ledger.too_large(error) from error
 
     def _rejoin(self) -> None:
         """In a forked child: become a participant of its own."""

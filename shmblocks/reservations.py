@@ -20,11 +20,14 @@ import logging
 import time
 from typing import NamedTuple
 
+import msgspec
+
 from shmblocks import inspection
 from shmblocks.blocks import ReservationKey
 from shmblocks.errors import PoolClosedError, PoolTimeoutError
 from shmblocks.futex import LONGEST_SLEEP, Futex
 from shmblocks.handle import BlockHandle
+from shmblocks.layout import H_WAITERS
 from shmblocks.ledger import Ledger
 from shmblocks.line import REQUEST_ID_BYTES, Ticket
 from shmblocks.loops import LoopWaiters
@@ -40,7 +43,7 @@ STREAM_POLL = 1e-3
 _log = logging.getLogger("shmblocks")
 
 
-class Want(NamedTuple):
+class Want(msgspec.Struct, frozen=True):
     """What is to be reserved; `made` gets its key before anything is committed."""
 
     num_blocks: int
@@ -101,25 +104,38 @@ class Reservations:
         return self._run(self._unless_others_wait, want)
 
     def _unless_others_wait(self, want: Want) -> BlockHandle | None:
-        line = self._ledger.line
-        if line.length:
-            if line.first(self._ledger.participants.is_alive, time.monotonic_ns()) is not None:
+        ledger = self._ledger
+        if ledger.segment.words[H_WAITERS]:
+            first = ledger.line.first(ledger.participants.is_alive, time.monotonic_ns())
+            if first is not None:
                 return None
-            self._ledger.reap()
-        return self._reserve(want)
+            ledger.reap()
+        return self._reserve_once(want) or self._reserve_again(want)
 
     def _reserve(self, want: Want) -> BlockHandle | None:
-        blocks, participants = self._ledger.blocks, self._ledger.participants
-        me = participants.me
-        owner = me.word if me else 0
-        now = time.monotonic_ns()
-        handle = blocks.reserve(*want[:2], owner, want.req_id, now, want.made)
-        if handle is None and self._ledger.collect():
-            handle = blocks.reserve(*want[:2], owner, want.req_id, now, want.made)
-        if handle is None and is_due(blocks, participants):
-            self._ledger.reap()
-            handle = blocks.reserve(*want[:2], owner, want.req_id, now, want.made)
+        return self._reserve_once(want) or self._reserve_again(want)
+
+    def _reserve_again(self, want: Want) -> BlockHandle | None:
+        """There was no room: look for what nobody needs any more."""
+        ledger = self._ledger
+        handle = None
+        if ledger.collect():
+            handle = self._reserve_once(want)
+        if handle is None and is_due(ledger.blocks, ledger.participants):
+            ledger.reap()
+            handle = self._reserve_once(want)
         return handle
+
+    def _reserve_once(self, want: Want) -> BlockHandle | None:
+        me = self._ledger.participants.me
+        return self._ledger.blocks.reserve(
+            want.num_blocks,
+            want.num_tokens,
+            me.word if me else 0,
+            want.req_id,
+            time.monotonic_ns(),
+            want.made,
+        )
 
     # ---- in the line -------------------------------------------------------------------------
 
@@ -174,11 +190,11 @@ class Reservations:
 
     def _join(self, waiting: Waiting) -> None:
         waiting.who = self._my_word
-        num_blocks, _, request, _ = waiting.want
+        want = waiting.want
         self._ledger.line.join(
             waiting.who,
-            num_blocks,
-            request[:REQUEST_ID_BYTES],
+            want.num_blocks,
+            want.req_id[:REQUEST_ID_BYTES],
             time.monotonic_ns(),
             waiting.joined,
         )

@@ -62,7 +62,7 @@ LOCK_TIMEOUT = 30.0
 
 FULL = -1
 
-# What the counts of sleepers are held to: each who wakes by itself and sleeps again is one too many.
+# What the counts of sleepers are held to: who wakes by itself and sleeps again is one too many.
 # Larger: more needless system calls when a queue gets busy after it was idle. Smaller: with more
 # threads than that asleep at once, some are woken only by their own clock.
 MOST_ASLEEP = 1 << 12

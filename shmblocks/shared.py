@@ -52,11 +52,15 @@ class SharedSegment:
         try:
             return self.mutex.run(body, *args)
         except struct.error as error:
-            raise IncompatiblePoolError(
-                f"pool {self.name}: a number in the segment fits no word any more ({error}): "
-                "something else wrote into it; remove the pool (`shmblocks rm --force`) and "
-                "create it anew"
-            ) from error
+            raise self.too_large(error) from error
+
+    def too_large(self, error: struct.error) -> IncompatiblePoolError:
+        """A word read from the segment led to one that fits no word."""
+        return IncompatiblePoolError(
+            f"pool {self.name}: a number in the segment fits no word any more ({error}): "
+            "something else wrote into it; remove the pool (`shmblocks rm --force`) and "
+            "create it anew"
+        )
 
     def entered(self) -> None:
         """Runs first in every section: says who is inside, completes what a dead one left."""

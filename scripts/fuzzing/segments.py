@@ -21,7 +21,7 @@ from shmblocks import (
     open_inspector,
 )
 from shmblocks.filelock import PLACE_BYTE, FileLocks
-from shmblocks.layout import HEADER_BYTES, LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
+from shmblocks.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
 
 
 def fuzz_segments(name: str, inputs: int, chooser: random.Random) -> dict[str, int]:
@@ -154,14 +154,14 @@ def _use(pool: BlockPool) -> None:
     with contextlib.suppress(ShmBlocksError, ValueError):
         handle = pool.alloc(9)
         if handle is not None:
-            _touch(pool.view(handle))
+            _touch(pool, pool.view(handle))
             with pool.open(pool.publish(handle)) as lease:
-                _touch(lease.view)
+                _touch(pool, lease.view)
     for block in range(min(pool.config.total_blocks, 40)):
         with contextlib.suppress(ShmBlocksError, ValueError):
             handle = pool.handle_at(block)
             with contextlib.suppress(ShmBlocksError), pool.open(handle) as lease:
-                _touch(lease.view)
+                _touch(pool, lease.view)
             with contextlib.suppress(ShmBlocksError):
                 pool.grow(handle, handle.num_tokens + 3)
             pool.free(handle)
@@ -170,12 +170,11 @@ def _use(pool: BlockPool) -> None:
             look()
 
 
-def _touch(view: BlockView) -> None:
-    """Every byte of it is where the view says, inside the pool."""
-    for name in view:
-        tensor = view[name]
-        rows = tensor.shape[1] if view.field(name).transposed else tensor.shape[0]
-        if rows != view.num_tokens:
-            raise AssertionError(f"{name}: a view of {tuple(tensor.shape)} for {view.handle}")
+def _touch(pool: BlockPool, view: BlockView) -> None:
+    """Every row of it can be read, and there are as many as the handle says."""
+    for field in pool.config.fields:
+        tensor = view[field.name]
+        if tensor.shape[1 if field.transposed else 0] != view.num_tokens:
+            raise AssertionError(f"{field}: a view of {tuple(tensor.shape)} for {view.handle}")
         tensor.clone()
     view.aux.clone()

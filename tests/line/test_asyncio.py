@@ -239,7 +239,7 @@ def test_cancelling_at_random_loses_no_block(
 
     async def main() -> None:
         tasks: list[asyncio.Task[None]] = []
-        for _ in range(300):
+        for _ in range(100):
             tasks.append(asyncio.ensure_future(use(rng.randrange(1, TOTAL + 1))))
             if rng.random() < 0.4:
                 rng.choice(tasks).cancel()
