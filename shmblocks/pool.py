@@ -57,7 +57,7 @@ from shmblocks.inspection import AllocationInfo, PoolStats, Violation
 from shmblocks.layout import FAILED, REQUEST_ID_BYTES
 from shmblocks.ledger import Ledger
 from shmblocks.participants import ParticipantId, ParticipantInfo, utf8_prefix
-from shmblocks.reclaim import ReapReport, is_due
+from shmblocks.reclaim import ReapReport
 from shmblocks.reservations import Reservations, Want
 from shmblocks.states import STATES, State
 from shmblocks.views import BlockView, FieldTensors
@@ -408,11 +408,7 @@ class BlockPool:
         num_blocks = max(self.config.blocks_for(num_tokens), record.num_blocks)
         start = handle.start_block
         if not blocks.grow(start, record, num_blocks, num_tokens):
-            if not is_due(blocks, self._ledger.participants):
-                return None
-            self._ledger.reap()
-            if not blocks.grow(start, record, num_blocks, num_tokens):
-                return None
+            return None
         return BlockHandle(start, num_blocks, num_tokens, handle.generation, handle.pool_id)
 
     def free(
