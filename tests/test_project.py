@@ -115,6 +115,7 @@ PUBLIC: dict[str, set[str]] = {
         "Scope",
         "Step",
         "TooSlowError",
+        "Wire",
         "abandon",
         "assert_accounted_for",
         "assert_clean",
