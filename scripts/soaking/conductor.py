@@ -34,8 +34,9 @@ from soaking.pair import Side, embedding_side, language_side
 ENDS_WITHIN = 90.0
 BLOCK_SIZE = 16
 BLOCKS = 512
-# Seconds; short, so that what the dead left in the market is reclaimed within the soak.
-UNCLAIMED_TIMEOUT = 2.0
+# Seconds; long enough for a loaded machine to open what was published for it, short enough that
+# what the dead left in the market is reclaimed within the soak.
+UNCLAIMED_TIMEOUT = 10.0
 
 
 class Settings(NamedTuple):

@@ -22,7 +22,7 @@ from soaking.board import Board, Count
 # Seconds. A transfer that takes longer is a violation: it may wait for blocks, but never so long.
 PATIENCE = 60.0
 # Nanoseconds from the kill to the failure of the survivor's room.
-NOTICED_WITHIN = 3_000_000_000
+NOTICED_WITHIN = 10_000_000_000
 
 T = TypeVar("T")
 Mode = Literal["landing", "push"]
