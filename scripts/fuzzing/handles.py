@@ -18,14 +18,15 @@ from shmblocks import (
     ShmBlocksError,
 )
 
+CONFIG = PoolConfig(
+    total_tokens=64 * 4, fields=(Field("stamp", (), "int64"),), block_size=4, max_leases=64
+)
+
 
 def fuzz_handles(name: str, inputs: int, chooser: random.Random) -> dict[str, int]:
     """Counts of what came out. Raises AssertionError on a wrong answer."""
-    config = PoolConfig(
-        total_tokens=64 * 4, fields=(Field("stamp", (), "int64"),), block_size=4, max_leases=64
-    )
     counts = {"malformed": 0, "refused": 0, "answered": 0}
-    with BlockPool.create(name, config, prefault="off") as pool:
+    with BlockPool.create(name, CONFIG, prefault="off") as pool:
         scene = Scene(pool)
         for _ in range(inputs):
             data = mutated(chooser.choice(scene.encoded), chooser, scene.encoded)

@@ -13,30 +13,36 @@ import random
 
 from fuzzing.mutate import plausible_word, words_mutated
 from shmblocks import (
+    BlockHandle,
     BlockPool,
     BlockView,
     Field,
+    Lease,
     PoolConfig,
     ShmBlocksError,
     open_inspector,
 )
 from shmblocks.filelock import PLACE_BYTE, FileLocks
 from shmblocks.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
+from shmblocks.testing import abandon
+
+CONFIG = PoolConfig(
+    total_tokens=32 * 4,
+    fields=(Field("stamp", (), "int64"),),
+    block_size=4,
+    max_leases=8,
+    max_participants=4,
+    lock_timeout=2.0,
+    # A damaged word can say that a stream has yet to get there; it is waited for so long.
+    unclaimed_timeout=0.05,
+)
 
 
 def fuzz_segments(name: str, inputs: int, chooser: random.Random) -> dict[str, int]:
     """Counts of what came out. Anything but an error of ours is raised."""
-    config = PoolConfig(
-        total_tokens=32 * 4,
-        fields=(Field("stamp", (), "int64"),),
-        block_size=4,
-        max_leases=8,
-        max_participants=4,
-        lock_timeout=2.0,
-    )
-    with BlockPool.create(name, config, prefault="off") as pool:
+    with BlockPool.create(name, CONFIG, prefault="off") as pool:
         image = _image(pool)
-    layout = Layout(config)
+    layout = Layout(CONFIG)
     telling = _telling_words(image, layout)
     counts = {"refused": 0, "opened": 0}
     for _ in range(inputs):
@@ -48,6 +54,56 @@ def fuzz_segments(name: str, inputs: int, chooser: random.Random) -> dict[str, i
             del data[chooser.randrange(len(data)) :]
         counts["opened" if _open(name, bytes(data)) else "refused"] += 1
     return counts
+
+
+def fuzz_living(name: str, inputs: int, chooser: random.Random) -> dict[str, int]:
+    """The same damage to a pool that is in use, between two operations of its participant."""
+    layout = Layout(CONFIG)
+    counts = {"survived": 0}
+    for _ in range(inputs):
+        pool = BlockPool.create(name, CONFIG, prefault="off")
+        handles = [handle for handle in (pool.alloc(6) for _ in range(4)) if handle is not None]
+        for handle in handles[1:]:
+            pool.publish(handle, readers=2)
+        leases = [pool.open(handle) for handle in handles[2:]]
+        _damage(pool, layout, chooser)
+        try:
+            _use(pool)
+            _use_again(pool, handles, leases)
+        finally:
+            abandon(pool)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"/dev/shm/{name}")
+        counts["survived"] += 1
+    return counts
+
+
+def _damage(pool: BlockPool, layout: Layout, chooser: random.Random) -> None:
+    memory = pool._ledger.segment.memory
+    data = bytearray(memory[: layout.ledger_bytes])
+    identity = bytes(data[:64])
+    telling = _telling_words(bytes(data), layout)
+    if chooser.random() < 0.15:
+        _plant_journal(data, layout, telling, chooser)
+    words_mutated(data, chooser, telling)
+    # Read once, when it was attached.
+    data[:64] = identity
+    memory[: layout.ledger_bytes] = bytes(data)
+
+
+def _use_again(pool: BlockPool, handles: list[BlockHandle], leases: list[Lease]) -> None:
+    """What the participant held before the damage."""
+    for lease in leases:
+        with contextlib.suppress(ShmBlocksError):
+            lease.release()
+    for handle in handles:
+        for operation in (pool.free, pool.view, pool.open, pool.write, pool.publish):
+            with contextlib.suppress(ShmBlocksError):
+                operation(handle)
+    with contextlib.suppress(ShmBlocksError):
+        pool.alloc(3, timeout=1e-6)
+    with contextlib.suppress(ShmBlocksError):
+        pool.close()
 
 
 def _telling_words(image: bytes, layout: Layout) -> list[int]:

@@ -141,6 +141,7 @@ def run_forked(
     `meanwhile` is called every millisecond while the child runs.
     """
     ours, theirs = os.pipe()
+    pid = 0
     try:
         if trace is not None:
             trace.spare(os.getpid())
@@ -153,10 +154,22 @@ def run_forked(
         os.close(theirs)
         theirs = -1
         return _await(pid, ours, timeout, meanwhile)
+    except BaseException:
+        if pid:
+            _put_down(pid)
+        raise
     finally:
         os.close(ours)
         if theirs >= 0:
             os.close(theirs)
+
+
+def _put_down(pid: int) -> None:
+    """Kill a child that nobody waits for any more."""
+    with contextlib.suppress(ChildProcessError):
+        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def _child(body: Callable[[Tell], None], pipe: int) -> NoReturn:
@@ -192,8 +205,6 @@ def _await(pid: int, pipe: int, timeout: float, meanwhile: Callable[[], None] | 
             if gone:
                 return Ending(os.waitstatus_to_exitcode(status), bytes(told))
             if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
                 raise TimeoutError(
                     f"a forked child was not over within {timeout:g} s and was killed; it told: "
                     f"{bytes(told)[-2000:].decode(errors='replace')!r}"

@@ -51,4 +51,5 @@ def test_mutated_handles_messages_and_segments_give_errors_or_right_answers(pool
         "handles",
         "messages",
         "segments",
+        "living pools",
     ]

@@ -223,6 +223,8 @@ def stage() -> Iterator[Scene]:
 
 def kill(name: str) -> Coverage:
     """Kill one side at every line of one step."""
+    # Here, once: children that had to import torch each for themselves would take a second each.
+    payload()
     # Look for the peer at every poll and not only now and then: the same lines every time.
     shmblocks.transfer.link.LOOK_INTERVAL = 0.0
     step = STEPS[name]

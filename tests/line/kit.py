@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from shmblocks import BlockHandle, BlockPool
+from shmblocks import reservations as reservations_module
 from tests.core.pools import BLOCK_SIZE
 from tests.queue.kit import PATIENCE, Waiting
 from tests.support.children import Channel, Child, fork, wait_until
+
+if TYPE_CHECKING:
+    import pytest
 
 TOTAL = 16
 
@@ -57,6 +62,24 @@ def waiter(pool: BlockPool, blocks: int, place: int) -> Waiting[BlockHandle]:
     thread = Waiting(lambda: wait_for(pool, blocks))
     in_line(pool, place)
     return thread
+
+
+def count_looks(pool: BlockPool, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits look again every few milliseconds, and say at once whom they wait for.
+
+    Gives a list that grows with every look in vain.
+    """
+    monkeypatch.setattr(reservations_module, "SAYS_SO_AFTER", 0.0)
+    monkeypatch.setattr(reservations_module, "LONGEST_SLEEP", 0.002)
+    looks: list[float] = []
+    seconds_to_sleep = pool._reservations._seconds_to_sleep
+
+    def counted(waiting: reservations_module.Waiting) -> float:
+        looks.append(waiting.seconds)
+        return seconds_to_sleep(waiting)
+
+    monkeypatch.setattr(pool._reservations, "_seconds_to_sleep", counted)
+    return looks
 
 
 def wait_there(channel: Channel, pool: BlockPool, blocks: int, keeps: bool) -> int:

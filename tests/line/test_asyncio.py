@@ -12,10 +12,9 @@ from typing import TypeVar
 import pytest
 
 from shmblocks import BlockHandle, BlockPool, PoolClosedError, PoolTimeoutError
-from shmblocks import reservations as reservations_module
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
-from tests.line.kit import TOTAL, all_but, in_line, reserve, wait_for, waiter, waiting
+from tests.line.kit import TOTAL, all_but, count_looks, in_line, reserve, wait_for, waiter, waiting
 from tests.queue.kit import PATIENCE, SOON, Waiting, waiter_threads
 from tests.support.children import Channel, fork, wait_until
 
@@ -149,10 +148,11 @@ def test_a_long_wait_says_once_whom_it_waits_for(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Found: only threads said so."""
-    monkeypatch.setattr(reservations_module, "SAYS_SO_AFTER", 0.0)
-    monkeypatch.setattr(reservations_module, "LONGEST_SLEEP", 0.005)
-    with all_but(pool, 0), pytest.raises(PoolTimeoutError), caplog.at_level(logging.WARNING):
-        asyncio.run(pool.alloc_async(1, timeout=0.05))
+    looks = count_looks(pool, monkeypatch)
+    with all_but(pool, 0), caplog.at_level(logging.WARNING):
+        loop = Waiting(lambda: asyncio.run(pool.alloc_async(1)))
+        wait_until(lambda: len(looks) > 5, "it has looked several times")
+    pool.free(loop.result(SOON))
     (said,) = [record for record in caplog.records if record.name == "shmblocks"]
     assert "held by participant 0" in said.getMessage()
 

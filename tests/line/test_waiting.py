@@ -12,12 +12,11 @@ import pytest
 
 from shmblocks import BlockHandle, BlockPool, PoolTimeoutError, ShmBlocksError
 from shmblocks import line as line_module
-from shmblocks import reservations as reservations_module
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
-from tests.line.kit import TOTAL, all_but, in_line, reserve, wait_for, waiter, waiting
+from tests.line.kit import TOTAL, all_but, count_looks, in_line, reserve, wait_for, waiter, waiting
 from tests.queue.kit import PATIENCE, SOON, Waiting
-from tests.support.children import Channel, fork
+from tests.support.children import Channel, fork, wait_until
 
 A_WHILE = 0.05  # seconds
 
@@ -213,10 +212,11 @@ def test_a_timeout_is_also_the_standard_one(pool: BlockPool) -> None:
 def test_a_long_wait_says_once_whom_it_waits_for(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reservations_module, "SAYS_SO_AFTER", 0.0)
-    monkeypatch.setattr(reservations_module, "LONGEST_SLEEP", 0.005)
-    with all_but(pool, 0), pytest.raises(PoolTimeoutError), caplog.at_level(logging.WARNING):
-        wait_for(pool, 2, A_WHILE)
+    looks = count_looks(pool, monkeypatch)
+    with all_but(pool, 0), caplog.at_level(logging.WARNING):
+        thread = Waiting(lambda: wait_for(pool, 2))
+        wait_until(lambda: len(looks) > 5, "it has looked several times")
+    pool.free(thread.result(SOON))
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
     assert "for 2 consecutive blocks" in said.getMessage()
