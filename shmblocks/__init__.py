@@ -29,8 +29,9 @@ from shmblocks.errors import (
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.inspection import AllocationInfo, LeaseInfo, PoolStats, Violation
+from shmblocks.lease import Lease
 from shmblocks.participants import ParticipantId, ParticipantInfo
-from shmblocks.pool import BlockPool, Lease
+from shmblocks.pool import BlockPool
 from shmblocks.queue import HandleQueue
 from shmblocks.reclaim import ReapReport
 from shmblocks.registry import (

@@ -25,61 +25,48 @@ What it does not do: carry handles (any queue does), or keep a tensor's content 
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 import struct
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
-
-import msgspec
 
 from shmblocks import inspection
 from shmblocks.blocks import READS, WRITES, LeaseKey, ReservationKey
 from shmblocks.config import MAX_BLOCKS, PoolConfig
 from shmblocks.errors import (
-    CudaUnavailableError,
     ForeignHandleError,
     InvalidStateError,
-    PeerDiedError,
     PoolClosedError,
     PoolNotFoundError,
-    PoolTimeoutError,
     StaleHandleError,
-    TooManyLeasesError,
 )
 from shmblocks.exits import leave_at_exit
 from shmblocks.handle import BlockHandle
 from shmblocks.inspection import AllocationInfo, PoolStats, Violation
-from shmblocks.layout import FAILED, REQUEST_ID_BYTES
+from shmblocks.layout import REQUEST_ID_BYTES
+from shmblocks.lease import Lease, Leases
 from shmblocks.ledger import Ledger
 from shmblocks.participants import ParticipantId, ParticipantInfo, utf8_prefix
+from shmblocks.placement import allocate_on_gpu, field_tensors, placed
 from shmblocks.reclaim import ReapReport
 from shmblocks.reservations import Reservations, Want
 from shmblocks.states import STATES, State
+from shmblocks.streams import Streams
 from shmblocks.views import BlockView, FieldTensors
 from shmblocks.waiting import deadline_of
 
 if TYPE_CHECKING:
     import torch
 
-    from shmblocks.cuda.memory import DeviceMemory
-    from shmblocks.cuda.use import GpuUse, Order, Stream
+    from shmblocks.cuda.use import Stream
 
 T = TypeVar("T")
 
 PREFAULT = ("background", "now", "off")
 # Seconds between two looks for a pool that is not there yet.
 ATTACH_POLL = 0.01
-# Seconds between two looks of a CPU at a word that a stream is to write. Shorter: more looks of
-# 10 us. Longer: the CPU goes on later than it could.
-STREAM_POLL = 100e-6
-# Seconds after which a dead producer whose end cannot be seen (participants.py) is believed to
-# write nothing more.
-DEAD_PATIENCE = 1.0
 
 
 class BlockPool:
@@ -93,14 +80,13 @@ class BlockPool:
         self._is_on_gpu = ledger.config.is_on_gpu
         self._block_size = ledger.config.block_size
         self._total_blocks = ledger.config.total_blocks
-        self._use: GpuUse | None = None
-        self._tensors: FieldTensors | None = self._make_tensors()
-        # Leases that were dropped without release where it could not be done at once.
-        self._dropped: list[LeaseKey] = []
-        # The streams of those among them that have one.
-        self._dropped_on: dict[LeaseKey, Order] = {}
+        self._tensors: FieldTensors | None = field_tensors(ledger)
         ledger.segment.prefault(prefault)
         self._reservations = Reservations(ledger, self._run)
+        self._streams = Streams(ledger, self._run)
+        self._leases = Leases(ledger, self._run, self._streams)
+        # The same list: a look at it is part of every call.
+        self._dropped = self._leases.dropped
         self._finalizer = leave_at_exit(self, ledger)
 
     # ---- life --------------------------------------------------------------------------------
@@ -128,9 +114,8 @@ class BlockPool:
         _known_prefault(prefault)
         made: list[Ledger] = []
         try:
-            if device is not None:
-                config = msgspec.structs.replace(config, device=_device_name(device))
-            prepare = _allocate_on_gpu if config.is_on_gpu else None
+            config = placed(config, device)
+            prepare = allocate_on_gpu if config.is_on_gpu else None
             Ledger.create(name, config, role, made, prepare)
             return cls(made[0], role, prefault)
         except BaseException:
@@ -153,7 +138,7 @@ class BlockPool:
             try:
                 Ledger.attach(name, role, made)
                 pool = cls(made[0], role, prefault)
-                pool._open_if_cuda_runs()
+                pool._streams.open_if_cuda_runs()
                 return pool
             except PoolNotFoundError as error:
                 _undo(made)
@@ -175,7 +160,7 @@ class BlockPool:
         self._ledger.leave()
         self._reservations.close()
         self._tensors = None
-        self._use = None
+        self._streams.end()
         self._finalizer.detach()
 
     def __enter__(self) -> BlockPool:
@@ -234,7 +219,7 @@ class BlockPool:
         Each process does it for itself. Raises `CudaUnavailableError`. (A CUDA pool registers what
         it needs by itself.)
         """
-        self._gpu().register()
+        self._streams.use().register()
 
     @property
     def is_pinned(self) -> bool:
@@ -244,42 +229,7 @@ class BlockPool:
     @property
     def pinned_bytes(self) -> int:
         """How many bytes of the segment this process has registered with CUDA."""
-        return 0 if self.is_closed or self._use is None else self._use.pinned_bytes
-
-    def _gpu(self) -> GpuUse:
-        """This process's use of the GPU with this pool; the first call begins it."""
-        use = self._use
-        if use is None or self._ledger.outside is not use:
-            from shmblocks.cuda.use import GpuUse
-
-            self._run(_nothing)  # a participant, if it can be
-            self._use = use = GpuUse.start(self._ledger)
-        return use
-
-    def _order(self, stream: Stream | None) -> Order | None:
-        """The stream to keep order on; None: this pool's users do without."""
-        if stream is None and not self._is_on_gpu:
-            return None
-        return self._gpu().order(stream)
-
-    def _make_tensors(self) -> FieldTensors:
-        ledger = self._ledger
-        mapping = ledger.segment.mapping
-        if not self._is_on_gpu:
-            return FieldTensors(mapping, ledger.config, ledger.layout)
-        from shmblocks.cuda.tensors import DeviceTensors
-
-        # By the ledger, not by the pool: tensors do not keep a pool from being dropped.
-        open_memory = functools.partial(_open_device_memory, ledger)
-        return DeviceTensors(mapping, ledger.config, ledger.layout, open_memory)
-
-    def _open_if_cuda_runs(self) -> None:
-        """Open CUDA memory now where CUDA is in use already, so that no request pays for it."""
-        torch = sys.modules.get("torch")
-        if self._is_on_gpu and torch is not None and torch.cuda.is_initialized():
-            # What is wrong is told by the first view.
-            with contextlib.suppress(CudaUnavailableError, PeerDiedError):
-                self._gpu().memory()
+        return 0 if self.is_closed else self._streams.pinned_bytes
 
     # ---- allocation --------------------------------------------------------------------------
 
@@ -428,35 +378,16 @@ class BlockPool:
         """
         if fake or handle.generation == 0:
             return
-        if self._use is None and stream is None:
+        if self._streams.begun is None and stream is None:
             self._run(self._free, self._real(handle))
             return
-        order = self._order_of_writes(handle, stream)
-        if order is None:
-            self._run(self._free, self._real(handle))
-            return
-        order.refuse_capture()
-        if self._run(self._free_behind, self._real(handle)):
-            order.write(self._ledger.layout.ready_word(handle.start_block), handle.generation)
-
-    def _order_of_writes(self, handle: BlockHandle, stream: Stream | None) -> Order | None:
-        if stream is not None:
-            return self._gpu().order(stream)
-        use = self._use
-        if use is None or handle.generation not in use.writing:
-            return None
-        use.writing.discard(handle.generation)
-        return use.order(None)
-
-    def _free_behind(self, handle: BlockHandle) -> bool:
-        """True when a stream is to say when; any other allocation is freed as usual."""
-        blocks = self._ledger.blocks
-        record = blocks.find(handle)
-        if STATES[record.state] is State.RESERVED and record.owner == self._me.word:
-            blocks.free_behind(handle.start_block, record, time.monotonic_ns())
-            return True
-        self._free(handle)
-        return False
+        real = self._real(handle)
+        order = self._streams.order_of_writes(real, stream)
+        if order is not None:
+            order.refuse_capture()
+            if self._streams.free_behind(order, real):
+                return
+        self._run(self._free, real)
 
     def _free(self, handle: BlockHandle) -> None:
         record = self._ledger.blocks.find(handle)
@@ -510,21 +441,10 @@ class BlockPool:
         """The fields of a reservation of this process, to write (or, after a landing, to read)."""
         real = self._real(handle)
         if self._run(self._check_mine, real):
-            self._wait_for_writers(real)
+            self._streams.wait_for_writers(real, self._check_mine)
         if self._is_on_gpu:
-            self._gpu().memory()
-            self._gpu().writing.add(handle.generation)
+            self._streams.will_write(real)
         return self._view(handle)
-
-    def _wait_for_writers(self, handle: BlockHandle) -> None:
-        deadline = time.monotonic() + self.config.lock_timeout
-        while self._run(self._check_mine, handle):
-            if time.monotonic() > deadline:
-                raise PoolTimeoutError(
-                    f"{handle}: a writer released it on a stream that did not get there within "
-                    f"{self.config.lock_timeout:g} s"
-                )
-            time.sleep(STREAM_POLL)
 
     def _check_mine(self, handle: BlockHandle) -> bool:
         """Whether a writer's stream still works on it (raises when it is not ours)."""
@@ -583,35 +503,18 @@ class BlockPool:
                 f"{handle}, got {length}"
             )
         real = self._real(handle)
-        order = self._order(stream)
-        if order is None:
+        if stream is None and not self._is_on_gpu:
             self._run(self._publish, real, length, readers, False)
         else:
-            self._publish_behind(order, real, length, readers)
+            order = self._streams.order(stream)
+            order.refuse_capture()
+            order.use.writing.discard(handle.generation)
+            self._run(self._publish, real, length, readers, True)
+            self._streams.make_ready(order, real)
         if length == handle.num_tokens:
             return handle
         start, blocks = handle.start_block, handle.num_blocks
         return BlockHandle(start, blocks, length, handle.generation, handle.pool_id)
-
-    def _publish_behind(
-        self, order: Order, handle: BlockHandle, num_tokens: int, readers: int
-    ) -> None:
-        """Published first, ready second: a word of a handle that is not valid is never written."""
-        order.refuse_capture()
-        order.use.writing.discard(handle.generation)
-        self._run(self._publish, handle, num_tokens, readers, True)
-        try:
-            order.write(self._ledger.layout.ready_word(handle.start_block), handle.generation)
-        except BaseException:
-            self._run(self._fail, handle)
-            raise
-
-    def _fail(self, handle: BlockHandle) -> None:
-        """What we published will never be ready."""
-        blocks = self._ledger.blocks
-        record = blocks.record(handle.start_block)
-        if record.generation == handle.generation:
-            blocks.fail(handle.start_block, record)
 
     def _publish(self, handle: BlockHandle, num_tokens: int, readers: int, on_stream: bool) -> None:
         blocks = self._ledger.blocks
@@ -643,116 +546,22 @@ class BlockPool:
     def _open(self, handle: BlockHandle, kind: int, stream: Stream | None) -> Lease:
         made: list[LeaseKey] = []
         real = self._real(handle)
-        order = self._order(stream)
-        if order is not None:
+        order = None
+        if stream is not None or self._is_on_gpu:
+            order = self._streams.order(stream)
             order.refuse_capture()
             if self._is_on_gpu:
                 order.use.memory()
         try:
-            key, is_ready = self._run(self._take_lease, real, kind, made)
+            key, is_ready = self._run(self._leases.take, real, kind, made)
             if not is_ready:
-                self._await(real, order)
-            return Lease(self, self._view(handle), key, order, is_ready)
+                self._streams.wait_ready(real, order)
+            return Lease(self._leases, self._view(handle), key, order, is_ready)
         except BaseException:
             for key in made:
                 with contextlib.suppress(PoolClosedError):
-                    self._release(key, unread=True)
+                    self._leases.release(key, unread=True)
             raise
-
-    def _await(self, handle: BlockHandle, order: Order | None) -> None:
-        """The reader of what is published and not ready: its stream waits, or this thread."""
-        if order is None:
-            self._wait_until_ready(handle)
-            return
-        word = self._ledger.layout.ready_word(handle.start_block)
-        order.wait(word, handle.generation)
-        order.use.watcher.watch(handle.start_block, handle.generation)
-
-    def _wait_until_ready(self, handle: BlockHandle) -> None:
-        deadline = time.monotonic() + self.config.unclaimed_timeout
-        dead_since = 0.0
-        while True:
-            is_ready, owner_lives = self._run(self._look_if_ready, handle, dead_since)
-            if is_ready:
-                return
-            now = time.monotonic()
-            if not owner_lives:
-                dead_since = dead_since or now
-            if now > deadline:
-                raise PoolTimeoutError(
-                    f"{handle}: published on a stream that did not get there within "
-                    f"{self.config.unclaimed_timeout:g} s"
-                )
-            time.sleep(STREAM_POLL)
-
-    def _look_if_ready(self, handle: BlockHandle, dead_since: float) -> tuple[bool, bool]:
-        """Whether it is ready, and whether its owner lives; `PeerDiedError` when it never will."""
-        blocks, participants = self._ledger.blocks, self._ledger.participants
-        record = blocks.record(handle.start_block)
-        if record.ready == handle.generation:
-            return True, True
-        if record.ready & FAILED:
-            raise blocks.died(handle)
-        owner = ParticipantId.of(record.owner)
-        if participants.is_alive(owner):
-            return False, True
-        is_over = dead_since and time.monotonic() - dead_since > DEAD_PATIENCE
-        if participants.is_gone(owner) or is_over:
-            blocks.fail(handle.start_block, record)
-        return False, False
-
-    def _take_lease(
-        self, handle: BlockHandle, kind: int, made: list[LeaseKey]
-    ) -> tuple[LeaseKey, bool]:
-        """The lease, and whether the blocks are ready for it."""
-        blocks = self._ledger.blocks
-        record = blocks.find_exact(handle)
-        if record.ready & FAILED:
-            raise blocks.died(handle)
-        is_ready = kind == WRITES or record.ready == record.generation
-        if kind == READS and STATES[record.state] is State.LEASED and record.readers_left == 0:
-            raise InvalidStateError(
-                f"{handle}: every reader that `publish(readers=...)` announced is there already"
-            )
-        now = time.monotonic_ns()
-        who = self._me.word
-        try:
-            return blocks.open(handle.start_block, record, kind, who, now, made), is_ready
-        except TooManyLeasesError:
-            if not self._ledger.collect() and not self._ledger.reap().leases:
-                raise
-            record = blocks.find_exact(handle)
-            return blocks.open(handle.start_block, record, kind, who, now, made), is_ready
-
-    def _release_on(self, key: LeaseKey, order: Order) -> None:
-        """The stream says when the lease has ended.
-
-        Enqueued first, marked second: killed or interrupted between the two, it is an open lease,
-        which ends with its holder or is released again. The other way round it could stay pending
-        for ever.
-        """
-        me = self._ledger.participants.me
-        if me is not None and key.holder == me.word:
-            order.write(self._ledger.layout.acknowledged_word(key.slot), key.generation)
-            self._run(self._ledger.blocks.mark_pending, key)
-
-    def _release(self, key: LeaseKey, unread: bool = False) -> None:
-        me = self._ledger.participants.me
-        if me is None or key.holder != me.word:
-            # Closed: given back already. Forked: it is the parent's.
-            return
-        self._run(self._release_key, key, unread)
-
-    def _release_key(self, key: LeaseKey, unread: bool) -> None:
-        if self._ledger.blocks.release_key(key, unread=unread):
-            self._ledger.ring()
-
-    def _has_arrived(self, handle: BlockHandle) -> bool:
-        """Whether a published allocation that we have open is ready; `PeerDiedError`: never."""
-        word: int = self._ledger.segment.words[self._ledger.layout.ready_word(handle.start_block)]
-        if word & FAILED:
-            raise self._ledger.blocks.died(handle)
-        return word == handle.generation
 
     # ---- looking after it --------------------------------------------------------------------
 
@@ -814,7 +623,7 @@ class BlockPool:
         if ledger.participants.me is None:
             self._rejoin()
         if self._dropped:
-            self._release_dropped()
+            self._leases.release_dropped()
         try:
             return ledger.mutex.run(body, *args)
         except struct.error as error:
@@ -830,21 +639,6 @@ class BlockPool:
     def _join_once(self) -> None:
         if self._ledger.participants.me is None:
             self._ledger.take_place(self._role, is_creator=False)
-
-    def _release_dropped(self) -> None:
-        while self._dropped:
-            key = self._dropped[0]
-            if key.holder == self._me.word:
-                order = self._dropped_on.get(key)
-                if order is not None:
-                    order.write(self._ledger.layout.acknowledged_word(key.slot), key.generation)
-                    self._ledger.run(self._ledger.blocks.mark_pending, key)
-                else:
-                    self._ledger.run(self._release_key, key, False)
-            self._dropped_on.pop(key, None)
-            # Only now: an interrupt before this releases it again, to no effect.
-            with contextlib.suppress(ValueError):
-                self._dropped.remove(key)
 
     def _real(self, handle: BlockHandle) -> BlockHandle:
         """The handle, if it can be one of this pool."""
@@ -862,108 +656,6 @@ class BlockPool:
         return handle
 
 
-class Lease:
-    """A claim on blocks of a pool; release it, or use it in a `with` statement.
-
-    Owns the claim, keeps the pool alive. `lease[name]` is a field as in `lease.view[name]`.
-    """
-
-    __slots__ = ("__weakref__", "_is_ready", "_key", "_order", "_pool", "view")
-
-    def __init__(
-        self,
-        pool: BlockPool,
-        view: BlockView,
-        key: LeaseKey,
-        order: Order | None,
-        is_ready: bool,
-    ) -> None:
-        self._pool = pool
-        self.view = view
-        self._order = order
-        # The CPU waits before there is a lease; a stream waits by itself.
-        self._is_ready = is_ready or order is None
-        # Last: whoever has a key is whole, for `__del__`.
-        self._key: LeaseKey | None = key
-
-    @property
-    def handle(self) -> BlockHandle:
-        """The handle of the allocation."""
-        return self.view.handle
-
-    @property
-    def is_released(self) -> bool:
-        """Whether it was released, or its pool closed in this process."""
-        return self._key is None or self._pool.is_closed
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._open_view[name]
-
-    @property
-    def aux(self) -> torch.Tensor:
-        """int32[16] of the allocation."""
-        return self._open_view.aux
-
-    @property
-    def _open_view(self) -> BlockView:
-        if self.is_released:
-            raise InvalidStateError(f"{self.handle}: the lease was released; read within it")
-        if not self._is_ready:
-            self._is_ready = self._pool._has_arrived(self.handle)
-        return self.view
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the producer's stream has come to its `publish`.
-
-        False: what is enqueued on the lease's stream waits for it. Raises `PeerDiedError` when the
-        producer died before.
-        """
-        _ = self._open_view
-        return self._is_ready
-
-    def release(self, stream: Stream | None = None) -> None:
-        """End the claim; idempotent.
-
-        A lease on a stream ends when that stream has come here (`stream`: another one than it was
-        opened on); this returns at once.
-        """
-        key = self._key
-        if key is not None and not self._pool.is_closed:
-            order = self._order if stream is None else self._pool._gpu().order(stream)
-            if order is None:
-                self._pool._release(key)
-            else:
-                order.refuse_capture()
-                self._pool._release_on(key, order)
-        self._key = None
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        key = getattr(self, "_key", None)
-        if key is None or sys.is_finalizing() or self._pool.is_closed:
-            return
-        # Not released here: the collector may run in the middle of an operation on the same pool.
-        # The pool's next call does it.
-        if self._order is not None:
-            self._pool._dropped_on[key] = self._order
-        self._pool._dropped.append(key)
-        warnings.warn(f"{self.handle}: lease was not released", ResourceWarning, stacklevel=2)
-
-    def __repr__(self) -> str:
-        return f"Lease({self.handle}, {'released' if self.is_released else 'open'})"
-
-
 def _reattach(name: str, pool_id: int, role: str, prefault: str) -> BlockPool:
     """Unpickling in another process: attach, and make sure that it is the same pool."""
     pool = BlockPool.attach(name, role=role, prefault=prefault)
@@ -979,34 +671,6 @@ def _undo(made: list[Ledger]) -> None:
     """Leave what an interrupted `create` or `attach` has made, or one that failed."""
     for ledger in made:
         ledger.leave()
-
-
-def _nothing() -> None:
-    """To be run under the lock for what comes with it."""
-
-
-def _device_name(device: str | torch.device) -> str:
-    """`cuda` is the current device, as in torch."""
-    name = str(device)
-    if name == "cuda":
-        from shmblocks.cuda.driver import load
-
-        return f"cuda:{load().current_device()}"
-    return name
-
-
-def _allocate_on_gpu(ledger: Ledger) -> None:
-    from shmblocks.cuda.use import GpuUse
-
-    use = GpuUse.start(ledger)
-    use.allocate(int(ledger.config.device.partition(":")[2]), ledger.layout.device_bytes)
-    use.register()
-
-
-def _open_device_memory(ledger: Ledger) -> DeviceMemory:
-    from shmblocks.cuda.use import GpuUse
-
-    return GpuUse.start(ledger).memory()
 
 
 def _known_prefault(prefault: str) -> None:

@@ -39,6 +39,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ledger", "queue"),
     ("inspection", "views"),
     ("cuda", "registry", "reservations"),
+    ("placement", "streams"),
+    ("lease",),
     ("pool",),
     ("__init__",),
     ("sglang", "testing", "transfer"),

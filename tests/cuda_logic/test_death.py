@@ -37,7 +37,7 @@ def test_a_stream_goes_on_soon_after_the_death_of_what_it_waits_for(
     with spawn(publish_on_a_stream_that_stands, pool.name) as child:
         handle = BlockHandle.decode(child.receive())  # type: ignore[arg-type]
         lease = pool.open(handle, stream=OTHER_STREAM)
-        use = pool._use
+        use = pool._streams.begun
         assert use is not None
         assert use.watcher.is_running
         assert not gpu.run(OTHER_STREAM)
@@ -139,7 +139,7 @@ def test_the_watcher_ends_when_there_is_nothing_to_watch(
     monkeypatch.setattr(watcher, "IDLE", 0.1)
     handle = pool.publish(pools.take(pool, 8), stream=STREAM)
     pool.open(handle, stream=OTHER_STREAM).release()
-    use = pool._use
+    use = pool._streams.begun
     assert use is not None
     assert use.watcher.is_running
     gpu.run()

@@ -9,7 +9,9 @@ from typing import cast
 import torch
 
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
+from shmblocks.blocks import LeaseKey
 from shmblocks.cuda.use import GpuUse, Order
+from shmblocks.lease import Leases
 from tests.support.children import Channel
 
 WIDTH = 1024
@@ -87,13 +89,13 @@ def broken(how: str) -> Iterator[None]:
         Order.wait = lambda self, word, value: None  # type: ignore[method-assign]
         undo.append(lambda: setattr(Order, "wait", wait))
     elif how == "early release":
-        release = BlockPool._release_on
+        release = Leases.release_on
 
-        def at_once(self: BlockPool, key: object, order: object) -> None:
-            self._release(key)  # type: ignore[arg-type]
+        def at_once(self: Leases, key: LeaseKey, order: object) -> None:
+            self.release(key)
 
-        BlockPool._release_on = at_once  # type: ignore[method-assign]
-        undo.append(lambda: setattr(BlockPool, "_release_on", release))
+        Leases.release_on = at_once  # type: ignore[method-assign]
+        undo.append(lambda: setattr(Leases, "release_on", release))
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from benchmarks.links.buffers import OwnBuffers, unique_name
 from benchmarks.links.channel import Channel, ChannelIn, ChannelOut
 from benchmarks.settings import REHEARSAL_TOKENS, Settings
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
-from shmblocks.pool import Lease
+from shmblocks.lease import Lease
 
 FIELD = "input_embeddings"
 BLOCK_SIZE = 128
