@@ -51,7 +51,6 @@ from shmblocks.layout import (
     LEASE,
     LEASE_WORDS,
     R_CREATED,
-    R_LEASES,
     R_NUM_BLOCKS,
     R_NUM_TOKENS,
     R_PUBLISHED,
@@ -187,6 +186,27 @@ class BlockTable:
                 f"allocation of generation {record.generation}"
             )
         return record
+
+    def seems_reserved(self, handle: BlockHandle, owner: int) -> bool:
+        """Whether it is a reservation of this process, `owner`, that no lease is open on.
+
+        Without the lock, and right all the same:
+
+        1. Only its owner ever makes something else of a reservation than free blocks. Another
+           process may free it at any moment, so that a look under the lock would prove no more.
+        2. A generation is handed out once: whoever has taken the blocks since has another one.
+        3. Seen in the middle of a change, the words agree with neither and this says False; the
+           caller then looks under the lock.
+        """
+        start = handle.start_block
+        if start >= self._total:
+            return False
+        try:
+            words = RECORD_HEAD.unpack_from(self._memory, self._records + start * RECORD.size)
+        except ValueError:
+            return False  # released memory: the pool is being closed
+        expected = (_RESERVED, handle.generation, handle.num_blocks, handle.num_tokens, owner, 0, 0)
+        return words[:R_CREATED] == expected
 
     def find_exact(self, handle: BlockHandle) -> Record:
         """Like `find`; the handle must also agree on the sizes (grown since: stale)."""
@@ -493,7 +513,7 @@ class BlockTable:
     def lease(self, slot: int) -> LeaseRecord:
         """The lease in a slot."""
         offset = self._layout.leases + slot * LEASE.size
-        return LeaseRecord._make(LEASE.unpack_from(self._memory, offset))
+        return _new_record(LeaseRecord, LEASE.unpack_from(self._memory, offset))
 
     def _free_lease(self) -> int:
         hint = self._next_lease
@@ -514,16 +534,14 @@ class BlockTable:
     ) -> list[Store]:
         """The stores that bring an allocation into a state; into FREE its blocks come back."""
         if state is not State.FREE:
-            return [
-                self._rewritten(
-                    start,
-                    record,
-                    (R_STATE, NUMBER[state]),
-                    (R_LEASES, leases),
-                    (R_READERS_LEFT, readers_left),
-                    (R_PUBLISHED, record.published_ns),
-                )
+            _, generation, num_blocks, num_tokens, owner, _, _, created, published = record[
+                :RECORD_HEAD_WORDS
             ]
+            head = RECORD_HEAD.pack(
+                NUMBER[state], generation, num_blocks, num_tokens, owner,
+                readers_left, leases, created, published,
+            )  # fmt: skip
+            return [(self._records + start * RECORD.size, head)]
         words = self._words
         return [
             self._head(

@@ -162,7 +162,7 @@ class Lease:
 
     @property
     def _open_view(self) -> BlockView:
-        if self.is_released:
+        if self._key is None or self._leases.is_closed:
             raise InvalidStateError(f"{self.handle}: the lease was released; read within it")
         if not self._is_ready:
             self._is_ready = self._leases.streams.has_arrived(self.handle)

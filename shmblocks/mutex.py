@@ -92,18 +92,19 @@ class Mutex:
         `PoolClosedError` when the pool was closed.
         """
         token = [_get_ident()]
+        inside = self._inside
         # Two nested clean-ups: an interrupt inside the first is mended by the second. No statement
         # stands between them that is not covered by one of the two.
         try:
             try:
-                if self._inside.setdefault(0, token) is not token or not self._try_file():
+                if inside.setdefault(0, token) is not token or not self._try_file():
                     self._wait(token)
                 self._entered()
                 return body(*args)
             finally:
                 self._leave(token)
         finally:
-            if self._inside:
+            if inside:
                 self._leave(token)
 
     def _try_file(self) -> bool:
@@ -119,11 +120,13 @@ class Mutex:
 
     def _leave(self, token: _Token) -> None:
         """Give back what `token` holds, the file lock first; nothing when it holds nothing."""
-        if self._inside.get(0) is token:
-            file = self._locks.file
-            if not file.closed:
-                _fcntl(file, _setlk, UNLOCK_MUTEX)
-            self._inside.pop(0, None)
+        inside = self._inside
+        if inside.get(0) is token:
+            try:
+                _fcntl(self._locks.file, _setlk, UNLOCK_MUTEX)
+            except ValueError:
+                pass  # closed by what ran inside: the lock went with it
+            inside.pop(0, None)
 
     def _wait(self, token: _Token) -> None:
         self._refuse_nesting(token)

@@ -295,10 +295,10 @@ class HandleQueue(Generic[T]):
             # No lock taken to see that. Should the words be stale on this processor, the wait that
             # follows looks again under the lock.
             return []
-        taken = self._run(self._ring.get, limit)
-        if taken.wake:
-            self._ring.gets.wake(taken.wake)
-        return taken.messages
+        messages, wake = self._run(self._ring.get, limit)
+        if wake:
+            self._ring.gets.wake(wake)
+        return messages
 
     # ---- inside ------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ import os
 import secrets
 import struct
 import time
-from typing import NamedTuple
 
 from shmblocks.errors import (
     IncompatiblePoolError,
@@ -66,13 +65,6 @@ FULL = -1
 # Larger: more needless system calls when a queue gets busy after it was idle. Smaller: with more
 # threads than that asleep at once, some are woken only by their own clock.
 MOST_ASLEEP = 1 << 12
-
-
-class Taken(NamedTuple):
-    """What a get took, and how many putters it must wake."""
-
-    messages: list[bytes]
-    wake: int
 
 
 class Ring(SharedSegment):
@@ -225,8 +217,9 @@ class Ring(SharedSegment):
             return 1
         return 0
 
-    def get(self, limit: int) -> Taken:
-        """Take up to `limit` messages, oldest first; none when the queue is empty."""
+    def get(self, limit: int) -> tuple[list[bytes], int]:
+        """Take up to `limit` messages, oldest first (none when the queue is empty); and how many
+        sleeping putters must be woken."""
         words = self.segment.words
         head: int = words[Q_HEAD]
         there: int = words[Q_TAIL] - head
@@ -234,14 +227,14 @@ class Ring(SharedSegment):
             raise self._damaged(f"it counts {there} messages in {self.capacity} slots")
         count = min(limit, there)
         if not count:
-            return _NOTHING
+            return [], 0
         messages = [self._message(number) for number in range(head, head + count)]
         words[Q_HEAD] = head + count
         asleep: int = words[Q_PUTTERS_ASLEEP]
         wake = min(asleep, count)
         if wake:
             words[Q_PUTTERS_ASLEEP] = asleep - wake
-        return Taken(messages, wake)
+        return messages, wake
 
     def _message(self, number: int) -> bytes:
         offset = HEADER_BYTES + number % self.capacity * self._slot_bytes
@@ -290,7 +283,6 @@ class Ring(SharedSegment):
         )
 
 
-_NOTHING = Taken([], 0)
 _LAST = (1 << 64) - 1
 
 

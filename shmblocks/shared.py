@@ -45,7 +45,7 @@ class SharedSegment:
     @property
     def is_closed(self) -> bool:
         """Whether it was dropped."""
-        return self.locks.fd < 0
+        return self.locks.file.closed
 
     def run(self, body: Callable[..., T], *args: object) -> T:
         """`body(*args)` under the lock; see `mutex.Mutex.run`."""
