@@ -340,7 +340,8 @@ class BlockPool:
             self._ledger.ring()
 
     def grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
-        """Extend a reservation in place to `num_tokens` tokens; None: the blocks behind are taken.
+        """Extend a reservation in place to `num_tokens` tokens; None: the blocks behind it are
+        taken, or somebody waits for blocks (`alloc(timeout=)`) who came first.
 
         The content stays. The handle that this returns replaces the old one, which is stale.
         """
@@ -354,9 +355,12 @@ class BlockPool:
 
     def _grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
         blocks = self._ledger.blocks
+        others_wait = self._reservations.others_wait()  # first: it may reap
         record = blocks.find_exact(handle)
         num_blocks = max(self.config.blocks_for(num_tokens), record.num_blocks)
         start = handle.start_block
+        if others_wait and num_blocks > record.num_blocks:
+            return None
         if not blocks.grow(start, record, num_blocks, num_tokens):
             return None
         return BlockHandle(start, num_blocks, num_tokens, handle.generation, handle.pool_id)

@@ -104,13 +104,19 @@ class Reservations:
         return self._run(self._unless_others_wait, want)
 
     def _unless_others_wait(self, want: Want) -> BlockHandle | None:
-        ledger = self._ledger
-        if ledger.segment.words[H_WAITERS]:
-            first = ledger.line.first(ledger.participants.is_alive, time.monotonic_ns())
-            if first is not None:
-                return None
-            ledger.reap()
+        if self.others_wait():
+            return None
         return self._reserve_once(want) or self._reserve_again(want)
+
+    def others_wait(self) -> bool:
+        """Under the lock: whether a living process waits for blocks (the dead leave the line)."""
+        ledger = self._ledger
+        if not ledger.segment.words[H_WAITERS]:
+            return False
+        if ledger.line.first(ledger.participants.is_alive, time.monotonic_ns()) is not None:
+            return True
+        ledger.reap()
+        return False
 
     def _reserve(self, want: Want) -> BlockHandle | None:
         return self._reserve_once(want) or self._reserve_again(want)

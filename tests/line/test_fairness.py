@@ -69,6 +69,22 @@ def test_processes_are_served_in_the_order_in_which_they_came(
         child.close()
 
 
+def test_an_allocation_does_not_grow_past_those_who_wait(no_net: None, pool: BlockPool) -> None:
+    """Found: `grow` took blocks that the first in the line waited for."""
+    held, small = reserve(pool, TOTAL - 3), reserve(pool, 1)
+    pool.free(small)
+    with waiter(pool, 4, 1) as first:
+        assert pool.grow(held, held.num_tokens + 1) is None, "it took what another waits for"
+        within = pool.grow(held, held.num_tokens)
+        assert within == held, "what needs no block more is nobody else's business"
+        pool.free(held)
+        pool.free(first.result(SOON))
+    last = reserve(pool, 1)
+    grown = pool.grow(last, last.num_tokens + 1)
+    assert grown is not None, "nobody waits any more"
+    pool.free(grown)
+
+
 def test_many_blocks_are_not_starved_by_few_that_come_later(no_net: None, pool: BlockPool) -> None:
     small = [reserve(pool, 1) for _ in range(TOTAL)]
     with waiter(pool, TOTAL, 1) as big:
