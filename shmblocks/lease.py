@@ -187,11 +187,14 @@ class Lease:
         key = self._key
         leases = self._leases
         if key is not None and not leases.is_closed:
-            order = self._order if stream is None else leases.streams.order(stream)
+            order = self._order
+            if stream is not None:
+                order = leases.streams.order(stream)
+            elif order is not None:
+                order.refuse_capture()
             if order is None:
                 leases.release(key)
             else:
-                order.refuse_capture()
                 leases.release_on(key, order)
         self._key = None
 

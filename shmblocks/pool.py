@@ -387,11 +387,8 @@ class BlockPool:
             return
         real = self._real(handle)
         order = self._streams.order_of_writes(real, stream)
-        if order is not None:
-            order.refuse_capture()
-            if self._streams.free_behind(order, real):
-                return
-        self._run(self._free, real)
+        if order is None or not self._streams.free_behind(order, real):
+            self._run(self._free, real)
 
     def _free(self, handle: BlockHandle) -> None:
         record = self._ledger.blocks.find(handle)
@@ -513,7 +510,6 @@ class BlockPool:
             self._run(self._publish, real, length, readers, False)
         else:
             order = self._streams.order(stream)
-            order.refuse_capture()
             order.use.writing.discard(handle.generation)
             self._run(self._publish, real, length, readers, True)
             self._streams.make_ready(order, real)
@@ -555,7 +551,6 @@ class BlockPool:
         order = None
         if stream is not None or self._is_on_gpu:
             order = self._streams.order(stream)
-            order.refuse_capture()
             if self._is_on_gpu:
                 order.use.memory()
         try:

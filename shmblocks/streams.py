@@ -86,18 +86,24 @@ class Streams:
     # ---- order -------------------------------------------------------------------------------
 
     def order(self, stream: Stream | None) -> Order:
-        """The stream to keep order on (None: torch's current one)."""
-        return self.use().order(stream)
+        """The stream to keep order on (None: torch's current one); not one that is captured."""
+        use = self.begun
+        if use is None or self._ledger.outside is not use:
+            use = self.use()
+        order = use.order(stream)
+        use.refuse_capture(order.stream)
+        return order
 
     def order_of_writes(self, handle: BlockHandle, stream: Stream | None) -> Order | None:
         """The stream that may still write to a reservation of this process; None: none does."""
         if stream is not None:
             return self.order(stream)
         use = self.begun
-        if use is None or handle.generation not in use.writing:
+        if use is None or handle.generation not in use.writing or self._ledger.outside is not use:
             return None
+        order = self.order(None)
         use.writing.discard(handle.generation)
-        return use.order(None)
+        return order
 
     # ---- publishing and freeing --------------------------------------------------------------
 

@@ -142,6 +142,8 @@ class CudaDriver:
         self._cuda: Any = bindings
         self._torch: Any = torch
         self._contexts: dict[int, Any] = {}
+        # Device -> its context as a number, which each write and wait compares.
+        self._addresses: dict[int, int] = {}
         self._write = bindings.cuStreamWriteValue64
         self._wait = bindings.cuStreamWaitValue64
         self._is_capturing = bindings.cuStreamIsCapturing
@@ -190,7 +192,10 @@ class CudaDriver:
 
     def _is_current(self, device: int) -> bool:
         """Whether the device's context is the thread's current one."""
-        return int(self._get_current()[1]) == int(self._context(device))
+        address = self._addresses.get(device)
+        if address is None:
+            self._addresses[device] = address = int(self._context(device))
+        return int(self._get_current()[1]) == address
 
     @contextmanager
     def _current(self, device: int) -> Iterator[None]:

@@ -59,6 +59,10 @@ class GpuUse:
         self.watcher = Watcher(ledger)
         # Generations of reservations that were given out to be written to on a stream.
         self.writing: set[int] = set()
+        # The order of torch's current stream, which seldom changes.
+        self._current = Order(self, -1, None)
+        # Found once: each publish and open asks.
+        self._current_stream = self.gpu.current_stream
 
     @classmethod
     def start(cls, ledger: Ledger) -> GpuUse:
@@ -173,7 +177,11 @@ class GpuUse:
                 )
             self.register()
         if stream is None:
-            return Order(self, self.gpu.current_stream(self.device), None)
+            order = self._current
+            current = self._current_stream(self.device)
+            if order.stream != current:
+                self._current = order = Order(self, current, None)
+            return order
         if isinstance(stream, int):
             return Order(self, stream, None)
         return Order(self, int(stream.cuda_stream), stream)
@@ -187,12 +195,13 @@ class GpuUse:
                 "outside, before and after the replay"
             )
 
-    def address_of(self, word: int) -> int:
-        """Where a device finds a word of the segment."""
+    @property
+    def words(self) -> int:
+        """Where a device finds the first word of the segment."""
         registered = self._registered
         if registered is None:
             raise InvalidStateError(f"pool {self._ledger.name}: its GPU use has ended")
-        return registered.device_address + word * WORD
+        return registered.device_address
 
     # ---- leaving -----------------------------------------------------------------------------
 
@@ -238,12 +247,12 @@ class Order(NamedTuple):
     def write(self, word: int, value: int) -> None:
         """Enqueue: a word of the segment gets a value."""
         use = self.use
-        use.gpu.write(use.device, self.stream, use.address_of(word), value)
+        use.gpu.write(use.device, self.stream, use.words + word * WORD, value)
 
     def wait(self, word: int, value: int) -> None:
         """Enqueue: go on when a word of the segment has reached a value."""
         use = self.use
-        use.gpu.wait(use.device, self.stream, use.address_of(word), value)
+        use.gpu.wait(use.device, self.stream, use.words + word * WORD, value)
 
 
 class _Registered(NamedTuple):
