@@ -8,7 +8,8 @@ Contract
 - Bounded, FIFO, any number of processes and threads on either side. `put`, `get`, timeouts,
   `queue.Full` and `queue.Empty` are those of the standard library's queues, so that it stands in
   wherever one is expected.
-- Messages are `bytes`, or msgspec Structs when `message_type` says which; nothing is unpickled.
+- Messages are `bytes`, or msgspec Structs of the one `message_type`; anything else is refused by
+  `put`. Nothing is unpickled.
 - A process that is killed anywhere loses at most the messages it had in hand, and blocks nobody.
 - A malformed message is the error of one `get`; it takes no other message with it.
 - After `close`, whoever still waits in this process gets `PoolClosedError`.
@@ -57,6 +58,7 @@ class HandleQueue(Generic[T]):
         self._ring = ring
         self._message_type = message_type
         self._spin = spin
+        self._item_type: type = bytes if message_type is None else message_type
         self._decoder = msgspec.msgpack.Decoder(message_type) if message_type else None
         # Told by the next get: there were others with it.
         self._malformed: deque[MalformedHandleError] = deque()
@@ -314,13 +316,12 @@ class HandleQueue(Generic[T]):
     # ---- messages ----------------------------------------------------------------------------
 
     def _encode(self, item: T) -> bytes:
-        message: bytes
-        if isinstance(item, bytes):
-            message = item
-        elif isinstance(item, msgspec.Struct):
-            message = _encoder.encode(item)
-        else:
-            raise TypeError(f"item: expected bytes or a msgspec Struct, got {type(item).__name__}")
+        if not isinstance(item, self._item_type):
+            raise TypeError(
+                f"item: queue {self.name} expects {self._item_type.__name__}, "
+                f"got {type(item).__name__}: see `message_type` of create and attach"
+            )
+        message: bytes = item if self._decoder is None else _encoder.encode(item)  # type: ignore[assignment]
         if len(message) > self._ring.message_bytes:
             raise ValueError(
                 f"item: expected at most {self._ring.message_bytes} bytes, got {len(message)}; "

@@ -56,9 +56,9 @@ def test_a_message_that_is_too_long_is_refused_and_nothing_changed(
     assert queue.empty()
 
 
-def test_what_is_neither_bytes_nor_a_struct_is_refused(queue: HandleQueue[bytes]) -> None:
-    for wrong in ("text", bytearray(b"x"), memoryview(b"x"), 7, None, [b"x"]):
-        with pytest.raises(TypeError, match="expected bytes or a msgspec Struct"):
+def test_what_is_not_bytes_is_refused(queue: HandleQueue[bytes]) -> None:
+    for wrong in ("text", bytearray(b"x"), memoryview(b"x"), 7, None, [b"x"], HANDLE):
+        with pytest.raises(TypeError, match="expects bytes, got"):
             queue.put(wrong)  # type: ignore[arg-type]
     assert queue.empty()
 
@@ -209,6 +209,16 @@ def test_a_malformed_message_among_many_takes_no_other_with_it(
     assert len(errors) == 3
     handles.put(good[3])
     assert handles.get() == good[3]
+
+
+def test_what_is_not_of_the_type_of_the_queue_is_refused_by_put(
+    handles: HandleQueue[BlockHandle],
+) -> None:
+    """Found: it was the error of whoever got it."""
+    for wrong in (HANDLE.encode(), Numbered(1, 2), None):
+        with pytest.raises(TypeError, match="expects BlockHandle, got"):
+            handles.put(wrong)  # type: ignore[arg-type]
+    assert handles.empty()
 
 
 def test_messages_of_another_type_of_struct_arrive(pool_name: str) -> None:
