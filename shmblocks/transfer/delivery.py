@@ -4,7 +4,8 @@
               are freed meanwhile, they are not used again before the lease ends
     push      allocates, writes, publishes. What fits into the pool goes at once, and waits for
               that, holding nothing; what can never fit goes in chunks of at most half the pool, so
-              that the next can be written while the last is read by somebody else
+              that the next can be written while the last is read by somebody else. A full pool
+              spills, if there is one to spill to
 
 What it does not do: know statuses, or decide when a chunk is due.
 """
@@ -22,6 +23,7 @@ from shmblocks.transfer.tensors import finish_copies
 if TYPE_CHECKING:
     from shmblocks.pool import BlockPool
     from shmblocks.transfer.payload import Payload
+    from shmblocks.transfer.pools import Pools
     from shmblocks.transfer.returns import Returns
 
 
@@ -51,13 +53,13 @@ class Delivery(Protocol):
 class LandingDelivery:
     """Into granted blocks; see the top of this file."""
 
-    def __init__(self, pool: BlockPool, returns: Returns, payload: Payload) -> None:
+    def __init__(self, pools: Pools, returns: Returns, payload: Payload) -> None:
         if payload.is_shared:
             raise TransferError(
                 "blocks that are published already can only be pushed: receive with mode='push'"
             )
         self.blocks_wanted = 0
-        self._pool = pool
+        self._pools = pools
         self._returns = returns
         self._payload = payload
 
@@ -66,7 +68,7 @@ class LandingDelivery:
         if handle is None or offset >= handle.num_tokens:
             raise TransferError(f"expected blocks with room to write into, got {grant}")
         num_tokens = min(handle.num_tokens - offset, self._payload.num_tokens - sent)
-        with self._pool.write(handle) as lease:
+        with self._pools.of(handle).write(handle) as lease:
             self._payload.write(lease.view, offset, sent, num_tokens)
             finish_copies(lease.view)
         return Shipped(handle, offset, num_tokens)
@@ -85,9 +87,9 @@ class LandingDelivery:
 class PushDelivery:
     """Through blocks of our own; see the top of this file."""
 
-    def __init__(self, pool: BlockPool, returns: Returns, payload: Payload, req_id: str) -> None:
+    def __init__(self, pools: Pools, returns: Returns, payload: Payload, req_id: str) -> None:
         self.blocks_wanted = 0
-        self._pool = pool
+        self._pools = pools
         self._returns = returns
         self._payload = payload
         self._req_id = req_id
@@ -100,25 +102,26 @@ class PushDelivery:
         if self._payload.blocks is None:
             return self._ship_copy(sent)
         if not self._payload.is_shared:
-            self._held = self._pool.publish(self._payload.blocks)
+            self._held = self._pools.of(self._payload.blocks).publish(self._payload.blocks)
         return Shipped(self._payload.blocks, 0, self._payload.num_tokens)
 
     def _ship_copy(self, sent: int) -> Shipped | None:
-        num_tokens = self._chunk_tokens(sent)
-        self._held = self._pool.alloc(num_tokens, req_id=self._req_id)
-        if self._held is None:
-            self.blocks_wanted = self._pool.config.blocks_for(num_tokens)
-            return None
-        self.blocks_wanted = 0
-        self._payload.write(self._pool.view(self._held), 0, sent, num_tokens)
-        self._held = self._pool.publish(self._held)
-        return Shipped(self._held, 0, num_tokens)
+        for pool in self._pools.all:
+            num_tokens = self._chunk_tokens(pool, sent)
+            self._held = pool.alloc(num_tokens, req_id=self._req_id)
+            if self._held is not None:
+                self.blocks_wanted = 0
+                self._payload.write(pool.view(self._held), 0, sent, num_tokens)
+                self._held = pool.publish(self._held)
+                return Shipped(self._held, 0, num_tokens)
+        own = self._pools.own
+        self.blocks_wanted = own.config.blocks_for(self._chunk_tokens(own, sent))
+        return None
 
-    def _chunk_tokens(self, sent: int) -> int:
-        config = self._pool.config
-        total = self._payload.num_tokens
+    def _chunk_tokens(self, pool: BlockPool, sent: int) -> int:
+        config, total = pool.config, self._payload.num_tokens
         if total <= config.total_tokens:
-            return total
+            return total - sent
         return min(total - sent, max(config.total_blocks // 2, 1) * config.block_size)
 
     def collected(self) -> None:
@@ -134,9 +137,9 @@ class PushDelivery:
 
 
 def make_delivery(
-    pool: BlockPool, returns: Returns, mode: str, payload: Payload, req_id: str
+    pools: Pools, returns: Returns, mode: str, payload: Payload, req_id: str
 ) -> LandingDelivery | PushDelivery:
     """The delivery for a mode."""
     if mode == "landing":
-        return LandingDelivery(pool, returns, payload)
-    return PushDelivery(pool, returns, payload, req_id)
+        return LandingDelivery(pools, returns, payload)
+    return PushDelivery(pools, returns, payload, req_id)

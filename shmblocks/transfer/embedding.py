@@ -46,11 +46,13 @@ REMEMBERED_SECONDS = 60.0
 class EmbeddingEndpoint(Endpoint[SendingRoom]):
     """Sends over one pair of queues: `tx` is the language side's `rx`."""
 
-    def __init__(self, pool: BlockPool, tx: QueueLike, rx: QueueLike) -> None:
+    def __init__(
+        self, pool: BlockPool, tx: QueueLike, rx: QueueLike, *, spill: BlockPool | None = None
+    ) -> None:
         self._early: dict[int, Request] = {}
         self._refused: Recent[int, str] = Recent(MOST_EARLY, REMEMBERED_SECONDS)
         self._given_up: Recent[int, str] = Recent(MOST_EARLY, REMEMBERED_SECONDS)
-        super().__init__(pool, tx, rx)
+        super().__init__(pool, tx, rx, spill=spill)
 
     # ---- for users ---------------------------------------------------------------------------
 
@@ -83,7 +85,8 @@ class EmbeddingEndpoint(Endpoint[SendingRoom]):
     ) -> Sender:
         """Send blocks that hold the tokens already: with push, nothing is copied at all.
 
-        handle                a reservation of this process, written by it (`out=view[...]`); it is
+        handle                a reservation of this process, in the pool or in the spill pool,
+                              written by it (`out=view[...]`); it is
                               the endpoint's from now on, whatever becomes of the room
         mrope_position_delta  written to `aux[1]`; None leaves what is there. `aux[0]` is set here
         published             the handle is of `pool.publish(..., readers=n)`, to be sent to n
@@ -91,14 +94,14 @@ class EmbeddingEndpoint(Endpoint[SendingRoom]):
                               the caller's, who calls `pool.free` when a room fails
         """
         if published:
-            payload = payload_of_published(self._pool, handle)
+            payload = payload_of_published(self._pools.of(handle), handle)
         else:
-            payload = payload_of_blocks(self._pool, handle, mrope_position_delta)
+            payload = payload_of_blocks(self._pools.of(handle), handle, mrope_position_delta)
         return self._send(room, payload, req_id)
 
     def _send(self, room: int, payload: Payload, req_id: str | None) -> Sender:
         opened = SendingRoom(
-            self._link, self._pool, self._returns, room, payload, req_id or f"room {room}"
+            self._link, self._pools, self._returns, room, payload, req_id or f"room {room}"
         )
         self._start(opened)
         return Sender(self, opened)

@@ -36,6 +36,7 @@ from shmblocks.transfer.channel import QueueLike
 from shmblocks.transfer.holders import who_holds_blocks
 from shmblocks.transfer.link import Link
 from shmblocks.transfer.messages import Bye, Hello, RoomMessage
+from shmblocks.transfer.pools import Pools
 from shmblocks.transfer.recent import Recent
 from shmblocks.transfer.returns import Returns
 from shmblocks.transfer.room import Room
@@ -72,6 +73,8 @@ class EndpointStats(msgspec.Struct, frozen=True, kw_only=True):
 
     malformed, foreign, late and duplicate are messages that were dropped: not a message at all; of
     a participant that is not the peer; of a room that has ended or never was; had before.
+    spilled are the rounds (of all rooms, as soon as they went over) that went through the spill
+    pool.
     """
 
     peer: str
@@ -85,20 +88,29 @@ class EndpointStats(msgspec.Struct, frozen=True, kw_only=True):
     rooms_succeeded: int
     rooms_failed: int
     rounds: int
+    spilled: int
     tokens: int
     bytes: int
     unsent: int
 
 
 class Endpoint(abc.ABC, Generic[R]):
-    """One side of a pair: `EmbeddingEndpoint` or `LanguageEndpoint`. Borrows pool and queues."""
+    """One side of a pair: `EmbeddingEndpoint` or `LanguageEndpoint`. Borrows pools and queues."""
 
-    def __init__(self, pool: BlockPool, tx: QueueLike, rx: QueueLike) -> None:
+    def __init__(
+        self, pool: BlockPool, tx: QueueLike, rx: QueueLike, *, spill: BlockPool | None = None
+    ) -> None:
+        """`tx` of one side is `rx` of the other.
+
+        `spill`: a pool in host memory with the same fields and block size, used whenever `pool`
+        (most of the time one on a GPU) is full. Both sides give the same, or neither does.
+        """
         if not pool.config.fields:
             raise ValueError(f"pool {pool.name}: expected at least one field to transfer, got none")
         self._pool = pool
-        self._link = Link(pool, tx, rx)
-        self._returns = Returns(pool)
+        self._pools = Pools(pool, spill)
+        self._link = Link(self._pools, tx, rx)
+        self._returns = Returns(self._pools)
         self._rooms: dict[int, R] = {}
         self._ended: Recent[int, bool] = Recent(REMEMBERED, REMEMBERED_SECONDS)
         self._turn = threading.Condition(threading.Lock())
@@ -137,6 +149,7 @@ class Endpoint(abc.ABC, Generic[R]):
                 rooms_succeeded=counts.succeeded,
                 rooms_failed=counts.failed,
                 rounds=counts.rounds,
+                spilled=counts.spilled,
                 tokens=counts.tokens,
                 bytes=self._num_bytes,
                 unsent=link.unsent,
@@ -340,7 +353,8 @@ class Endpoint(abc.ABC, Generic[R]):
         self._sweep()
         self._on_loss()
         if is_death:
-            self._pool.reap()
+            for pool in self._pools.all:
+                pool.reap()
 
     # ---- waiting -----------------------------------------------------------------------------
 
@@ -393,7 +407,9 @@ class Endpoint(abc.ABC, Generic[R]):
             f"opened {time.monotonic() - room.opened:.2f} s ago): {room.waits_for()}; the other "
             f"side is {peer}; the room stays open"
         )
-        return f"{text}\n{who_holds_blocks(self._pool)}" if room.blocks_wanted else text
+        if not room.blocks_wanted:
+            return text
+        return "\n".join([text, *map(who_holds_blocks, self._pools.all)])
 
     def _send_the_rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -6,6 +6,9 @@
     push      blocks that the embedding side published. All at once: read in place under a lease.
               In several chunks: each is copied into private memory and let go at once
 
+What spilled (`pools.py`) is read in place like all else, unless our pool lies on a GPU: then it is
+copied into private memory there.
+
 No deadlock, in steps: (1) a room waits for blocks only before its first round, and then holds none;
 (2) from its first round on it never needs more than it has, because offering the same blocks again
 needs nobody; (3) so whoever holds blocks waits only for a message, and whoever waits for blocks
@@ -30,9 +33,10 @@ from shmblocks.transfer.tensors import AUX_LENGTH, Tensors, finish_copies, first
 if TYPE_CHECKING:
     import torch
 
-    from shmblocks.pool import BlockPool
     from shmblocks.transfer.messages import Chunk
+    from shmblocks.transfer.pools import Pools
     from shmblocks.transfer.returns import Returns
+    from shmblocks.views import BlockView
 
 
 class Grant(NamedTuple):
@@ -90,21 +94,21 @@ class _Piece:
 class LandingIntake:
     """Blocks of our own; see the top of this file."""
 
-    def __init__(self, pool: BlockPool, returns: Returns, req_id: str) -> None:
+    def __init__(self, pools: Pools, returns: Returns, req_id: str) -> None:
         self.aux: torch.Tensor | None = None
         self.blocks_wanted = 0
-        self._pool = pool
+        self._pools = pools
         self._returns = returns
         self._req_id = req_id
-        self._fields = pool.config.fields
+        self._fields = pools.own.config.fields
         self._pieces: list[_Piece] = []
         self._private: PrivateTokens | None = None
 
     def first(self) -> Grant | None:
-        config = self._pool.config
+        config = self._pools.own.config
         blocks = min(config.default_num_blocks, config.total_blocks)
         self.blocks_wanted = blocks
-        handle = self._pool.alloc_blocks(blocks, blocks * config.block_size, req_id=self._req_id)
+        handle = self._pools.alloc(blocks * config.block_size, self._req_id)
         return None if handle is None else self._granted(handle)
 
     def _granted(self, handle: BlockHandle) -> Grant:
@@ -119,7 +123,7 @@ class LandingIntake:
             raise TransferError(f"expected a chunk at {granted}, got {chunk}")
         if chunk.num_tokens > piece.room:
             raise TransferError(f"expected at most {piece.room} tokens, got {chunk}")
-        view = self._pool.view(piece.handle)
+        view = self._view(piece)
         if self.aux is None:
             self.aux = noted_aux(view.aux, chunk)
         if self._private is not None:
@@ -127,6 +131,9 @@ class LandingIntake:
             finish_copies(view)
         else:
             piece.filled += chunk.num_tokens
+
+    def _view(self, piece: _Piece) -> BlockView:
+        return self._pools.of(piece.handle).view(piece.handle)
 
     def more(self, remaining: int) -> Grant:
         piece = self._pieces[-1]
@@ -141,32 +148,37 @@ class LandingIntake:
         return Grant(piece.handle, piece.filled)
 
     def _grow(self, piece: _Piece, remaining: int) -> None:
-        wanted = piece.filled + remaining
-        if wanted > self._pool.config.total_tokens:
+        wanted, pool = piece.filled + remaining, self._pools.of(piece.handle)
+        if wanted > pool.config.total_tokens:
             return
-        grown = self._pool.grow(piece.handle, wanted)
+        grown = pool.grow(piece.handle, wanted)
         if grown is not None:
             piece.handle = grown
 
     def _second_allocation(self, remaining: int) -> Grant | None:
-        if remaining > self._pool.config.total_tokens:
-            return None
-        handle = self._pool.alloc(remaining, req_id=self._req_id)
+        handle = self._pools.alloc(remaining, self._req_id)
         return None if handle is None else self._granted(handle)
 
     def _empty_into_private(self, remaining: int) -> None:
         """Copy everything out and keep only the last blocks, empty."""
-        total = remaining + sum(piece.filled for piece in self._pieces)
-        views = [self._pool.view(piece.handle) for piece in self._pieces]
-        self._private = PrivateTokens(self._fields, views[0], total)
-        for piece, view in zip(self._pieces, views, strict=True):
-            self._private.append(view, 0, piece.filled)
-            piece.filled = 0
-        finish_copies(views[0])
+        self._private = self._copy_out(remaining)
         while len(self._pieces) > 1:
             self._returns.free(self._pieces.pop(0).handle)
 
+    def _copy_out(self, more_tokens: int) -> PrivateTokens:
+        """All that is here in private memory, with room for more; every piece is empty then."""
+        total = more_tokens + sum(piece.filled for piece in self._pieces)
+        private = PrivateTokens(self._fields, self._pools.device, total)
+        for piece in self._pieces:
+            view = self._view(piece)
+            private.append(view, 0, piece.filled)
+            finish_copies(view)
+            piece.filled = 0
+        return private
+
     def finish(self) -> list[Part]:
+        if self._private is None and any(map(self._must_move, self._pieces)):
+            self._private = self._copy_out(0)
         if self._private is not None:
             self.give_back()
             return [Part(self._private.tensors, nothing_to_give_back, in_pool=False)]
@@ -174,8 +186,11 @@ class LandingIntake:
         self._pieces = []
         return parts
 
+    def _must_move(self, piece: _Piece) -> bool:
+        return self._pools.must_move(piece.handle)
+
     def _part(self, piece: _Piece) -> Part:
-        tensors = first_tokens(self._fields, self._pool.view(piece.handle), piece.filled)
+        tensors = first_tokens(self._fields, self._view(piece), piece.filled)
         return Part(tensors, functools.partial(self._returns.free, piece.handle), in_pool=True)
 
     def give_back(self) -> None:
@@ -189,11 +204,11 @@ class LandingIntake:
 class PushIntake:
     """Blocks that the other side published; see the top of this file."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pools: Pools) -> None:
         self.aux: torch.Tensor | None = None
         self.blocks_wanted = 0
-        self._pool = pool
-        self._fields = pool.config.fields
+        self._pools = pools
+        self._fields = pools.own.config.fields
         self._part: Part | None = None
         self._private: PrivateTokens | None = None
 
@@ -207,23 +222,24 @@ class PushIntake:
         handle = BlockHandle.decode(chunk.handle)
         if chunk.offset or chunk.num_tokens > handle.num_tokens:
             raise TransferError(f"expected a chunk inside {handle}, got {chunk}")
-        lease = self._pool.open(handle)
+        in_place = chunk.num_tokens == chunk.total_tokens and not self._pools.must_move(handle)
+        lease = self._pools.of(handle).open(handle)
         try:
-            self._read(lease.view, lease.view.aux, chunk)
-            if chunk.num_tokens == chunk.total_tokens:
+            if self.aux is None:
+                self.aux = noted_aux(lease.view.aux, chunk)
+            if not in_place:
+                self._copy(lease.view, chunk)
+            else:
                 tensors = first_tokens(self._fields, lease.view, chunk.num_tokens)
                 self._part = Part(tensors, lease.release, in_pool=True)
         finally:
             if self._part is None:
                 lease.release()
 
-    def _read(self, view: Tensors, aux: torch.Tensor, chunk: Chunk) -> None:
-        if self.aux is None:
-            self.aux = noted_aux(aux, chunk)
-        if chunk.num_tokens == chunk.total_tokens:
-            return
+    def _copy(self, view: Tensors, chunk: Chunk) -> None:
         if self._private is None:
-            self._private = PrivateTokens(self._fields, view, chunk.total_tokens)
+            device = self._pools.device
+            self._private = PrivateTokens(self._fields, device, chunk.total_tokens)
         self._private.append(view, 0, chunk.num_tokens)
 
     def finish(self) -> list[Part]:
@@ -240,6 +256,6 @@ class PushIntake:
         return "published blocks"
 
 
-def make_intake(pool: BlockPool, returns: Returns, mode: str, req_id: str) -> Intake:
+def make_intake(pools: Pools, returns: Returns, mode: str, req_id: str) -> Intake:
     """The intake for a mode."""
-    return LandingIntake(pool, returns, req_id) if mode == "landing" else PushIntake(pool)
+    return LandingIntake(pools, returns, req_id) if mode == "landing" else PushIntake(pools)

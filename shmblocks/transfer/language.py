@@ -25,11 +25,13 @@ PATIENCE_FOR_RESULTS = 0.02
 class LanguageEndpoint(Endpoint[ReceivingRoom]):
     """Receives over one pair of queues: `rx` is the embedding side's `tx`."""
 
-    def __init__(self, pool: BlockPool, tx: QueueLike, rx: QueueLike) -> None:
+    def __init__(
+        self, pool: BlockPool, tx: QueueLike, rx: QueueLike, *, spill: BlockPool | None = None
+    ) -> None:
         # Rooms that succeeded and whose result nobody has taken: the endpoint's to give back.
         # In the order of their success, with the moment of it.
         self._untaken: dict[ReceivingRoom, float] = {}
-        super().__init__(pool, tx, rx)
+        super().__init__(pool, tx, rx, spill=spill)
 
     def receive(self, room: int, mode: Mode = "landing", req_id: str | None = None) -> Receiver:
         """Ask for the embeddings of a room.
@@ -42,8 +44,8 @@ class LanguageEndpoint(Endpoint[ReceivingRoom]):
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
-        intake = make_intake(self._pool, self._returns, mode, req_id or f"room {room}")
-        opened = ReceivingRoom(self._link, self._pool, room, mode, intake)
+        intake = make_intake(self._pools, self._returns, mode, req_id or f"room {room}")
+        opened = ReceivingRoom(self._link, self._pools, room, mode, intake)
         self._start(opened)
         return Receiver(self, opened)
 

@@ -26,6 +26,7 @@ from shmblocks.transfer.messages import AnyMessage, Bye, Hello, Origin, decode, 
 
 if TYPE_CHECKING:
     from shmblocks.pool import BlockPool
+    from shmblocks.transfer.pools import Pools
 
 # Seconds between two questions whether the peer lives. Smaller: the kernel is asked more often (a
 # few us each). Larger: its rooms fail later; the promise is within a second.
@@ -54,19 +55,21 @@ class Counts(msgspec.Struct):
     duplicate: int = 0
     succeeded: int = 0
     failed: int = 0
+    spilled: int = 0
     rounds: int = 0
     tokens: int = 0
 
 
 class Link:
-    """The line to the peer. Borrows the pool and the queues."""
+    """The line to the peer. Borrows the pools and the queues."""
 
-    def __init__(self, pool: BlockPool, tx: QueueLike, rx: QueueLike) -> None:
+    def __init__(self, pools: Pools, tx: QueueLike, rx: QueueLike) -> None:
         self.counts = Counts()
         self.peer: ParticipantId | None = None
         self.peer_name = ""
-        self.origin = _origin(pool)
-        self._pool = pool
+        self.origin = _origin(pools.own)
+        self._pools = pools
+        self._pool = pools.own
         self._out = Outgoing(tx)
         self._in = Incoming(rx)
         self._inbox: deque[object] = deque()
@@ -195,10 +198,17 @@ class Link:
                 f"with the id {self._pool.pool_id:#x}, got the id {hello.pool_id:#x}); attach "
                 "both sides to the same pool",
             )
+        elif hello.spill_id != self._pools.spill_id:
+            self._lose(
+                TransferError,
+                f"the other endpoint spills to another pool (expected the id "
+                f"{self._pools.spill_id:#x}, got {hello.spill_id:#x}; 0 is none); give both sides "
+                "the same `spill`",
+            )
 
     def greet(self) -> None:
         """Tell the other side that this endpoint is there."""
-        self.send(Hello(self.origin, self._pool.pool_id))
+        self.send(Hello(self.origin, self._pool.pool_id, self._pools.spill_id))
 
     def part(self) -> None:
         """Tell the other side that this endpoint goes."""

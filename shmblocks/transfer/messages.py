@@ -61,9 +61,10 @@ class Message(
 
 
 class Hello(Message, frozen=True):
-    """An endpoint was made, on this pool."""
+    """An endpoint was made, on this pool; `spill_id`: and on that one, to spill to (0: none)."""
 
     pool_id: UInt64
+    spill_id: UInt64 = 0
 
 
 class Bye(Message, frozen=True):

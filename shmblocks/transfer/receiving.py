@@ -14,6 +14,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from shmblocks.errors import StaleHandleError, TransferError
+from shmblocks.handle import BlockHandle
 from shmblocks.transfer.intake import Grant, Intake
 from shmblocks.transfer.messages import Chunk, Done, Mode, Request, Resume, Starved
 from shmblocks.transfer.result import TransferResult
@@ -21,18 +22,20 @@ from shmblocks.transfer.room import Room
 from shmblocks.transfer.status import Status
 
 if TYPE_CHECKING:
-    from shmblocks.pool import BlockPool
     from shmblocks.transfer.link import Link
+    from shmblocks.transfer.pools import Pools
 
 
 class ReceivingRoom(Room):
     """One transfer to come. `tokens`, `num_bytes` and `rounds` count what was received."""
 
-    def __init__(self, link: Link, pool: BlockPool, room: int, mode: Mode, intake: Intake) -> None:
+    def __init__(self, link: Link, pools: Pools, room: int, mode: Mode, intake: Intake) -> None:
         super().__init__(link, room, nonce=secrets.randbelow((1 << 64) - 1) + 1)
         self.mode = mode
         self.result: TransferResult | None = None
-        self._pool = pool
+        self._pools = pools
+        self._fields = pools.own.config.fields
+        self._token_bytes = pools.own.config.token_bytes
         self._intake = intake
         self._total: int | None = None  # known from the first chunk on
         self._starves_over_there = False
@@ -79,7 +82,8 @@ class ReceivingRoom(Room):
         self.move(Status.Transferring)
         self.rounds += 1
         self.tokens += chunk.num_tokens
-        self.num_bytes += chunk.num_tokens * self._pool.config.token_bytes
+        self.num_bytes += chunk.num_tokens * self._token_bytes
+        self.link.counts.spilled += self._pools.has_spilled(BlockHandle.decode(chunk.handle))
         self._total = chunk.total_tokens
         if chunk.sent_tokens + chunk.num_tokens == chunk.total_tokens:
             self._finish()
@@ -124,7 +128,7 @@ class ReceivingRoom(Room):
             raise TransferError("the last chunk came without a first one")
         self.result = TransferResult(
             self.room,
-            self._pool.config.fields,
+            self._fields,
             self._intake.finish(),
             self._intake.aux,
             self.rounds,

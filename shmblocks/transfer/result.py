@@ -23,7 +23,7 @@ from shmblocks.transfer.tensors import (
     AUX_MROPE_DELTA,
     Tensors,
     copy_tokens,
-    empty_like,
+    empty,
     nbytes,
     token_dim,
 )
@@ -52,9 +52,9 @@ def nothing_to_give_back() -> None:
 class PrivateTokens:
     """Memory of this process for all tokens of a transfer, filled from the front."""
 
-    def __init__(self, fields: Sequence[Field], like: Tensors, total_tokens: int) -> None:
+    def __init__(self, fields: Sequence[Field], device: torch.device, total_tokens: int) -> None:
         self._fields = fields
-        self.tensors = empty_like(fields, like, total_tokens)
+        self.tensors = empty(fields, device, total_tokens)
         self.filled = 0
 
     def append(self, source: Tensors, source_token: int, num_tokens: int) -> None:
@@ -177,7 +177,8 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
         return name
 
     def _join(self) -> Tensors:
-        joined = PrivateTokens(self._fields, self._parts[0].tensors, self.num_tokens)
+        device = self._parts[0].tensors[self._fields[0].name].device
+        joined = PrivateTokens(self._fields, device, self.num_tokens)
         for part in self._parts:
             joined.append(part.tensors, 0, part.num_tokens(self._fields))
         return joined.tensors

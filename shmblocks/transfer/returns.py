@@ -15,6 +15,7 @@ from shmblocks.errors import PoolClosedError, PoolTimeoutError, StaleHandleError
 if TYPE_CHECKING:
     from shmblocks.handle import BlockHandle
     from shmblocks.pool import BlockPool
+    from shmblocks.transfer.pools import Pools
 
 
 def free_if_there(pool: BlockPool, handle: BlockHandle) -> None:
@@ -29,8 +30,8 @@ class Returns:
     """The blocks of one endpoint that are on their way back. For any thread: results are released
     in whatever thread their user likes."""
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
         self._owed: deque[BlockHandle] = deque()
 
     def free(self, handle: BlockHandle) -> None:
@@ -46,6 +47,6 @@ class Returns:
             except IndexError:
                 return  # another thread took it
             try:
-                free_if_there(self._pool, handle)
+                free_if_there(self._pools.of(handle), handle)
             except PoolTimeoutError:
                 self._owed.append(handle)

@@ -24,9 +24,9 @@ from shmblocks.transfer.room import Room
 from shmblocks.transfer.status import Status
 
 if TYPE_CHECKING:
-    from shmblocks.pool import BlockPool
     from shmblocks.transfer.link import Link
     from shmblocks.transfer.payload import Payload
+    from shmblocks.transfer.pools import Pools
     from shmblocks.transfer.returns import Returns
 
 
@@ -36,14 +36,14 @@ class SendingRoom(Room):
     def __init__(
         self,
         link: Link,
-        pool: BlockPool,
+        pools: Pools,
         returns: Returns,
         room: int,
         payload: Payload,
         req_id: str,
     ) -> None:
         super().__init__(link, room, nonce=0)
-        self._pool = pool
+        self._pools = pools
         self._returns = returns
         self._payload = payload
         self._req_id = req_id
@@ -69,7 +69,7 @@ class SendingRoom(Room):
         self.withdrawn = None
         # Nothing was sent yet, so an earlier delivery holds nothing that is not the payload's.
         self._delivery = make_delivery(
-            self._pool, self._returns, request.mode, self._payload, self._req_id
+            self._pools, self._returns, request.mode, self._payload, self._req_id
         )
         if self.status is Status.Bootstrapping:
             self.move(Status.WaitingForInput)
@@ -142,6 +142,7 @@ class SendingRoom(Room):
             total_tokens=self.total_tokens,
         )
         self.rounds += 1
+        self.link.counts.spilled += self._pools.has_spilled(shipped.handle)
         self.tokens += shipped.num_tokens
         self.num_bytes += shipped.num_tokens * self._payload.token_bytes
         self.move(Status.Transferring)

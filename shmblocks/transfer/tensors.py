@@ -120,13 +120,13 @@ def finish_copies(tensors: Tensors) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def empty_like(fields: Iterable[Field], tensors: Tensors, num_tokens: int) -> Tensors:
-    """Private memory for so many tokens, laid out as in a pool, on the tensors' device."""
+def empty(fields: Iterable[Field], device: torch.device, num_tokens: int) -> Tensors:
+    """Private memory for so many tokens, laid out as in a pool."""
     import torch
 
     made: dict[str, torch.Tensor] = {}
     for field in fields:
-        shape, device = (num_tokens, *field.shape), tensors[field.name].device
+        shape = (num_tokens, *field.shape)
         stored = torch.empty(shape, dtype=torch_dtype(field), device=device)
         made[field.name] = stored.t() if field.transposed else stored
     return made
