@@ -53,9 +53,6 @@ from shmblocks.layout import (
     R_CREATED,
     R_NUM_BLOCKS,
     R_NUM_TOKENS,
-    R_PUBLISHED,
-    R_READERS_LEFT,
-    R_STATE,
     RECORD,
     RECORD_HEAD,
     RECORD_HEAD_WORDS,
@@ -332,17 +329,12 @@ class BlockTable:
         if not on_stream:
             # Before the commit, and no part of it: nobody looks at it before the state says so.
             self._words[self._layout.ready_word(start)] = record.generation
-        stores = [
-            self._rewritten(
-                start,
-                record,
-                (R_STATE, NUMBER[state]),
-                (R_NUM_TOKENS, num_tokens),
-                (R_READERS_LEFT, readers),
-                (R_PUBLISHED, now_ns),
-            )
-        ]
-        if not 0 < self.unclaimed_ns <= until_ns:
+        head = RECORD_HEAD.pack(
+            NUMBER[state], record.generation, record.num_blocks, num_tokens, record.owner,
+            readers, record.leases, record.created_ns, now_ns,
+        )  # fmt: skip
+        stores = [(self._records + start * RECORD.size, head)]
+        if not 0 < self._words[H_UNCLAIMED] <= until_ns:
             stores.append(_word(H_UNCLAIMED, until_ns))
         self._journal.commit(stores)
 
@@ -467,7 +459,7 @@ class BlockTable:
         event = Event.OPEN if reads else Event.WRITE
         state = transition(STATES[record.state], event, leases, readers_left)
         slot = self._free_lease()
-        key = LeaseKey(slot, record.generation, holder, now_ns)
+        key = _new_record(LeaseKey, (slot, record.generation, holder, now_ns))
         lease = LEASE.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0)
         stores = self._moved(start, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, lease))

@@ -60,7 +60,7 @@ class Leases:
         if record.ready & FAILED:
             raise blocks.died(handle)
         is_ready = kind == WRITES or record.ready == record.generation
-        if kind == READS and STATES[record.state] is State.LEASED and record.readers_left == 0:
+        if not record.readers_left and kind == READS and STATES[record.state] is State.LEASED:
             raise InvalidStateError(
                 f"{handle}: every reader that `publish(readers=...)` announced is there already"
             )

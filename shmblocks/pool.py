@@ -79,6 +79,7 @@ class BlockPool:
         self._prefault = prefault
         self._is_on_gpu = ledger.config.is_on_gpu
         self._block_size = ledger.config.block_size
+        self._unclaimed_ns = int(ledger.config.unclaimed_timeout * 1e9)
         self._total_blocks = ledger.config.total_blocks
         self._tensors: FieldTensors | None = field_tensors(ledger)
         ledger.segment.prefault(prefault)
@@ -500,9 +501,9 @@ class BlockPool:
         """
         readers = _whole("readers", readers)
         length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
-        if length > handle.num_blocks * self.config.block_size:
+        if length > handle.num_blocks * self._block_size:
             raise ValueError(
-                f"num_tokens: expected at most {handle.num_blocks * self.config.block_size} for "
+                f"num_tokens: expected at most {handle.num_blocks * self._block_size} for "
                 f"{handle}, got {length}"
             )
         real = self._real(handle)
@@ -526,7 +527,7 @@ class BlockPool:
                 f"{handle}: {record.leases} writer's lease(s) are open; release them, then publish"
             )
         now = time.monotonic_ns()
-        until = now + int(self.config.unclaimed_timeout * 1e9)
+        until = now + self._unclaimed_ns
         start = handle.start_block
         blocks.publish(start, record, num_tokens, readers, now, until, on_stream=on_stream)
 
