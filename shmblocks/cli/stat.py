@@ -140,6 +140,8 @@ def _participant(row: ParticipantRow) -> Line:
 def _marks(row: ParticipantRow) -> str:
     marks = ["creator"] if row.creator else []
     marks += ["GPU"] if row.uses_gpu else []
+    marks += ["CUDA memory open"] if row.has_device_memory else []
+    marks += [f"{bytes_text(row.pinned_bytes)} pinned"] if row.pinned_bytes else []
     return ", ".join(marks)
 
 

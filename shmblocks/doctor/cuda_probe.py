@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import mmap
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ _WRITE_VALUE_DEFAULT = 0
 _HOST_REGISTER_PORTABLE_MAPPED = 1 | 2
 _IPC_LAZY_PEER_ACCESS = 1
 _STREAM_NON_BLOCKING = 1
+
+# Where the kernel module says its version, in the last number of its first line.
+DRIVER_FILE = "/proc/driver/nvidia/version"
 
 DRIVER_ADVICE = "update the NVIDIA driver, and see that the container may use the GPU"
 
@@ -76,11 +80,21 @@ def _bindings() -> Iterator[CheckResult]:
         return
     number = _call(runtime.cudaDriverGetVersion())
     found = (
-        f"cuda.bindings {version}; the driver supports CUDA {number // 1000}.{number % 1000 // 10}"
+        f"cuda.bindings {version}; driver {_driver_version()}; the driver supports CUDA "
+        f"{number // 1000}.{number % 1000 // 10}"
     )
     yield CheckResult("cuda-bindings", "ok", found)
     yield from _pinned(driver, runtime)
     yield from _shared(runtime)
+
+
+def _driver_version() -> str:
+    try:
+        with open(DRIVER_FILE) as file:
+            found = re.search(r"\s(\d+(?:\.\d+)+)\s", file.readline())
+    except OSError:
+        found = None
+    return found[1] if found else "of unknown version"
 
 
 def _pinned(driver: ModuleType, runtime: ModuleType) -> Iterator[CheckResult]:
