@@ -133,8 +133,9 @@ def _receive(
     data = carrier.recv_bytes()
     if way == "bare wake":
         return time.monotonic_ns(), 0
+    handle = BlockHandle.decode(data)
     before = time.monotonic_ns()
-    lease = pool.open(BlockHandle.decode(data))
+    lease = pool.open(handle)
     opened = time.monotonic_ns()
     tensor = lease[FIELD]
     there = time.monotonic_ns()

@@ -75,7 +75,6 @@ def receive_all(channel: Channel, name: Names, mode: Mode) -> tuple[int, int, st
         HandleQueue.attach(name.there) as rx,
         LanguageEndpoint(pool, tx, rx, spill=spill) as endpoint,
     ):
-        channel.say("ready")
         where = ""
         for seed in range(ROUNDS):
             with endpoint.receive(seed, mode).wait(PATIENCE) as result:
@@ -92,9 +91,11 @@ def test_a_full_cuda_pool_spills_and_the_results_are_the_same(
     pool_name: str, mode: Mode, is_full: bool
 ) -> None:
     name = names(pool_name)
-    with created(name) as endpoint, spawn(receive_all, name, mode) as child:
-        child.hear("ready", PATIENCE)
-        with no_blocks(endpoint.pool) if is_full else contextlib.nullcontext():
+    with created(name) as endpoint:
+        with (
+            no_blocks(endpoint.pool) if is_full else contextlib.nullcontext(),
+            spawn(receive_all, name, mode) as child,
+        ):
             for seed in range(ROUNDS):
                 endpoint.send(seed, {"rows": rows(tokens_of(seed), seed)}).wait(PATIENCE)
             spilled, wrong, where = cast("tuple[int, int, str]", child.result(PATIENCE))
