@@ -1,0 +1,212 @@
+"""The two kinds of process that the launcher starts.
+
+Each does one thing at a time, tells the launcher over its pipe, and ends when the launcher closes
+that pipe or sends SIGTERM. Whatever else happens to it, the others go on without it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import FrameType
+
+import torch
+
+from qwen_vl.halves import LanguageHalf, VisionHalf, same_arithmetic_everywhere
+from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd, Line, Received
+from qwen_vl.memory import private_bytes
+from qwen_vl.messages import (
+    ENCODER,
+    FROM_LAUNCHER,
+    Embed,
+    Ended,
+    FromLauncher,
+    Generate,
+    Holding,
+    Ready,
+    Refused,
+    Sent,
+    Token,
+    ToLauncher,
+    Withdraw,
+)
+from qwen_vl.models import ModelSettings, parameter_bytes
+from qwen_vl.prompts import PromptError
+from shmblocks import ShmBlocksError, TransferError
+
+# Seconds between two looks whether the launcher has withdrawn what a language process waits for.
+# Smaller: more wake-ups for nothing. Larger: a request whose embedding process died goes on later.
+LOOK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a process of the model is started with."""
+
+    settings: ModelSettings
+    line: Line
+
+
+# ---------------------------------------------------------------------------- embedding process
+
+
+def embedding_process(pipe: Connection[bytes, bytes], setup: Setup) -> None:
+    """Holds the vision half; embeds one prompt after the other."""
+    with obeying_the_launcher():
+        same_arithmetic_everywhere()
+        before = private_bytes()
+        half = VisionHalf(setup.settings)
+        launcher = Launcher(pipe, setup.settings.device)
+        with setup.line.embedding_end() as end:
+            # Its names are those of the whole model's inner part.
+            launcher.tell(_ready(half.model, "model.", before))
+            while (message := launcher.next()) is not None:
+                if isinstance(message, Embed):
+                    launcher.tell(_embed(half, end, message, launcher))
+
+
+def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher) -> Sent | Refused:
+    started = time.monotonic_ns()
+    try:
+        prepared = half.prepare(asked.prompt)
+        prepared_ns = launcher.now(asked.is_timed)
+        embedded = half(prepared)
+        ready_ns = launcher.now(asked.is_timed)
+        end.send(asked.room, embedded, asked.way, asked.readers)
+    except PromptError as error:
+        return Refused(asked.room, str(error), is_prompt=True)
+    except ShmBlocksError as error:  # the other side died, gave up or was too slow
+        return Refused(asked.room, str(error), is_prompt=False)
+    return Sent(asked.room, started, prepared_ns, ready_ns)
+
+
+# ----------------------------------------------------------------------------- language process
+
+
+def language_process(pipe: Connection[bytes, bytes], setup: Setup, index: int) -> None:
+    """Holds the language half; answers one request after the other."""
+    with obeying_the_launcher():
+        same_arithmetic_everywhere()
+        before = private_bytes()
+        half = LanguageHalf(setup.settings)
+        launcher = Launcher(pipe, setup.settings.device)
+        with setup.line.language_end(index) as end:
+            launcher.tell(_ready(half.model, "", before))
+            while (message := launcher.next()) is not None:
+                if isinstance(message, Generate):
+                    launcher.tell(_answer(half, end, message, launcher))
+
+
+def _answer(half: LanguageHalf, end: LanguageEnd, asked: Generate, launcher: Launcher) -> Ended:
+    try:
+        with _received(end.ask(asked.room, asked.way), asked, launcher) as received:
+            launcher.tell(_holding(asked, received, launcher))
+            steps = half.generate(received.embedded, asked.count)
+            step = next(steps)
+        # The prompt has been read: its blocks are free for the next one while this one goes on.
+        launcher.tell(Token(asked.room, step.token, step.digest if asked.with_digests else ""))
+        for step in steps:
+            launcher.tell(Token(asked.room, step.token, step.digest if asked.with_digests else ""))
+    except ShmBlocksError as error:
+        return Ended(asked.room, failure=str(error))
+    return Ended(asked.room)
+
+
+def _received(room: Asked, asked: Generate, launcher: Launcher) -> AbstractContextManager[Received]:
+    """Wait for the embeddings, with an eye on the launcher: it knows first that none will come."""
+    while (received := room.wait(LOOK_SECONDS)) is None:
+        reason = launcher.withdrawn(asked.room)
+        if reason is not None:
+            room.give_up(reason)
+            raise TransferError(reason)
+    return received
+
+
+def _holding(asked: Generate, received: Received, launcher: Launcher) -> Holding:
+    return Holding(
+        room=asked.room,
+        at_ns=launcher.now(asked.is_timed),
+        num_tokens=received.embedded.num_tokens,
+        num_blocks=received.num_blocks,
+        rounds=received.rounds,
+        num_bytes=received.num_bytes,
+        is_zero_copy=received.is_zero_copy,
+    )
+
+
+# ------------------------------------------------------------------------------ what both have
+
+
+def _ready(model: torch.nn.Module, prefix: str, before: int) -> Ready:
+    names = tuple(prefix + name for name, _ in model.named_parameters())
+    return Ready(names, parameter_bytes(model), before, private_bytes())
+
+
+class Launcher:
+    """The launcher, as its child sees it."""
+
+    def __init__(self, pipe: Connection[bytes, bytes], device: str) -> None:
+        self._pipe, self._device = pipe, device
+        self._later: deque[FromLauncher] = deque()
+
+    def tell(self, message: ToLauncher) -> None:
+        """Tell it; without a launcher there is nobody to work for."""
+        try:
+            self._pipe.send_bytes(ENCODER.encode(message))
+        except BrokenPipeError:
+            sys.exit("the launcher is gone")
+
+    def next(self) -> FromLauncher | None:
+        """What to do next; None when the launcher has closed the pipe, or is gone."""
+        if self._later:
+            return self._later.popleft()
+        try:
+            return FROM_LAUNCHER.decode(self._pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return None
+
+    def withdrawn(self, room: int) -> str | None:
+        """Why nothing comes for this room, if the launcher says so. Does not block."""
+        while self._pipe.poll():
+            try:
+                message = FROM_LAUNCHER.decode(self._pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                return "the launcher is gone"
+            if isinstance(message, Withdraw) and message.room == room:
+                return message.reason
+            self._later.append(message)
+        return None
+
+    def now(self, is_timed: bool) -> int:
+        """The time; when it is to be measured, after what was given to the GPU is done."""
+        if is_timed and self._device != "cpu":
+            torch.cuda.synchronize(self._device)
+        return time.monotonic_ns()
+
+
+@contextmanager
+def obeying_the_launcher() -> Iterator[None]:
+    """End when the launcher says so, and only then.
+
+    Ctrl-C reaches every process of the terminal at once; the launcher alone acts on it. Its
+    SIGTERM becomes SystemExit, once, so that every `with` closes what it opened. The launcher
+    started this process with both signals blocked, so none could come before this line.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are ending anyway
+
+
+def _end(signum: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signum)
