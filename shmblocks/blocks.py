@@ -168,9 +168,10 @@ class BlockTable:
 
         `StaleHandleError` when it was freed, or its blocks given to another since.
         """
-        if handle.start_block >= self._total:
+        if not 0 <= handle.start_block < self._total:
             raise StaleHandleError(
-                f"{handle}: expected a start block below {self._total}; the handle is damaged"
+                f"{handle}: expected a start block from 0 to {self._total - 1}; the handle is "
+                "damaged"
             )
         record = self.record(handle.start_block)
         if record.state == _FREE:
@@ -196,7 +197,7 @@ class BlockTable:
            caller then looks under the lock.
         """
         start = handle.start_block
-        if start >= self._total:
+        if not 0 <= start < self._total:
             return False
         try:
             words = RECORD_HEAD.unpack_from(self._memory, self._records + start * RECORD.size)

@@ -8,8 +8,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shmblocks import BlockHandle, BlockPool, Field, InvalidStateError, multimodal_fields
+from shmblocks import (
+    BlockHandle,
+    BlockPool,
+    Field,
+    InvalidStateError,
+    StaleHandleError,
+    multimodal_fields,
+)
 from shmblocks.config import DTYPES, dtype_name
+from shmblocks.layout import RECORD, RECORD_HEAD
 from tests.core import pools
 from tests.support import procfs
 from tests.support.children import Channel, fork, run_in_fork
@@ -294,3 +302,16 @@ def test_a_pool_without_fields_has_aux(pool_name: str) -> None:
         view.aux.fill_(5)
         with pytest.raises(KeyError, match="the pool has none"):
             view["x"]
+
+
+def test_a_start_block_below_zero_is_no_way_around_the_table(pool: BlockPool) -> None:
+    """Found: without the lock it was looked up from the end of the segment, in a field's bytes."""
+    me = pool.participant
+    assert me is not None
+    layout = pool._ledger.layout
+    start = -(layout.records // RECORD.size) - 2
+    forged = RECORD_HEAD.pack(1, 77, 1, BLOCK, me.word, 0, 0, 0, 0)
+    offset = layout.segment_bytes + layout.records + start * RECORD.size
+    pool._ledger.segment.memory[offset : offset + len(forged)] = forged
+    with pytest.raises(StaleHandleError, match="start block"):
+        pool.view(BlockHandle(start, 1, BLOCK, 77, pool.pool_id))
