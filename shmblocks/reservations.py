@@ -81,6 +81,7 @@ class Waiting:
         self.said = False
         self.joined: list[Ticket] = []
         self.who = 0
+        self.longest_sleep = LONGEST_SLEEP
 
     @property
     def seconds(self) -> float:
@@ -188,10 +189,11 @@ class Reservations:
         if not waiting.said and waiting.seconds > SAYS_SO_AFTER:
             waiting.said = True
             _log.warning("%s", self._waits(waiting))
-        return min(left, self._longest_sleep())
+        return min(left, waiting.longest_sleep)
 
     def _longest_sleep(self) -> float:
-        """Streams ring no bell either: while some are to give blocks back, look more often."""
+        """Under the lock. Streams ring no bell either: while some are to give blocks back, look
+        more often."""
         return STREAM_POLL if self._ledger.blocks.waits_for_streams else LONGEST_SLEEP
 
     def _join(self, waiting: Waiting) -> None:
@@ -230,6 +232,7 @@ class Reservations:
         if is_due(ledger.blocks, ledger.participants):
             ledger.reap()
         is_alive, now = ledger.participants.is_alive, time.monotonic_ns()
+        waiting.longest_sleep = self._longest_sleep()
         if not ledger.line.is_turn_of(waiting.joined[0], is_alive, now):
             return Turn(None, bell, seen)
         return Turn(self._reserve(waiting.want), bell, seen)

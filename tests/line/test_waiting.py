@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from shmblocks import BlockHandle, BlockPool, PoolTimeoutError, ShmBlocksError
+from shmblocks import BlockHandle, BlockPool, PoolClosedError, PoolTimeoutError, ShmBlocksError
 from shmblocks import line as line_module
+from shmblocks.reservations import Reservations
+from shmblocks.reservations import Waiting as Wait
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
 from tests.line.kit import TOTAL, all_but, count_looks, in_line, reserve, wait_for, waiter, waiting
@@ -285,6 +287,23 @@ def test_close_at_any_moment_of_a_wait_is_an_error_of_its_own(
             for thread in threads:
                 assert "closed in this process" in str(thread.error(SOON))
             assert waiting(keeper) == 0
+
+
+def test_close_between_a_look_and_the_sleep_after_it_is_that_error_too(
+    pool_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: a ValueError about released memory."""
+    pool = pools.create(pool_name)
+    before = Reservations._seconds_to_sleep
+
+    def close_and_go_on(self: Reservations, its_wait: Wait) -> float:
+        pool.close()
+        return before(self, its_wait)
+
+    with pools.attach(pool_name) as keeper, all_but(keeper, 0):
+        monkeypatch.setattr(Reservations, "_seconds_to_sleep", close_and_go_on)
+        with pytest.raises(PoolClosedError, match="closed in this process"):
+            wait_for(pool, 1)
 
 
 def test_the_mapping_goes_with_close_after_a_wait(pool_name: str) -> None:
