@@ -45,6 +45,8 @@ MADV_POPULATE_WRITE = 23
 # Populated per call. Smaller: more calls. Larger: closing waits longer for the background thread.
 PREFAULT_STEP = 64 * MIB
 
+_LARGEST_FILE = (1 << 63) - 1
+
 _NAME = re.compile(r"/?([A-Za-z0-9._-]{1,200})")
 
 
@@ -85,8 +87,11 @@ class Segment:
         return leads_to(self.name, self._file)
 
     def unlink(self) -> None:
-        """Remove the name, if it is still this segment's. The memory lives on while mapped."""
-        unlink_file(self.name, self._file)
+        """Remove the name, if it is still this segment's and this user may: /dev/shm is sticky,
+        what is shared with a group stays as a leftover for its owner. The memory lives on while
+        mapped."""
+        with contextlib.suppress(PoolPermissionError):
+            unlink_file(self.name, self._file)
 
     def prefault(self, how: str) -> None:
         """Map every page now: `"now"`, `"background"` (a thread) or `"off"`."""
@@ -148,9 +153,17 @@ def leads_to(name: str, file: tuple[int, int]) -> bool:
 
 def unlink_file(name: str, file: tuple[int, int]) -> None:
     """Remove the name if it belongs to that file, and not to a newer one."""
-    if leads_to(name, file):
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(name)
+    if not leads_to(name, file):
+        return
+    try:
+        posix_ipc.unlink_shared_memory(name)
+    except posix_ipc.ExistentialError:
+        return
+    except (posix_ipc.PermissionsError, PermissionError):
+        raise PoolPermissionError(
+            f"pool {name}: only the user who created it can remove it from {SHM_DIRECTORY} (or "
+            "root); do it as that user, or choose another name"
+        ) from None
 
 
 class _Prefault:
@@ -206,7 +219,12 @@ def _allow(fd: int, group: str | None) -> None:
         group_id = grp.getgrnam(group).gr_gid
     except KeyError:
         raise ValueError(f"group: expected the name of a Unix group, got {group!r}") from None
-    os.fchown(fd, -1, group_id)
+    try:
+        os.fchown(fd, -1, group_id)
+    except PermissionError:
+        raise PoolPermissionError(
+            f"group: this user is not in the group {group!r}; give one that `id` lists"
+        ) from None
     os.fchmod(fd, 0o660)
 
 
@@ -214,7 +232,7 @@ def _allocate(fd: int, size: int, name: str) -> None:
     space = os.statvfs(SHM_DIRECTORY)
     free = space.f_bavail * space.f_frsize
     try:
-        if size > space.f_blocks * space.f_frsize > 0:
+        if size > space.f_blocks * space.f_frsize > 0 or size > _LARGEST_FILE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate(fd, 0, size)
     except OSError as error:

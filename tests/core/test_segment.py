@@ -14,15 +14,17 @@ import pytest
 from shmblocks import (
     BlockPool,
     Field,
+    HandleQueue,
     PoolConfig,
     PoolNotFoundError,
     PoolPermissionError,
     SharedMemoryFullError,
+    remove_pool,
 )
 from shmblocks.segment import normal_name, path_of
 from tests.core import namespaces, pools
 from tests.support import procfs
-from tests.support.children import run_in_fork
+from tests.support.children import PATIENCE, Channel, fork, run_in_fork
 
 MIB = 1 << 20
 
@@ -111,6 +113,67 @@ def test_a_pool_of_a_group_is_used_by_another_user_of_the_group_and_by_nobody_el
         assert run_in_fork(attach_as_nobody, pool_name, group.gr_gid) == "[]"
         told = run_in_fork(attach_as_nobody, pool_name, pwd.getpwnam("nobody").pw_gid)
         assert "it belongs to another user" in told
+
+
+def outlive_the_creator(channel: Channel, name: str, group: int) -> bool:
+    """Whether the last one out has left, who may not unlink in a sticky directory."""
+    become_nobody(group)
+    pool = pools.attach(name, timeout=PATIENCE)
+    queue = HandleQueue.attach(f"{name}.queue", timeout=PATIENCE)
+    channel.say("attached")
+    channel.hear("alone")
+    pool.close()
+    queue.close()
+    return pool.is_closed and queue.is_closed
+
+
+@needs_root
+def test_what_the_last_one_out_may_not_remove_is_a_leftover_that_its_owner_replaces(
+    pool_name: str,
+) -> None:
+    """Found: `close` failed with the error of unlink, and left it attached for good."""
+    group = next(each for each in grp.getgrall() if each.gr_gid not in (0, 65534))
+    config = pools.tiny(group=group.gr_name)
+    with fork(outlive_the_creator, pool_name, group.gr_gid) as other:
+        pool = pools.create(pool_name, config)
+        queue = HandleQueue.create(f"{pool_name}.queue", 4, group=group.gr_name)
+        other.hear("attached")
+        pool.close()
+        queue.close()
+        other.say("alone")
+        assert other.result() is True
+    assert Path(path_of(pool_name)).exists()
+    with pools.create(pool_name, config), HandleQueue.create(f"{pool_name}.queue", 4):
+        pass
+    assert not Path(path_of(pool_name)).exists()
+
+
+@needs_root
+def test_a_leftover_of_another_user_is_told_to_one_who_would_replace_it(pool_name: str) -> None:
+    group = next(each for each in grp.getgrall() if each.gr_gid not in (0, 65534))
+    pools.abandon(pool := pools.create(pool_name, pools.tiny(group=group.gr_name)))
+
+    def replace() -> str:
+        become_nobody(group.gr_gid)
+        with pytest.raises(PoolPermissionError) as caught:
+            pools.create(pool_name)
+        return str(caught.value)
+
+    assert "only the user who created it can remove it" in run_in_fork(replace)
+    pool.close()
+    remove_pool(pool_name)
+
+
+@needs_root
+def test_a_group_that_the_user_is_not_in_is_told(pool_name: str) -> None:
+    def create() -> str:
+        become_nobody(pwd.getpwnam("nobody").pw_gid)
+        with pytest.raises(PoolPermissionError) as caught:
+            pools.create(pool_name, pools.tiny(group="root"))
+        return str(caught.value)
+
+    assert "this user is not in the group 'root'" in run_in_fork(create)
+    assert not Path(path_of(pool_name)).exists()
 
 
 def test_a_group_that_is_not_there_is_told_and_nothing_is_left(pool_name: str) -> None:
