@@ -338,6 +338,8 @@ def _is_dying(pid: int, start: int) -> bool:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return True
+    except PermissionError:
+        return False  # another user's (proc mounted with hidepid=1): it is there
     is_another = int(fields[19]) != start
     return is_another or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from shmblocks import BlockPool, InvalidStateError, ParticipantId
+from shmblocks import BlockPool, InvalidStateError, ParticipantId, participants
 from shmblocks.participants import utf8_prefix
+from shmblocks.segment import path_of
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support.children import Channel, fork, run_in_fork, wait_until
@@ -331,6 +333,21 @@ def test_a_participant_is_alive_whatever_its_record_says_of_its_pid(pool: BlockP
         assert not Path(f"/proc/{2**22}").exists()
         assert pool.is_alive(who)
         assert pool.reap().participants == 0
+
+
+def test_a_process_that_proc_hides_is_not_taken_for_one_that_dies(
+    pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: with /proc mounted with hidepid=1, `close` failed with the PermissionError."""
+
+    def denied(path: str, mode: str) -> NoReturn:
+        raise PermissionError(1, "Operation not permitted", path)
+
+    other = pools.attach(pool.name)
+    monkeypatch.setattr(participants, "open", denied, raising=False)
+    other.close()
+    assert other.is_closed
+    assert Path(path_of(pool.name)).exists()
 
 
 def test_nobody_who_was_never_there_is_alive(pool: BlockPool) -> None:
