@@ -13,7 +13,7 @@ import sys
 import weakref
 from typing import Protocol
 
-from shmblocks.errors import ShmBlocksError
+from shmblocks.errors import InvalidStateError, ShmBlocksError
 
 
 class Leaves(Protocol):
@@ -21,18 +21,32 @@ class Leaves(Protocol):
 
     def leave(self) -> None: ...
 
+    def close(self) -> None:
+        """Let go of it as a death does."""
+        ...
+
 
 def leave_at_exit(owner: object, shared: Leaves) -> weakref.finalize[..., object]:
     """Leave `shared` when `owner` is collected or the process ends; `detach()` takes it back."""
     if "multiprocessing.util" in sys.modules:
         from multiprocessing import util
 
-        util.Finalize(None, _leave, args=(weakref.ref(shared),), exitpriority=10)
-    return weakref.finalize(owner, shared.leave)
+        # Of `shared`: the entry goes when that does, and there is nothing left to do then.
+        util.Finalize(shared, _leave_if_there, args=(weakref.ref(shared),), exitpriority=10)
+    return weakref.finalize(owner, _leave, shared)
 
 
-def _leave(reference: weakref.ref[Leaves]) -> None:
+def _leave_if_there(reference: weakref.ref[Leaves]) -> None:
     shared = reference()
     if shared is not None:
         with contextlib.suppress(ShmBlocksError):
-            shared.leave()
+            _leave(shared)
+
+
+def _leave(shared: Leaves) -> None:
+    try:
+        shared.leave()
+    except InvalidStateError:
+        # The collector ran in the middle of an operation of this thread on the same segment,
+        # through another object, which is there to give back what we held and to leave last.
+        shared.close()

@@ -43,6 +43,9 @@ class FileLocks:
     def __init__(self, fd: int) -> None:
         # Public, for the lock's hot path: fcntl takes the file itself.
         self.file = _open_again(fd)
+        status = os.fstat(fd)
+        # Which file it is, also when closed: the same for every description of it.
+        self.inode = (status.st_dev, status.st_ino)
 
     @property
     def fd(self) -> int:

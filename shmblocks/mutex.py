@@ -35,7 +35,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
@@ -139,6 +139,8 @@ class Mutex:
                 self._give_back_abandoned()
             if attempt < SPIN_ATTEMPTS:
                 continue
+            if attempt == SPIN_ATTEMPTS:
+                self._refuse_waiting_for_oneself(token)
             if time.monotonic() >= deadline:
                 raise self._timed_out()
             # Without the random part two waiters that started together would meet at each attempt.
@@ -158,25 +160,51 @@ class Mutex:
         if held is None or held is token or held[0] != token[0]:
             return
         if _runs(sys._getframe(), held):
-            raise InvalidStateError(
-                f"pool {self._name}: called from a signal handler or finalizer that interrupted an "
-                "operation of the same thread on this pool; set a flag there and act on it later"
-            )
+            raise self._nested()
         self._leave(held)
+
+    def _refuse_waiting_for_oneself(self, token: _Token) -> None:
+        """The same, through another object that this process has attached to the segment: its lock
+        is on a description of its own, and kept from us by a caller of ours."""
+        for mutex, its_token in _sections(sys._getframe()):
+            if its_token is not token and mutex._locks.inode == self._locks.inode:
+                raise self._nested()
+
+    def _nested(self) -> InvalidStateError:
+        return InvalidStateError(
+            f"pool {self._name}: called from a signal handler or finalizer that interrupted an "
+            "operation of the same thread on this pool; set a flag there and act on it later"
+        )
 
     def _give_back_abandoned(self) -> None:
         held = self._inside.get(0)
         if held is not None and _is_abandoned(held):
             self._leave(held)
 
-    def reset_after_fork(self) -> None:
-        """In a forked child: whoever was inside was a thread of the parent."""
+    def reset_after_fork(self) -> bool:
+        """In a forked child: whoever was inside was a thread of the parent.
+
+        True when it is the one that forked, in a signal handler: returning from that, the child
+        would go on inside, beside its parent. It must not get at the segment any more.
+        """
+        held = self._inside.get(0)
         self._inside.clear()
+        return held is not None and held[0] == _get_ident()
 
 
 def _is_abandoned(token: _Token) -> bool:
     frame = sys._current_frames().get(token[0])
     return frame is None or not _runs(frame, token)
+
+
+def _sections(frame: FrameType | None) -> Iterator[tuple[Mutex, _Token]]:
+    """Whose sections, by which token, the callers of `frame` are in."""
+    while frame is not None:
+        if frame.f_code is Mutex.run.__code__:
+            mutex, token = frame.f_locals["self"], frame.f_locals.get("token")
+            if token is not None and mutex._inside.get(0) is token:
+                yield mutex, token
+        frame = frame.f_back
 
 
 def _runs(frame: FrameType | None, token: _Token) -> bool:

@@ -114,8 +114,10 @@ class SharedSegment:
     def reset_after_fork(self) -> None:
         """In a forked child, before anything else there uses the segment."""
         self.segment.forget_parent()
-        self.mutex.reset_after_fork()
-        self.locks.reopen_after_fork()
+        if self.mutex.reset_after_fork():
+            self.drop()
+        else:
+            self.locks.reopen_after_fork()
         self.forget_parent()
 
 

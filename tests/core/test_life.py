@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from shmblocks import (
     BlockHandle,
     BlockPool,
+    HandleQueue,
     PoolClosedError,
     PoolExistsError,
     PoolNotFoundError,
@@ -227,6 +229,30 @@ def test_a_pool_that_is_dropped_leaves_by_itself(pool: BlockPool) -> None:
     gc.collect()
     assert [each.is_self for each in pool.participants()] == [True]
     assert pool.stats().reserved_blocks == 0
+
+
+def test_a_pool_that_is_collected_inside_an_operation_on_its_segment_leaves_too(
+    pool: BlockPool,
+) -> None:
+    """Found: it waited for the lock of the operation that it had interrupted."""
+    other = pools.attach(pool.name)
+    pools.take(other)
+    del other
+    pool._ledger.run(gc.collect)
+    assert [each.is_self for each in pool.participants() if each.is_alive] == [True]
+    pool.reap()
+    assert pool.stats().reserved_blocks == 0
+
+
+def test_nothing_is_kept_of_pools_that_were_closed(new_pool_name: Callable[[], str]) -> None:
+    registry: dict[object, object] = vars(util)["_finalizer_registry"]
+    gc.collect()
+    before = set(registry)
+    for _ in range(3):
+        pools.create(new_pool_name()).close()
+        HandleQueue.create(new_pool_name(), 4).close()
+    gc.collect()
+    assert set(registry) <= before
 
 
 def test_closing_lets_go_of_the_memory_without_the_garbage_collector(pool_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -210,6 +211,38 @@ def test_a_section_within_a_section_is_refused_instead_of_waiting_for_ever(
     with pytest.raises(InvalidStateError, match="operation of the same thread"):
         pool._ledger.run(pool.alloc, 1)
     assert not is_taken(stranger)
+
+
+def test_a_section_within_a_section_is_refused_through_another_attachment_too(
+    pool: BlockPool, stranger: FileLocks
+) -> None:
+    """Found: it waited for the lock that its own thread held, for the whole `lock_timeout`."""
+    with pools.attach(pool.name) as other:
+        with pytest.raises(InvalidStateError, match="operation of the same thread"):
+            pool._ledger.run(other.alloc, 1)
+        assert not is_taken(stranger)
+        pools.take(other)
+
+
+def test_a_child_forked_by_a_handler_inside_a_section_cannot_go_on_there(pool: BlockPool) -> None:
+    """Found: it came back from the handler into its parent's section, and wrote without a lock."""
+
+    child = 0
+
+    def fork_inside() -> None:
+        nonlocal child
+        child = os.fork()
+        if not child:
+            try:
+                pool._ledger.blocks.note_unclaimed(1)  # any change
+            except ValueError:
+                os._exit(0 if pool.is_closed else 1)
+            os._exit(2)
+
+    pool._ledger.run(fork_inside)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool._ledger.blocks.unclaimed_ns == 0
+    pools.take(pool)
 
 
 def test_another_pool_may_be_used_inside_a_section(
