@@ -16,7 +16,7 @@ What is not here: HTTP (serve.py), or processes themselves (children.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -101,6 +101,11 @@ class Engine:
         """All of them."""
         return [self.embedding, *self.languages]
 
+    @property
+    def num_rooms(self) -> int:
+        """Attempts that are going on."""
+        return len(self._rooms)
+
     async def __aenter__(self) -> Engine:
         self._running = [asyncio.create_task(child.run()) for child in self.children]
         return self
@@ -136,7 +141,7 @@ class Engine:
 
     # ---- requests ----------------------------------------------------------------------------
 
-    async def generate(self, prompt: Prompt, count: int) -> AsyncIterator[int]:
+    async def generate(self, prompt: Prompt, count: int) -> AsyncGenerator[int, None]:
         """`count` tokens, each as soon as it is there. `PromptError`, `NoAnswerError`."""
         for attempt in range(1, ATTEMPTS + 1):
             got = 0
@@ -154,16 +159,18 @@ class Engine:
         """One attempt: what its processes say, and which (EMBEDDING, or a language process)."""
         room = await self._open(request)
         problems: list[Exception] = []
+        is_whole = True  # a process that dies when it has handed over has done its part
         while (said := await room.said.get()) is not None:
             who, what = said
             if isinstance(what, Refused):
                 problems.append((PromptError if what.is_prompt else NoAnswerError)(what.reason))
             elif isinstance(what, Ended):
                 if what.failure:
+                    is_whole = False
                     problems.append(NoAnswerError(what.failure))
             else:
                 yield who, what
-        if problems:
+        if not is_whole:
             raise problems[0]
 
     async def _open(self, request: Request) -> Room:
