@@ -30,6 +30,8 @@ class FieldTensors:
         self._config = config
         self._layout = layout
         self._fields = {field.name: field for field in config.fields}
+        # Names of the fields that users see as `[k, tokens]`.
+        self.transposed = frozenset(field.name for field in config.fields if field.transposed)
         self._tensors: dict[str, torch.Tensor] = {}
 
     @property
@@ -128,9 +130,9 @@ class BlockView(Mapping[str, "torch.Tensor"]):
         return self._tensors.aux()[self.handle.start_block]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        start = self.start_token
-        rows = self._tensors.tensor(name)[start : start + self.handle.num_tokens]
-        return rows.t() if self._tensors.field(name).transposed else rows
+        start, tensors = self.start_token, self._tensors
+        rows = tensors.tensor(name)[start : start + self.handle.num_tokens]
+        return rows.t() if name in tensors.transposed else rows
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors.names)
