@@ -1,5 +1,7 @@
 """The pools of this node: listing them, looking into one without joining it, removing one.
 
+Queues are listed and removed too: their leftovers take up shared memory as well.
+
 An inspector is no participant: it keeps no pool alive, and a pool that it looks at is removed by
 its last participant as if nobody looked.
 """
@@ -31,6 +33,7 @@ from shmblocks.reclaim import ReapReport
 from shmblocks.segment import (
     SHM_DIRECTORY,
     file_identity,
+    is_ours,
     is_pool,
     normal_name,
     open_existing,
@@ -42,10 +45,11 @@ LOCK_TIMEOUT = 1.0
 
 
 class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One pool in a listing.
+    """One pool (or queue) in a listing.
 
     `state`: `alive`, `dead` (all its processes died: a leftover), `incompatible` (of another layout
     version, or damaged). `stats` is None when they cannot be read; `problem` says why.
+    `is_queue`: it is a `HandleQueue`, which has no stats.
     """
 
     name: str
@@ -53,6 +57,7 @@ class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     stats: PoolStats | None = None
     problem: str = ""
+    is_queue: bool = False
 
 
 class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +149,11 @@ def open_inspector(name: str, *, lock_timeout: float | None = None) -> PoolInspe
 
 def list_pools() -> list[PoolSummary]:
     """Every pool of the node that can be seen, by name. Other segments are left out."""
+    return [summary for summary in list_segments() if not summary.is_queue]
+
+
+def list_segments() -> list[PoolSummary]:
+    """Every pool and every queue of the node that can be seen, by name."""
     summaries = []
     for entry in sorted(os.listdir(SHM_DIRECTORY)):
         # A name that no pool can have is no pool, and one that goes while we look is gone.
@@ -157,12 +167,17 @@ def list_pools() -> list[PoolSummary]:
 def _summary(name: str) -> PoolSummary | None:
     try:
         with _opened(name) as (fd, locks):
-            if not is_pool(fd):
+            if not is_ours(fd):
                 return None
+            is_queue = not is_pool(fd)
             size = os.fstat(fd).st_size
             state = "alive" if anyone_lives(locks) else "dead"
     except (PoolPermissionError, IncompatiblePoolError):
         return None
+    if is_queue:
+        return PoolSummary(
+            name=name, size_bytes=size, state=state, problem="a queue", is_queue=True
+        )
     try:
         with open_inspector(name, lock_timeout=LOCK_TIMEOUT) as inspector:
             return PoolSummary(name=name, size_bytes=size, state=state, stats=inspector.stats())
@@ -179,14 +194,15 @@ def _opened(name: str) -> Iterator[tuple[int, FileLocks]]:
 
 
 def remove_pool(name: str, force: bool = False) -> None:
-    """Remove a pool's name. With `force` even while processes use it: they go on, nobody joins.
+    """Remove the name of a pool or queue. With `force` even while processes use it: they go on,
+    nobody joins.
 
     Raises `PoolExistsError` when somebody lives in it, `PoolNotFoundError`, and
     `IncompatiblePoolError` for a segment that is no pool.
     """
     name = normal_name(name)
     with _opened(name) as (fd, locks):
-        if not is_pool(fd):
+        if not is_ours(fd):
             raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a pool")
         if force:
             unlink_file(name, file_identity(fd))

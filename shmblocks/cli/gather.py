@@ -29,12 +29,12 @@ from shmblocks.errors import (
 )
 from shmblocks.inspection import AllocationInfo, LeaseInfo, PoolStats
 from shmblocks.participants import ParticipantInfo
-from shmblocks.registry import PoolSummary, list_pools, open_inspector, remove_pool
+from shmblocks.registry import PoolSummary, list_segments, open_inspector, remove_pool
 
 
 def pools() -> tuple[PoolRow, ...]:
-    """All pools of the node, by name."""
-    return tuple(_pool(summary) for summary in list_pools())
+    """All pools and queues of the node, by name."""
+    return tuple(_pool(summary) for summary in list_segments())
 
 
 def _pool(summary: PoolSummary) -> PoolRow:
@@ -129,14 +129,14 @@ def reap(name: str) -> ReapRow:
 
 
 def reap_all() -> tuple[ReapRow, ...]:
-    """Reap all living pools and remove all dead ones; one that cannot be is told, not fatal."""
-    return tuple(_reap_or_remove(summary) for summary in list_pools())
+    """Reap all living pools, remove all that is dead; what cannot be is told, not fatal."""
+    return tuple(_reap_or_remove(summary) for summary in list_segments())
 
 
 def _reap_or_remove(summary: PoolSummary) -> ReapRow:
     name, state = summary.name, summary.state
     try:
-        if state == "alive":
+        if state == "alive" and not summary.is_queue:
             return reap(name)
         if state == "dead":
             remove_pool(name)

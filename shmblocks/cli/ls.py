@@ -61,8 +61,8 @@ LS = Command(
     description=(
         "List all pools on this node. A pool is alive while a process is attached to it, and dead\n"
         "when all of them were killed; `shmblocks reap --all` removes dead ones. Incompatible\n"
-        "pools belong to another version, or are damaged. Segments that are no pools, or that\n"
-        "belong to other users, are left out."
+        "pools belong to another version, or are damaged. Queues are listed too. Other segments,\n"
+        "and those of other users, are left out."
     ),
     examples=(
         ("shmblocks ls", "a table"),

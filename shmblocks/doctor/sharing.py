@@ -12,7 +12,7 @@ from shmblocks.doctor.result import CheckResult
 from shmblocks.doctor.words import bytes_text, count_text
 from shmblocks.errors import ShmBlocksError
 from shmblocks.pool import BlockPool
-from shmblocks.registry import PoolSummary, list_pools
+from shmblocks.registry import PoolSummary, list_segments
 
 # A Python that starts on a busy machine. Smaller: such machines fail. Larger: a hang holds us up.
 ATTACH_SECONDS = 30.0
@@ -49,9 +49,9 @@ def _hand_over(pool: BlockPool) -> Iterator[CheckResult]:
 
 
 def leftovers(host: Host) -> Iterator[CheckResult]:
-    """Pools that nobody lives in any more: they take memory until somebody removes them."""
+    """Pools and queues that nobody lives in any more: they take memory until they are removed."""
     try:
-        pools = list_pools()
+        pools = list_segments()
     except OSError as error:
         yield CheckResult("leftover-pools", "skip", f"cannot be listed: {error}")
         return

@@ -10,9 +10,10 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import pytest
 
-from shmblocks import BlockHandle, BlockPool, Field, PoolConfig, PoolSummary, list_pools
+from shmblocks import BlockHandle, BlockPool, Field, PoolConfig, PoolSummary
 from shmblocks.cli import gather
 from shmblocks.cli.main import main
+from shmblocks.registry import list_segments
 from tests.support.children import Channel, Child, fork
 from tests.support.naming import worker_prefix
 
@@ -59,9 +60,9 @@ def _only_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands for all pools of the node see those of this worker: others are not ours to reap."""
 
     def mine() -> list[PoolSummary]:
-        return [pool for pool in list_pools() if worker_prefix() in pool.name]
+        return [each for each in list_segments() if worker_prefix() in each.name]
 
-    monkeypatch.setattr(gather, "list_pools", mine)
+    monkeypatch.setattr(gather, "list_segments", mine)
 
 
 @dataclass

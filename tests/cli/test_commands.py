@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shmblocks import BlockPool, PoolConfig
+from shmblocks import BlockPool, HandleQueue, PoolConfig
 from shmblocks.cli import doctor as doctor_command
 from shmblocks.cli.main import COMMANDS
 from shmblocks.cli.reports import (
@@ -43,6 +43,13 @@ def dead_pool(pool_name: str) -> Iterator[str]:
         child.kill()
     yield "/" + pool_name
     Path(path_of(pool_name)).unlink(missing_ok=True)
+
+
+def create_queue_and_wait(channel: Channel, name: str) -> None:
+    queue = HandleQueue.create(name, 4)
+    queue.put(b"lost")
+    channel.say("ready")
+    channel.receive()
 
 
 def write_word(name: str, word: int, value: int) -> None:
@@ -340,6 +347,34 @@ def test_reap_all_leaves_pools_of_other_versions_alone(dead_pool: str, run: Run)
     assert answer.code == 0
     assert answer.out.startswith(f"{dead_pool}: left alone: ")
     assert os.path.exists(path_of(dead_pool))
+
+
+@pytest.mark.usefixtures("_only_this_run")
+def test_a_dead_queue_is_shown_and_removed_and_a_living_one_left_alone(
+    new_pool_name: Callable[[], str], run: Run
+) -> None:
+    """Found: no command saw the leftover of a queue, which only its next `create` removed."""
+    with fork(create_queue_and_wait, dead := new_pool_name()) as child:
+        child.hear("ready")
+        child.kill()
+    with HandleQueue.create(new_pool_name(), 4) as queue:
+        listed = {row.name: row for row in run("ls", "--json").report(LsReport).pools}
+        assert (listed[f"/{dead}"].state, listed[f"/{dead}"].problem) == ("dead", "a queue")
+        assert listed[queue.name].state == "alive"
+        rows = {row.name: row for row in run("reap", "--all", "--json").report(ReapAnswer).pools}
+        assert rows[f"/{dead}"].removed
+        assert (rows[queue.name].removed, rows[queue.name].skipped) == (False, "a queue")
+        assert not os.path.exists(path_of(dead))
+        assert run("rm", queue.name).code == 1
+        queue.put(b"still there")
+
+
+def test_rm_removes_a_dead_queue(pool_name: str, run: Run) -> None:
+    with fork(create_queue_and_wait, pool_name) as child:
+        child.hear("ready")
+        child.kill()
+    assert run("rm", pool_name) == (0, f"removed /{pool_name}\n", "")
+    assert not os.path.exists(path_of(pool_name))
 
 
 # ---- doctor ------------------------------------------------------------------------------------
