@@ -1,0 +1,59 @@
+"""Draw what latency.py measured: time to the first token in parts, one panel for each result.
+
+python -m qwen_vl.plot latency.json [MORE.json ...] --out qwen_vl/latency.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import msgspec
+
+from qwen_vl.latency import KINDS, PARTS, PROMPTS, Results
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of what to draw with
+
+COLOURS = ("#bbbbbb", "#4477aa", "#ee6677", "#66ccee", "#dddddd")
+
+
+def draw(results: list[Results], out: Path) -> None:
+    """One panel each, bars in groups of a prompt."""
+    figure, panels = plt.subplots(1, len(results), figsize=(7 * len(results), 5), squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        labels, bottoms = [], [0.0] * len(result.series)
+        places = [
+            PROMPTS.index(each.prompt) * (len(KINDS) + 1) + KINDS.index(each.kind)
+            for each in result.series
+        ]
+        for part, colour in zip(PARTS, COLOURS, strict=True):
+            heights = [each.median(part) for each in result.series]
+            panel.bar(places, heights, bottom=bottoms, color=colour, label=part, edgecolor="white")
+            bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
+        for each, place, top in zip(result.series, places, bottoms, strict=True):
+            labels.append(f"{each.kind} | {each.prompt}")
+            panel.text(
+                place, top, f"{each.median('handoff'):.1f}", ha="center", va="bottom", size=7
+            )
+        panel.set_xticks(places, labels, rotation=90, size=7)
+        panel.set_ylabel("ms to the first token (median); above the bars: the handoff")
+        panel.set_title(f"{result.family} {result.size}, {result.dtype}, {result.device}", size=10)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("qwen_vl/latency.png"))
+    args = parser.parse_args()
+    draw([msgspec.json.decode(path.read_bytes(), type=Results) for path in args.json], args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The ends of handoff.py over `torch.multiprocessing.Queue`, to compare with: no pool.
+
+It is what a launcher would do without one: the tensors are put on the queue, torch moves them to
+shared memory of their own (on a GPU: opens them over CUDA IPC), and pickles where they are.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.multiprocessing
+
+from qwen_vl.halves import Embedded
+from qwen_vl.handoff import Received
+from qwen_vl.messages import Way
+
+if TYPE_CHECKING:
+    from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd
+
+
+@dataclass(frozen=True)
+class TorchQueueLine:
+    """A queue for each language process."""
+
+    queues: tuple[Any, ...]
+
+    @classmethod
+    def create(cls, readers: int) -> TorchQueueLine:
+        """In the launcher."""
+        context = torch.multiprocessing.get_context("spawn")
+        return cls(tuple(context.Queue() for _ in range(readers)))
+
+    @contextmanager
+    def embedding_end(self) -> Iterator[EmbeddingEnd]:
+        """In the embedding process."""
+        yield TorchEmbeddingEnd(self.queues)
+
+    @contextmanager
+    def language_end(self, index: int) -> Iterator[LanguageEnd]:
+        """In language process number `index`."""
+        yield TorchLanguageEnd(self.queues[index])
+
+
+class TorchEmbeddingEnd:
+    """Puts the tensors themselves."""
+
+    def __init__(self, queues: Sequence[Any]) -> None:
+        self._queues = queues
+
+    def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> None:
+        """The same to each reader, `way` or not; returns at once."""
+        for reader in readers:
+            self._queues[reader].put((room, dict(embedded.fields), embedded.delta))
+
+
+class TorchLanguageEnd:
+    """Takes the tensors themselves."""
+
+    def __init__(self, tensors: Any) -> None:  # noqa: ANN401
+        self._queue = tensors
+
+    def ask(self, room: int, way: Way) -> Asked:
+        """Nobody is asked: what is put comes."""
+        return TorchAsked(self._queue, room)
+
+
+class TorchAsked:
+    """Tensors that are to come."""
+
+    def __init__(self, tensors: Any, room: int) -> None:  # noqa: ANN401
+        self._queue, self._room = tensors, room
+
+    def wait(self, seconds: float) -> AbstractContextManager[Received] | None:
+        """What came for this room; what came for others, given up before, is dropped."""
+        try:
+            room, fields, delta = self._queue.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if room != self._room:
+            return None
+        count = sum(tensor.numel() * tensor.element_size() for tensor in fields.values())
+        return nullcontext(
+            Received(Embedded(fields, delta), 0, rounds=1, num_bytes=count, is_zero_copy=False)
+        )
+
+    def give_up(self, reason: str) -> None:
+        """Nothing holds anything."""
