@@ -42,6 +42,7 @@ class FakeGpu:
         self.opened: dict[int, int] = {}
         self.registered: dict[int, int] = {}
         self.capturing: set[int] = set()
+        self.current = STREAM
         self.synchronized = 0
         self.ipc_opens = 0
         self.refuses_to_register = False
@@ -55,7 +56,7 @@ class FakeGpu:
         return 0
 
     def current_stream(self, device: int) -> int:
-        return STREAM
+        return self.current
 
     def uuid(self, device: int) -> bytes:
         return UUID

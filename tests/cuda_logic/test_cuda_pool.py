@@ -17,7 +17,7 @@ from shmblocks.cuda import memory
 from shmblocks.layout import PAGE, Layout
 from tests.core import pools
 from tests.cuda_logic.conftest import FIELDS
-from tests.cuda_logic.fakes import STREAM, FakeGpu
+from tests.cuda_logic.fakes import OTHER_STREAM, STREAM, FakeGpu
 
 
 def test_the_segment_of_a_cuda_pool_ends_behind_aux_and_its_fields_lie_on_pages() -> None:
@@ -60,6 +60,26 @@ def test_streams_are_used_without_being_named(cuda_pool: BlockPool, gpu: FakeGpu
     assert len(gpu.streams[STREAM]) == 3
     assert cuda_pool.available_blocks() == 15
     gpu.run()
+    assert cuda_pool.available_blocks() == 16
+
+
+def test_each_call_keeps_order_on_the_stream_that_is_current_then(
+    cuda_pool: BlockPool, gpu: FakeGpu
+) -> None:
+    first, second = (pools.take(cuda_pool) for _ in range(2))
+    published = [cuda_pool.publish(first)]
+    gpu.current = OTHER_STREAM
+    published.append(cuda_pool.publish(second))
+    assert [len(gpu.streams[stream]) for stream in (STREAM, OTHER_STREAM)] == [1, 1]
+    lease = cuda_pool.open(published[0])
+    gpu.current = STREAM
+    lease.release()
+    assert len(gpu.streams[OTHER_STREAM]) == 3, "waits and is released where it was opened"
+    cuda_pool.open(published[1]).release()
+    assert len(gpu.streams[STREAM]) == 3
+    assert not gpu.run(STREAM), "it waits for the other"
+    assert gpu.run(OTHER_STREAM)
+    assert gpu.run(STREAM)
     assert cuda_pool.available_blocks() == 16
 
 
