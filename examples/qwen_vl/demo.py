@@ -165,7 +165,7 @@ class Names:
         embedding, *languages = ready
         held = [set(each.parameters) for each in ready]
         for who, each in zip(self._who(len(ready)), ready, strict=True):
-            grown = (each.private_after - each.private_before) / 2**20
+            grown = (each.own_after - each.own_before) / 2**20
             print(
                 f"{who}: {len(each.parameters)} parameters, {each.parameter_bytes / 2**20:.1f} MiB;"
                 f" memory of its own grew by {grown:.1f} MiB: {summary(each.parameters)}"

@@ -49,7 +49,7 @@ class Step:
     """One generated token, and what it was chosen by."""
 
     token: int
-    logits: torch.Tensor  # [vocab]
+    logits: torch.Tensor  # [vocab] float32, as `generate` gives them
 
     @property
     def digest(self) -> str:
@@ -150,7 +150,7 @@ class LanguageHalf:
     def _step(self, rows: torch.Tensor, positions: torch.Tensor, cache: Any, **more: Any) -> Step:  # noqa: ANN401
         more[self._cache_name] = cache
         out = self._language(inputs_embeds=rows, position_ids=positions, use_cache=True, **more)
-        logits = self.model.lm_head(out.last_hidden_state[:, -1:])[0, -1]
+        logits = self.model.lm_head(out.last_hidden_state[:, -1:])[0, -1].float()
         return Step(int(logits.argmax()), logits)
 
     def _deepstack(self, embedded: Embedded) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     parameters: tuple[str, ...]
     parameter_bytes: int
-    private_before: int  # bytes of memory that are this process's alone, before the model was made
-    private_after: int
+    own_before: int  # bytes that are this process's alone, before its half was made; see memory.py
+    own_after: int
 
 
 class Sent(msgspec.Struct, frozen=True, tag=True):

@@ -20,7 +20,7 @@ import torch
 
 from qwen_vl.halves import LanguageHalf, VisionHalf, same_arithmetic_everywhere
 from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd, Line, Received
-from qwen_vl.memory import private_bytes
+from qwen_vl.memory import own_bytes
 from qwen_vl.messages import (
     ENCODER,
     FROM_LAUNCHER,
@@ -60,12 +60,12 @@ def embedding_process(pipe: Connection[bytes, bytes], setup: Setup) -> None:
     """Holds the vision half; embeds one prompt after the other."""
     with obeying_the_launcher():
         same_arithmetic_everywhere()
-        before = private_bytes()
+        before = own_bytes(setup.settings.device)
         half = VisionHalf(setup.settings)
         launcher = Launcher(pipe, setup.settings.device)
         with setup.line.embedding_end() as end:
             # Its names are those of the whole model's inner part.
-            launcher.tell(_ready(half.model, "model.", before))
+            launcher.tell(_ready(half.model, "model.", before, setup))
             while (message := launcher.next()) is not None:
                 if isinstance(message, Embed):
                     launcher.tell(_embed(half, end, message, launcher))
@@ -93,11 +93,11 @@ def language_process(pipe: Connection[bytes, bytes], setup: Setup, index: int) -
     """Holds the language half; answers one request after the other."""
     with obeying_the_launcher():
         same_arithmetic_everywhere()
-        before = private_bytes()
+        before = own_bytes(setup.settings.device)
         half = LanguageHalf(setup.settings)
         launcher = Launcher(pipe, setup.settings.device)
         with setup.line.language_end(index) as end:
-            launcher.tell(_ready(half.model, "", before))
+            launcher.tell(_ready(half.model, "", before, setup))
             while (message := launcher.next()) is not None:
                 if isinstance(message, Generate):
                     launcher.tell(_answer(half, end, message, launcher))
@@ -143,9 +143,9 @@ def _holding(asked: Generate, received: Received, launcher: Launcher) -> Holding
 # ------------------------------------------------------------------------------ what both have
 
 
-def _ready(model: torch.nn.Module, prefix: str, before: int) -> Ready:
+def _ready(model: torch.nn.Module, prefix: str, before: int, setup: Setup) -> Ready:
     names = tuple(prefix + name for name, _ in model.named_parameters())
-    return Ready(names, parameter_bytes(model), before, private_bytes())
+    return Ready(names, parameter_bytes(model), before, own_bytes(setup.settings.device))
 
 
 class Launcher:
