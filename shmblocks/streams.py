@@ -91,7 +91,8 @@ class Streams:
         if use is None or self._ledger.outside is not use:
             use = self.use()
         order = use.order(stream)
-        use.refuse_capture(order.stream)
+        if order.may_be_captured:
+            use.refuse_capture(order.stream)
         return order
 
     def order_of_writes(self, handle: BlockHandle, stream: Stream | None) -> Order | None:

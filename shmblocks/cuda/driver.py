@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -92,6 +92,10 @@ class Gpu(Protocol):
         """Enqueue: go on when the 64-bit word at the address has reached `value`."""
         ...
 
+    def may_be_captured(self, stream: int) -> bool:
+        """Whether `is_capturing` can ever be True for a stream: not for a default stream."""
+        ...
+
     def is_capturing(self, device: int, stream: int) -> bool:
         """Whether what is enqueued there goes into a graph instead of running."""
         ...
@@ -142,7 +146,7 @@ class CudaDriver:
         self._cuda: Any = bindings
         self._torch: Any = torch
         self._contexts: dict[int, Any] = {}
-        # Device -> its context as a number, which each write and wait compares.
+        # Device -> its context as a number, which each write and wait compares with the thread's.
         self._addresses: dict[int, int] = {}
         self._write = bindings.cuStreamWriteValue64
         self._wait = bindings.cuStreamWaitValue64
@@ -150,7 +154,9 @@ class CudaDriver:
         self._get_current = bindings.cuCtxGetCurrent
         # The public way makes a stream object each time, for 4 us; this is the one that torch's own
         # compilers use. Where it is missing, the public one does.
-        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+        self.current_stream: Callable[[int], int] = getattr(
+            torch._C, "_cuda_getCurrentRawStream", self._public_stream
+        )
         _check("cuInit", bindings.cuInit(0))
         # How often another process's memory was mapped.
         self.ipc_opens = 0
@@ -161,10 +167,7 @@ class CudaDriver:
         device: int = self._torch.cuda.current_device()
         return device
 
-    def current_stream(self, device: int) -> int:
-        if self._raw_stream is not None:
-            raw: int = self._raw_stream(device)
-            return raw
+    def _public_stream(self, device: int) -> int:
         stream: int = self._torch.cuda.current_stream(device).cuda_stream
         return stream
 
@@ -188,14 +191,8 @@ class CudaDriver:
             retain = self._cuda.cuDevicePrimaryCtxRetain
             context = _check("cuDevicePrimaryCtxRetain", retain(self._device(device)))
             self._contexts[device] = context
+            self._addresses[device] = int(context)
         return context
-
-    def _is_current(self, device: int) -> bool:
-        """Whether the device's context is the thread's current one."""
-        address = self._addresses.get(device)
-        if address is None:
-            self._addresses[device] = address = int(self._context(device))
-        return int(self._get_current()[1]) == address
 
     @contextmanager
     def _current(self, device: int) -> Iterator[None]:
@@ -247,14 +244,17 @@ class CudaDriver:
     # ---- streams -----------------------------------------------------------------------------
 
     def write(self, device: int, stream: int, address: int, value: int) -> None:
-        if stream > _LAST_OF_THE_CONTEXT or self._is_current(device):
+        # (Twice the same lines: each call of a function costs, and a publish is one of these.)
+        addresses = self._addresses
+        if stream > _LAST_OF_THE_CONTEXT or int(self._get_current()[1]) == addresses.get(device):
             answer = self._write(stream, address, value, _WRITE_DEFAULT)
             if answer[0] == 0:
                 return
         self._once_more(self._write, device, (stream, address, value, _WRITE_DEFAULT))
 
     def wait(self, device: int, stream: int, address: int, value: int) -> None:
-        if stream > _LAST_OF_THE_CONTEXT or self._is_current(device):
+        addresses = self._addresses
+        if stream > _LAST_OF_THE_CONTEXT or int(self._get_current()[1]) == addresses.get(device):
             answer = self._wait(stream, address, value, _WAIT_GEQ)
             if answer[0] == 0:
                 return
@@ -272,10 +272,12 @@ class CudaDriver:
         with self._current(device):
             _check(call.__name__, call(*arguments))
 
+    def may_be_captured(self, stream: int) -> bool:
+        return stream > _LAST_OF_THE_CONTEXT
+
     def is_capturing(self, device: int, stream: int) -> bool:
-        if stream <= _LAST_OF_THE_CONTEXT:
-            # The default stream cannot be captured, and asking it while another is would break
-            # that one's capture.
+        if not self.may_be_captured(stream):
+            # Asking a default stream while another is being captured would break that capture.
             return False
         error, status = self._is_capturing(stream)
         if int(error) == _INVALID_CONTEXT:

@@ -54,13 +54,15 @@ class GpuUse:
         self.device = self.gpu.current_device()
         self._memory: DeviceMemory | None = None
         self._registered: _Registered | None = None
+        # Where a device finds the first word of the segment; 0: it is not registered.
+        self.words = 0
         self._opening = threading.Lock()
         self._is_finished = False
         self.watcher = Watcher(ledger)
         # Generations of reservations that were given out to be written to on a stream.
         self.writing: set[int] = set()
         # The order of torch's current stream, which seldom changes.
-        self._current = Order(self, -1, None)
+        self._current = Order(self, -1, False, None)
         # Found once: each publish and open asks.
         self._current_stream = self.gpu.current_stream
 
@@ -103,7 +105,8 @@ class GpuUse:
                     f"with CUDA ({error}): see `ulimit -l` and the container's memory limit, or "
                     "use the pool without `pin`"
                 ) from error
-            self._registered = _Registered(address, there, size)
+            self._registered = _Registered(address, size)
+            self.words = there
             self._ledger.run(self._ledger.participants.note_pinned, size)
 
     def allocate(self, device: int, size: int) -> None:
@@ -180,11 +183,14 @@ class GpuUse:
             order = self._current
             current = self._current_stream(self.device)
             if order.stream != current:
-                self._current = order = Order(self, current, None)
+                self._current = order = self._order(current, None)
             return order
         if isinstance(stream, int):
-            return Order(self, stream, None)
-        return Order(self, int(stream.cuda_stream), stream)
+            return self._order(stream, None)
+        return self._order(int(stream.cuda_stream), stream)
+
+    def _order(self, stream: int, kept: object) -> Order:
+        return Order(self, stream, self.gpu.may_be_captured(stream), kept)
 
     def refuse_capture(self, stream: int) -> None:
         """Raise when the stream is being captured into a graph."""
@@ -195,13 +201,9 @@ class GpuUse:
                 "outside, before and after the replay"
             )
 
-    @property
-    def words(self) -> int:
-        """Where a device finds the first word of the segment."""
-        registered = self._registered
-        if registered is None:
-            raise InvalidStateError(f"pool {self._ledger.name}: its GPU use has ended")
-        return registered.device_address
+    def ended(self) -> InvalidStateError:
+        """What is raised once the words are not registered any more."""
+        return InvalidStateError(f"pool {self._ledger.name}: its GPU use has ended")
 
     # ---- leaving -----------------------------------------------------------------------------
 
@@ -215,6 +217,7 @@ class GpuUse:
             # keep this from ending.
             self.gpu.synchronize(self.device)
             self.watcher.stop()
+            self.words = 0
             registered, self._registered = self._registered, None
             if registered is not None:
                 self.gpu.unregister(self.device, registered.address)
@@ -238,24 +241,29 @@ class Order(NamedTuple):
 
     use: GpuUse
     stream: int
+    may_be_captured: bool
     kept: object
 
     def refuse_capture(self) -> None:
         """As `GpuUse.refuse_capture`."""
-        self.use.refuse_capture(self.stream)
+        if self.may_be_captured:
+            self.use.refuse_capture(self.stream)
 
     def write(self, word: int, value: int) -> None:
         """Enqueue: a word of the segment gets a value."""
         use = self.use
+        if not use.words:
+            raise use.ended()
         use.gpu.write(use.device, self.stream, use.words + word * WORD, value)
 
     def wait(self, word: int, value: int) -> None:
         """Enqueue: go on when a word of the segment has reached a value."""
         use = self.use
+        if not use.words:
+            raise use.ended()
         use.gpu.wait(use.device, self.stream, use.words + word * WORD, value)
 
 
 class _Registered(NamedTuple):
     address: int
-    device_address: int
     size_bytes: int

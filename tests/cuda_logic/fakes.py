@@ -111,6 +111,9 @@ class FakeGpu:
         ), "a word that is not registered"
         self.streams.setdefault(stream, []).append(step)
 
+    def may_be_captured(self, stream: int) -> bool:
+        return True
+
     def is_capturing(self, device: int, stream: int) -> bool:
         return stream in self.capturing
 
