@@ -66,6 +66,11 @@ class WaitingLine:
         count: int = self._words[H_WAITERS]
         return count
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody can join: reap, it may be the dead who stand there."""
+        return self.length >= MAX_WAITERS
+
     def waiters(self) -> Iterator[tuple[Ticket, WaiterRecord]]:
         """Everyone in the line, first come first."""
         first = self._layout.waiters // WORD

@@ -199,6 +199,8 @@ class Reservations:
     def _join(self, waiting: Waiting) -> None:
         waiting.who = self._my_word
         want = waiting.want
+        if self._ledger.line.is_full:
+            self._ledger.reap()
         self._ledger.line.join(
             waiting.who,
             want.num_blocks,

@@ -12,7 +12,7 @@ import pytest
 
 from shmblocks import BlockHandle, BlockPool, PoolClosedError, PoolTimeoutError, ShmBlocksError
 from shmblocks import line as line_module
-from shmblocks.reservations import Reservations
+from shmblocks.reservations import Reservations, Want
 from shmblocks.reservations import Waiting as Wait
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
@@ -236,6 +236,24 @@ def test_more_than_the_line_holds_is_an_error_that_says_so(
         assert waiting(pool) == 2
     for thread in threads:
         pool.free(thread.result(SOON))
+
+
+def test_the_places_of_the_dead_in_the_line_are_used_again(
+    pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: while one living waiter stood before them, the line was said to be full."""
+    monkeypatch.setattr(line_module, "MAX_WAITERS", 2)
+    with all_but(pool, 0), pools.attach(pool.name) as third:
+        ghost = pools.attach(pool.name)
+        mine = Wait(Want(1, 1, b"", []), None)
+        pool._run(pool._reservations._join, mine)
+        ghost._run(ghost._reservations._join, Wait(Want(1, 1, b"", []), None))
+        pools.abandon(ghost)
+        with pytest.raises(PoolTimeoutError):
+            wait_for(third, 1, 0.001)
+        pool._reservations._leave_line(mine)
+        assert waiting(pool) == 0
+    ghost.close()
 
 
 def test_an_inspector_sees_how_many_wait(pool: BlockPool) -> None:
