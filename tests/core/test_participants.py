@@ -203,7 +203,7 @@ def test_a_program_that_was_started_keeps_no_dead_participant_alive(
     reader, writer = os.pipe()
 
     def start_program(channel: Channel) -> None:
-        pools.attach(pool.name)
+        other = pools.attach(pool.name)
         subprocess.Popen(
             [sys.executable, "-c", "import sys; sys.stdin.read()"],
             stdin=reader,
@@ -212,6 +212,7 @@ def test_a_program_that_was_started_keeps_no_dead_participant_alive(
         )
         channel.say("started")
         channel.receive()
+        other.close()  # until then it is held, and not left to the collector
 
     with fork(start_program) as child:
         child.hear("started")
