@@ -55,7 +55,7 @@ from shmblocks.reservations import Reservations, Want
 from shmblocks.states import STATES, State
 from shmblocks.streams import Streams
 from shmblocks.views import BlockView, FieldTensors
-from shmblocks.waiting import deadline_of
+from shmblocks.waiting import deadline_of, seconds_left
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ class BlockPool:
         `TooManyParticipantsError`.
         """
         _known_prefault(prefault)
-        deadline = time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         while True:
             made: list[Ledger] = []
             try:
@@ -143,7 +143,7 @@ class BlockPool:
                 return pool
             except PoolNotFoundError as error:
                 _undo(made)
-                if time.monotonic() >= deadline:
+                if seconds_left(deadline) <= 0:
                     waited = f" (waited {timeout:g} s)" if timeout else ""
                     raise PoolNotFoundError(f"{error}{waited}") from None
                 time.sleep(ATTACH_POLL)

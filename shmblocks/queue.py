@@ -41,7 +41,7 @@ from shmblocks.ring import (
     Ring,
 )
 from shmblocks.sleeper import Sleeper
-from shmblocks.waiting import LONGEST_SPIN, deadline_of
+from shmblocks.waiting import LONGEST_SPIN, deadline_of, seconds_left
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -145,12 +145,12 @@ class HandleQueue(Generic[T]):
         spin: float = LONGEST_SPIN,
     ) -> HandleQueue[S] | HandleQueue[bytes]:
         """Take part in an existing queue; wait up to `timeout` seconds for it to appear."""
-        deadline = time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         while True:
             try:
                 return _owning(functools.partial(Ring.attach, name), message_type, spin)
             except PoolNotFoundError:
-                if time.monotonic() >= deadline:
+                if seconds_left(deadline) <= 0:
                     raise
                 time.sleep(ATTACH_POLL)
 

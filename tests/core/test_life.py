@@ -62,6 +62,15 @@ def test_attaching_waits_no_longer_than_it_is_told_to(pool_name: str) -> None:
     assert time.monotonic() - begin >= 0.1
 
 
+@pytest.mark.parametrize("timeout", [float("nan"), -1.0])
+def test_attaching_refuses_a_timeout_that_is_no_time(pool_name: str, timeout: float) -> None:
+    """Found: it looked for ever for a pool that is not there, with nan."""
+    with pytest.raises(ValueError, match="timeout: expected seconds >= 0"):
+        pools.attach(pool_name, timeout=timeout)
+    with pytest.raises(ValueError, match="timeout: expected seconds >= 0"):
+        HandleQueue.attach(pool_name, timeout=timeout)
+
+
 @pytest.mark.parametrize("leftover", [False, True])
 def test_attaching_waits_for_a_pool_that_is_yet_to_come(
     pool_name: str, monkeypatch: pytest.MonkeyPatch, leftover: bool
