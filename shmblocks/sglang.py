@@ -231,6 +231,8 @@ class MultimodalDataBuffers:
             raise ValueError(
                 f"offset_tokens: expected 0 to {allocation.num_tokens}, got {offset_tokens}"
             )
+        if max_tokens is not None and max_tokens < 0:
+            raise ValueError(f"max_tokens: expected at least 0, got {max_tokens}")
         left = allocation.num_tokens - offset_tokens
         tokens = left if max_tokens is None else min(left, max_tokens)
         first = self._rows(allocation).start + offset_tokens

@@ -207,6 +207,8 @@ def test_a_chunk_is_a_slice_of_every_field(
     assert buffers.get_buf_chunk_info(allocation, 100, 0)[0] == (100 * HIDDEN * 2, 0)
     with pytest.raises(ValueError, match="offset_tokens: expected 0 to 1000, got 1001"):
         buffers.get_buf_chunk_info(allocation, 1001)
+    with pytest.raises(ValueError, match="max_tokens: expected at least 0, got -1"):
+        buffers.get_buf_chunk_info(allocation, 0, -1)
 
 
 def test_numbers_that_leave_the_buffers_are_refused(buffers: MultimodalDataBuffers) -> None:
