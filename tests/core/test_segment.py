@@ -8,6 +8,7 @@ import pwd
 import re
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,7 @@ from shmblocks import (
     SharedMemoryFullError,
     remove_pool,
 )
-from shmblocks.segment import normal_name, path_of
+from shmblocks.segment import create_unnamed, normal_name, path_of
 from tests.core import namespaces, pools
 from tests.support import procfs
 from tests.support.children import PATIENCE, Channel, fork, run_in_fork
@@ -181,6 +182,16 @@ def test_a_group_that_is_not_there_is_told_and_nothing_is_left(pool_name: str) -
         pools.create(pool_name, pools.tiny(group="nöne"))
     with pytest.raises(PoolNotFoundError):
         pools.attach(pool_name)
+
+
+def test_a_size_that_no_file_can_have_does_not_fit_an_unlimited_file_system_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found: an OverflowError, where /dev/shm is mounted with `size=0`, which is no limit."""
+    unlimited = SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: unlimited)
+    with pytest.raises(SharedMemoryFullError, match="pool /any: needs"):
+        create_unnamed(1 << 63, "/any", None)
 
 
 # --- memory that is there ---------------------------------------------------------------------
