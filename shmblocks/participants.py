@@ -2,7 +2,8 @@
 
 Contract
 - A participant is one attached process. It holds a file lock on the byte of its place for as long
-  as it lives; no process table, pid or heartbeat is asked.
+  as it lives; no process table, pid or heartbeat says who does (`others_stay` looks there only to
+  wait a moment for those who are dying).
 - A place is used again after its holder left or died, under a new incarnation number. A participant
   is known by both, so that what the dead one held is never taken for the newcomer's.
 - A place whose record is filled and whose byte is not locked belongs to a dead participant.
