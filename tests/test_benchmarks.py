@@ -14,7 +14,7 @@ import torch
 from benchmarks import results, stats, table, targets
 from benchmarks.payload import CHUNK_TOKENS, Pattern, PayloadMismatchError
 from benchmarks.plot import spread
-from benchmarks.results import Machine, Point, Report, Series
+from benchmarks.results import Machine, Point, Report, Series, Study
 from tests.support.naming import new_pool_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,13 +24,22 @@ CANDIDATES = {
     "wake-pipe": "floor",
     "wake-semaphore": "floor",
     "shmblocks-in-place": "shmblocks",
+    "shmblocks-asleep": "shmblocks",
+    "shmblocks-in-place-pipe": "shmblocks",
     "shmblocks-copy": "shmblocks",
+    "iceoryx2-in-place": "peer",
+    "iceoryx2-copy": "peer",
     "shared-memory": "peer",
     "torch-queue-fd": "peer",
     "torch-queue-fs": "peer",
     "numpy-queue": "peer",
+    "zmq-copy": "peer",
+    "zmq-no-copy": "peer",
+    "ray": "peer",
     "alloc-free": "shmblocks",
 }
+
+STUDIES = ["budget", "throughput", "contention", "attach", "fragmentation"]
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -66,6 +75,13 @@ def test_a_quick_run_of_every_candidate_is_complete_and_can_be_shown_again(tmp_p
     report = results.load(saved.read_bytes())
     assert (report.tokens, report.rounds, report.seed) == ([64, 300], 1, 7)
     assert {series.name: series.kind for series in report.series} == CANDIDATES
+    assert report.left_out == []
+    for study in report.studies:
+        assert study.title in run.stdout
+        assert study.rows
+        assert all(len(row) == len(study.header) for row in study.rows)
+        assert all(value > 0 for value in study.numbers.values()), study.numbers
+    assert [study.name for study in report.studies] == STUDIES
     for series in report.series:
         check_series(series)
         assert series.label in run.stdout
@@ -228,43 +244,78 @@ def series_of(name: str, unit: str, p50_us: dict[int, float]) -> Series:
     return Series(name=name, label=name, kind=kind, about="", size_unit=unit, points=points)
 
 
-def a_run(copy_us: float = 2_500.0, slow_alloc_us: float = 14.0) -> list[Series]:
+def a_run(copy_us: float = 2_200.0, slow_alloc_us: float = 11.2) -> list[Series]:
     return [
         series_of("memcpy", "tokens", {2_000: 2_000.0}),
         series_of("wake-pipe", "none", {0: 90.0}),
         series_of("wake-semaphore", "none", {0: 80.0}),
-        series_of("shmblocks-in-place", "tokens", {64: 100.0, 16_384: 110.0}),
+        series_of("shmblocks-in-place", "tokens", {64: 30.0, 2_000: 31.0, 16_384: 32.1}),
+        series_of("shmblocks-asleep", "tokens", {64: 96.0}),
         series_of("shmblocks-copy", "tokens", {2_000: copy_us}),
+        series_of("iceoryx2-in-place", "tokens", {2_000: 40.0}),
         series_of("torch-queue-fd", "tokens", {2_000: 15_000.0}),
         series_of("torch-queue-fs", "tokens", {2_000: 50_000.0}),
-        series_of("alloc-free", "blocks", {512: 10.0, 1_048_576: slow_alloc_us}),
+        series_of("alloc-free", "blocks", {512: 8.0, 1_048_576: slow_alloc_us}),
     ]
+
+
+def a_study(share: float = 0.9) -> Study:
+    return Study(
+        name="study",
+        title="",
+        note="",
+        header=[],
+        rows=[],
+        numbers={
+            "put + get": 10.0,
+            "price of the journal": 1.1,
+            "share of the bare lock, 8 processes": share,
+            "unfairness, 8 processes": 1.25,
+            "attach, 8 GiB": 5_000.0,
+        },
+    )
 
 
 def judged(series: list[Series]) -> dict[str, tuple[float | None, bool | None]]:
     """Measured, to two digits behind the point, and whether that is enough."""
     return {
         target.name: (target.measured and round(target.measured, 2), target.met)
-        for target in targets.judge(series)
+        for target in targets.judge(series, [a_study()])
     }
 
 
 def test_a_fast_run_meets_every_target() -> None:
     assert judged(a_run()) == {
-        "in-place-flat": (1.1, True),
-        "copy-to-floor": (1.2, True),
-        "copy-to-torch": (6.0, True),
-        "alloc-cost": (14.0, True),
+        "in-place": (32.1, True),
+        "in-place-flat": (1.07, True),
+        "asleep": (1.2, True),
+        "copy-to-floor": (1.06, True),
+        "in-place-to-torch": (483.87, True),
+        "copy-to-torch": (6.82, True),
+        "ahead": (0, True),
+        "put-get": (10.0, True),
+        "alloc-cost": (11.2, True),
         "alloc-flat": (1.4, True),
+        "journal": (1.1, True),
+        "contention": (0.9, True),
+        "fairness": (1.25, True),
+        "attach": (5.0, True),
     }
 
 
 def test_a_slow_run_misses_its_targets() -> None:
-    slow = judged(a_run(copy_us=5_000.0, slow_alloc_us=26.0))
-    assert slow["copy-to-floor"] == (2.4, False)
-    assert slow["copy-to-torch"] == (3.0, False)
+    slow = judged(a_run(copy_us=20_000.0, slow_alloc_us=26.0))
+    assert slow["copy-to-floor"] == (9.62, False)
+    assert slow["copy-to-torch"] == (0.75, False)
+    assert slow["ahead"] == (2, False), "p50 and p99 of the queue that is faster"
     assert slow["alloc-cost"] == (26.0, False)
-    assert slow["alloc-flat"] == (2.6, False)
+    assert slow["alloc-flat"] == (3.25, False)
+    (contention,) = [
+        target
+        for target in targets.judge(a_run(), [a_study(share=0.4)])
+        if target.name == "contention"
+    ]
+    assert contention.met is False
 
 
 def test_a_target_whose_parts_were_not_measured_is_neither_met_nor_missed() -> None:
@@ -274,8 +325,11 @@ def test_a_target_whose_parts_were_not_measured_is_neither_met_nor_missed() -> N
 
 
 def test_the_verdict_cannot_be_overlooked() -> None:
-    words = [table.verdict(target) for target in targets.judge(a_run(copy_us=5_000.0))]
-    assert words == ["met", "NOT met", "NOT met", "met", "met"]
+    found = targets.judge(a_run(slow_alloc_us=26.0), [])
+    words = {target.name: table.verdict(target) for target in found}
+    assert words["in-place"] == "met"
+    assert words["alloc-cost"] == "NOT met"
+    assert words["put-get"] == "not measured"
 
 
 def test_a_quantile_is_a_value_that_was_measured() -> None:
@@ -322,7 +376,9 @@ def test_a_report_of_another_format_is_refused() -> None:
         rehearsals=0,
         seconds=0.0,
         series=[],
+        studies=[],
+        left_out=[],
         targets=[],
     )
-    with pytest.raises(ValueError, match="Expected format 1, got 99"):
+    with pytest.raises(ValueError, match="Expected format 2, got 99"):
         results.load(results.save(report))

@@ -20,9 +20,12 @@ import msgspec
 
 from benchmarks import results, table
 from benchmarks.plot import NothingToPlotError, save_plot
+from benchmarks.plot_studies import save_study_plots
 from benchmarks.results import Report
 from benchmarks.settings import Settings, full, quick
 from benchmarks.targets import judge
+
+PARTS = ("handoffs", "budget", "throughput", "contention", "attach", "fragmentation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,8 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_bytes(results.save(report))
     table.show(report)
-    if options.plot:
-        return _plot(report, options.plot)
+    if options.plots:
+        save_study_plots(report, options.plots)
+    if options.plot or options.plots:
+        return _plot(report, options.plot or options.plots / "handoff.png")
     return 0
 
 
@@ -65,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What a handoff costs: floors of this machine, shmblocks, and its peers.",
     )
     add = parser.add_argument
+    add("parts", metavar="PART", nargs="*", type=_part, help=f"of {', '.join(PARTS)}: all")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: handoffs on a GPU")
     add("--quick", action="store_true", help="small and short: shows that it works, not numbers")
     add("--only", metavar="NAME,NAME", type=_names, help="only these candidates (see --list)")
@@ -73,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the payloads and of the order of turns")
     add("--cold", action="store_true", help="no untimed small messages before each timed one")
     add("--json", metavar="FILE", type=Path, help="write everything measured")
-    add("--plot", metavar="FILE", type=Path, help="write a picture (.png, .svg)")
+    add("--plot", metavar="FILE", type=Path, help="write a picture of the handoffs (.png, .svg)")
+    add("--plots", metavar="FOLDER", type=Path, help="write every picture there, as .png")
     add("--load", metavar="FILE", type=Path, help="show a run saved with --json; measure nothing")
     add("--list", action=_ListCandidates, nargs=0, help="name the candidates")
     return parser
@@ -92,6 +99,12 @@ class _ListCandidates(argparse.Action):
         for candidate in CANDIDATES:
             print(f"{candidate.name:20} {candidate.kind.value:10} {candidate.about}")
         parser.exit()
+
+
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PARTS)}; got {text!r}")
+    return text
 
 
 def _names(text: str) -> list[str]:
@@ -128,8 +141,9 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _measure(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Report:
     from benchmarks.conductor import measure
-    from benchmarks.links.registry import UnknownCandidateError, choose
+    from benchmarks.links.registry import UnknownCandidateError, choose, left_out
     from benchmarks.machine import this_machine
+    from benchmarks.studies.registry import study
 
     settings = _settings(options)
     try:
@@ -137,7 +151,9 @@ def _measure(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Re
     except UnknownCandidateError as problem:
         parser.error(f"--only: {problem}")
     start = time.monotonic()
-    series = measure(candidates, settings, _progress)
+    parts = options.parts or (["handoffs"] if options.only else PARTS)
+    series = measure(candidates, settings, _progress) if "handoffs" in parts else []
+    studies = study(parts, options.quick)
     return Report(
         machine=this_machine(),
         tokens=list(settings.tokens),
@@ -147,7 +163,9 @@ def _measure(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Re
         rehearsals=settings.rehearsals,
         seconds=time.monotonic() - start,
         series=series,
-        targets=judge(series),
+        studies=studies,
+        left_out=[] if options.only else left_out(),
+        targets=judge(series, studies),
     )
 
 

@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from benchmarks.crew import Crew
-from benchmarks.link import Candidate, SoloPlan
+from benchmarks.link import Candidate, Context, SoloPlan
+from benchmarks.memory import PeakPss
 from benchmarks.pingpong import numbers_per_message
 from benchmarks.results import Sample, Series, Turn
 from benchmarks.settings import Settings
@@ -33,6 +34,7 @@ class Entry:
     settings: Settings
     samples: dict[int, list[Sample]] = field(default_factory=dict)
     next_number: int = 0
+    memory: PeakPss = field(default_factory=PeakPss)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -49,7 +51,8 @@ class Entry:
         return "tokens" if self.crew.candidate.carries_data else "none"
 
     def warm_up(self, size: int) -> None:
-        self._turn(size, 1)
+        """The turn that is not counted is the one in which memory is looked at."""
+        self._turn(size, 1, self.memory.look)
 
     def measure(self, size: int) -> None:
         self.samples.setdefault(size, []).extend(self._turn(size, self._count(size)))
@@ -63,6 +66,7 @@ class Entry:
             about=candidate.about,
             size_unit=self.size_unit,
             points=[summarise(size, samples) for size, samples in sorted(self.samples.items())],
+            peak_pss_bytes=self.memory.peak,
         )
 
     def _count(self, size: int) -> int:
@@ -71,16 +75,33 @@ class Entry:
             return how.count(self.settings, size)
         return self.settings.messages(size)
 
-    def _turn(self, size: int, count: int) -> list[Sample]:
+    def _turn(
+        self, size: int, count: int, watch: Callable[[list[int]], None] | None = None
+    ) -> list[Sample]:
         turn = Turn(size, count, self.settings.warm_up, self.next_number)
         self.next_number += (turn.warm_up + turn.count) * numbers_per_message(self.settings)
-        return self.crew.turn(turn)
+        return self.crew.turn(turn, watch)
 
 
 def measure(candidates: list[Candidate], settings: Settings, progress: Progress) -> list[Series]:
-    """Start all candidates, measure them, end them. Nothing is left behind, also on an error."""
+    """Start all candidates, measure them, end them. Nothing is left behind, also on an error.
+
+    Those that are to be `apart` have rounds of their own, afterwards.
+    """
+    together = [candidate for candidate in candidates if not candidate.apart]
+    groups = [together, *([candidate] for candidate in candidates if candidate.apart)]
+    return [series for group in groups if group for series in _measure(group, settings, progress)]
+
+
+def fresh_processes() -> Context:
+    """Where every candidate's processes come from: a server that has imported torch, no more."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
+    return context
+
+
+def _measure(candidates: list[Candidate], settings: Settings, progress: Progress) -> list[Series]:
+    context = fresh_processes()
     with ExitStack() as crews:
         entries = []
         for candidate in candidates:

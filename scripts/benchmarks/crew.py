@@ -33,6 +33,9 @@ from benchmarks.settings import Settings
 START_TIMEOUT = 120.0
 TURN_TIMEOUT = 180.0
 STOP_TIMEOUT = 5.0
+# Between two looks of who watches a turn. Shorter: what is watched becomes slower. Longer: a short
+# peak is missed.
+WATCH_SECONDS = 0.003
 
 
 class CrewError(Exception):
@@ -94,10 +97,11 @@ class Crew:
     def wait_ready(self) -> None:
         self._answers(START_TIMEOUT)
 
-    def turn(self, turn: Turn) -> list[Sample]:
+    def turn(self, turn: Turn, watch: Callable[[list[int]], None] | None = None) -> list[Sample]:
+        """One turn of every process; `watch` is called with their pids again and again."""
         for worker in self._workers:
             worker.control.send_bytes(msgspec.json.encode(turn))
-        return self._answers(TURN_TIMEOUT)
+        return self._answers(TURN_TIMEOUT, watch)
 
     def close(self) -> None:
         self._resources.close()
@@ -118,15 +122,24 @@ class Crew:
             ("producer", partial(make_producer, ends, acknowledgements, settings)),
         ]
 
-    def _answers(self, timeout: float) -> list[Sample]:
+    def _answers(
+        self, timeout: float, watch: Callable[[list[int]], None] | None = None
+    ) -> list[Sample]:
         """What the workers found; the first that dies is told at once, whoever waits for it."""
         deadline = time.monotonic() + timeout
         waiting = {worker.control: worker for worker in self._workers}
         samples: list[Sample] = []
         while waiting:
+            if watch is not None:
+                self._watch(watch, list(waiting))
             for control in self._wait(list(waiting.values()), deadline, timeout):
                 samples += waiting.pop(control).answer(timeout).samples
         return samples
+
+    def _watch(self, watch: Callable[[list[int]], None], controls: list[Connection]) -> None:
+        """Until the first of them answers."""
+        while not connection.wait(controls, WATCH_SECONDS):
+            watch([worker.process.pid or 0 for worker in self._workers])
 
     def _wait(self, workers: list[Worker], deadline: float, timeout: float) -> list[Connection]:
         controls = [worker.control for worker in workers]

@@ -110,6 +110,10 @@ class Candidate:
     how: Connect | SoloPlan
     # False for a bare wake, which is measured once a round and not once a size.
     carries_data: bool = True
+    # Measured after the others: it brings processes of its own that would disturb them.
+    apart: bool = False
+    # A package that it needs and that need not be there.
+    package: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -55,6 +55,8 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
     # "tokens", "blocks", or "none" for a candidate without a size (its points have size 0).
     size_unit: str
     points: list[Point]
+    # Of all its processes together, over all sizes; 0: not looked at.
+    peak_pss_bytes: int = 0
 
     def at(self, size: int) -> Point | None:
         return next((point for point in self.points if point.size == size), None)
@@ -71,6 +73,17 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     unit: str
     met: bool | None
     explanation: str
+
+
+class Study(msgspec.Struct, frozen=True, kw_only=True):
+    """A measurement that is no handoff: a table for people, and its numbers by name."""
+
+    name: str
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+    numbers: dict[str, float]
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +109,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     rehearsals: int
     seconds: float
     series: list[Series]
+    studies: list[Study]
+    # Peers that were not measured, and why.
+    left_out: list[str]
     targets: list[Target]
 
     def find(self, name: str) -> Series | None:

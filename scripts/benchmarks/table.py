@@ -6,6 +6,7 @@ It decides how a number is shown, never what is shown for which candidate.
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ METHOD = """\
 One message at a time between two processes. Latency: from the producer's start of the handoff to
 the consumer having read from a tensor; both stamps CLOCK_MONOTONIC, one way. Cells: p50 (p99);
 with fewer than 100 messages the p99 is the maximum. Every byte of every message was compared,
-outside the timed part.\
+outside the timed part. Peak PSS: of all processes of a row together, Python and torch included, in
+a round that is not timed.\
 """
 
 # Columns; more than any table here needs.
@@ -53,6 +55,12 @@ def show(report: Report) -> None:
     for grid in grids(report):
         print()
         draw(grid)
+    for study in report.studies:
+        print()
+        draw(Grid(study.title, study.header, study.rows))
+        print(textwrap.fill(study.note, 98))
+    if report.left_out:
+        print(f"\nnot measured: {'; '.join(report.left_out)}")
     print()
     draw(targets_grid(report.targets))
     print()
@@ -124,10 +132,14 @@ def _style(cell: str) -> str:
 def _handoffs(report: Report) -> Grid:
     bytes_per_token = report.hidden * 2
     header = [f"{size:,}: {megabytes(size * bytes_per_token)}" for size in report.tokens]
+    header.append("peak PSS")
     return Grid(
         f"Latency of a handoff, by tokens of {report.hidden} x {report.dtype}",
         ["", *header],
-        [[one.label, *_cells(one, report.tokens)] for one in _with_unit(report, "tokens")],
+        [
+            [one.label, *_cells(one, report.tokens), megabytes(one.peak_pss_bytes)]
+            for one in _with_unit(report, "tokens")
+        ],
     )
 
 

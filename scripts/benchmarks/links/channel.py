@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from benchmarks.link import Context
+from benchmarks.links.buffers import unique_name
+from shmblocks import HandleQueue
 
 
 class ChannelOut(Protocol):
@@ -31,3 +33,26 @@ Channel = Callable[[Context], tuple[ChannelIn, ChannelOut]]
 def pipe(context: Context) -> tuple[ChannelIn, ChannelOut]:
     """`multiprocessing.Pipe`: the shortest way of the standard library, and nothing is pickled."""
     return context.Pipe(duplex=False)
+
+
+class QueueEnd:
+    """One end of a `HandleQueue` of bytes. It crosses a spawn: the other process attaches."""
+
+    def __init__(self, queue: HandleQueue[bytes]) -> None:
+        self._queue = queue
+
+    def send_bytes(self, data: bytes) -> None:
+        self._queue.put(data)
+
+    def recv_bytes(self) -> bytes:
+        return self._queue.get()
+
+    def close(self) -> None:
+        self._queue.close()
+
+
+def handle_queue(spins: bool, context: Context) -> tuple[ChannelIn, ChannelOut]:
+    """`HandleQueue`; the consumer spins for a while before it sleeps, or sleeps at once."""
+    name = unique_name("queue")
+    queue = HandleQueue.create(name) if spins else HandleQueue.create(name, spin=0)
+    return QueueEnd(queue), QueueEnd(queue)

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
-from benchmarks.link import Candidate, Kind, SoloPlan
+from benchmarks.link import Candidate, Context, Ends, Kind, Solo, SoloPlan
 from benchmarks.links import alloc, floors, numpy_queue, pool, shared_memory, torch_queue
-from benchmarks.links.channel import pipe
+from benchmarks.links.channel import handle_queue, pipe
 from benchmarks.settings import Settings
+
+# Peers that no run measures, and why.
+NOT_MEASURED = (
+    "vLLM's shared-memory ring (vllm would replace torch by a CUDA build of many gigabytes)",
+)
 
 
 def _tokens(settings: Settings) -> tuple[int, ...]:
     return settings.tokens
+
+
+@contextmanager
+def _zmq(copy: bool, context: Context, settings: Settings) -> Iterator[Ends]:
+    from benchmarks.links import zmq_ipc
+
+    with zmq_ipc.connect(copy, context, settings) as ends:
+        yield ends
+
+
+@contextmanager
+def _iceoryx(in_place: bool, context: Context, settings: Settings) -> Iterator[Ends]:
+    from benchmarks.links import iceoryx
+
+    with iceoryx.connect(in_place, context, settings) as ends:
+        yield ends
+
+
+def _ray(settings: Settings) -> Callable[[], Solo]:
+    from benchmarks.links import ray_store
+
+    return ray_store.prepare(settings)
 
 
 MEMCPY = Candidate(
@@ -42,15 +71,29 @@ IN_PLACE = Candidate(
     name="shmblocks-in-place",
     label="shmblocks, in place",
     kind=Kind.OURS,
-    about="data written straight into the pool; the handle through a multiprocessing.Pipe",
+    about="data written straight into the pool; the handle through a HandleQueue, both awake",
+    how=partial(pool.connect, True, partial(handle_queue, True)),
+)
+ASLEEP = Candidate(
+    name="shmblocks-asleep",
+    label="shmblocks, in place, asleep",
+    kind=Kind.OURS,
+    about="the same to a consumer that is asleep: its HandleQueue never spins",
+    how=partial(pool.connect, True, partial(handle_queue, False)),
+)
+IN_PLACE_PIPE = Candidate(
+    name="shmblocks-in-place-pipe",
+    label="shmblocks, in place, Pipe",
+    kind=Kind.OURS,
+    about="the same with the handle through a multiprocessing.Pipe",
     how=partial(pool.connect, True, pipe),
 )
 COPY = Candidate(
     name="shmblocks-copy",
     label="shmblocks, with copy",
     kind=Kind.OURS,
-    about="data copied into the pool; the handle through a multiprocessing.Pipe",
-    how=partial(pool.connect, False, pipe),
+    about="data copied into the pool; the handle through a HandleQueue, both awake",
+    how=partial(pool.connect, False, partial(handle_queue, True)),
 )
 TORCH_FD = Candidate(
     name="torch-queue-fd",
@@ -80,6 +123,47 @@ SHARED_MEMORY = Candidate(
     about="a multiprocessing.shared_memory object per message; its name through a Pipe",
     how=partial(shared_memory.connect, pipe),
 )
+ZMQ_COPY = Candidate(
+    name="zmq-copy",
+    label="pyzmq ipc, copy",
+    kind=Kind.PEER,
+    about="the payload through a PUSH/PULL pair over ipc://, copy=True",
+    how=partial(_zmq, True),
+    package="zmq",
+)
+ZMQ_NO_COPY = Candidate(
+    name="zmq-no-copy",
+    label="pyzmq ipc, no copy",
+    kind=Kind.PEER,
+    about="the payload through a PUSH/PULL pair over ipc://, copy=False",
+    how=partial(_zmq, False),
+    package="zmq",
+)
+ICEORYX = Candidate(
+    name="iceoryx2-in-place",
+    label="iceoryx2, in place",
+    kind=Kind.PEER,
+    about="data written into a loaned sample; an event wakes the subscriber",
+    how=partial(_iceoryx, True),
+    package="iceoryx2",
+)
+ICEORYX_COPY = Candidate(
+    name="iceoryx2-copy",
+    label="iceoryx2, with copy",
+    kind=Kind.PEER,
+    about="data copied into a loaned sample; an event wakes the subscriber",
+    how=partial(_iceoryx, False),
+    package="iceoryx2",
+)
+RAY = Candidate(
+    name="ray",
+    label="Ray object store",
+    kind=Kind.PEER,
+    about="ray.put of a numpy view by a driver, ray.get in an actor that is called with it",
+    how=SoloPlan(_ray, _tokens, Settings.messages),
+    package="ray",
+    apart=True,
+)
 ALLOC = Candidate(
     name="alloc-free",
     label="shmblocks, alloc + free",
@@ -93,13 +177,36 @@ CANDIDATES: tuple[Candidate, ...] = (
     WAKE_PIPE,
     WAKE_SEMAPHORE,
     IN_PLACE,
+    ASLEEP,
+    IN_PLACE_PIPE,
     COPY,
+    ICEORYX,
+    ICEORYX_COPY,
     SHARED_MEMORY,
     TORCH_FD,
     TORCH_FILES,
     NUMPY,
+    ZMQ_COPY,
+    ZMQ_NO_COPY,
+    RAY,
     ALLOC,
 )
+
+
+def is_installed(candidate: Candidate) -> bool:
+    """Whether the package that it needs is there."""
+    package = candidate.package
+    return package is None or importlib.util.find_spec(package) is not None
+
+
+def left_out() -> list[str]:
+    """Peers that a full run does not measure here, and why."""
+    missing = [
+        f"{candidate.label} ({candidate.package} is not installed)"
+        for candidate in CANDIDATES
+        if not is_installed(candidate)
+    ]
+    return [*missing, *NOT_MEASURED]
 
 
 class UnknownCandidateError(ValueError):
@@ -107,9 +214,9 @@ class UnknownCandidateError(ValueError):
 
 
 def choose(names: Sequence[str] | None) -> list[Candidate]:
-    """The candidates of these names, in the order of the table; all of them for None."""
+    """The candidates of these names, in the order of the table; for None all that are installed."""
     if names is None:
-        return list(CANDIDATES)
+        return [candidate for candidate in CANDIDATES if is_installed(candidate)]
     known = [candidate.name for candidate in CANDIDATES]
     unknown = [name for name in names if name not in known]
     if unknown:
