@@ -35,7 +35,6 @@ CANDIDATES = {
     "numpy-queue": "peer",
     "zmq-copy": "peer",
     "zmq-no-copy": "peer",
-    "ray": "peer",
     "alloc-free": "shmblocks",
 }
 
@@ -68,26 +67,29 @@ def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_a_quick_run_of_every_candidate_is_complete_and_can_be_shown_again(tmp_path: Path) -> None:
     pytest.importorskip("numpy")
     pytest.importorskip("matplotlib")
-    saved, picture = tmp_path / "run.json", tmp_path / "run.png"
+    saved = tmp_path / "run.json"
     options = ("--tokens", "64,300", "--rounds", "1", "--seed", "7", "--json", saved)
-    run = bench("--quick", *options, "--plot", picture)
+    # Ray is left out: its daemons take longer to start than all the rest together.
+    only = ("--only", ",".join(CANDIDATES))
+    run = bench("handoffs", *STUDIES, "--quick", *options, *only, "--plots", tmp_path)
     assert run.returncode == 0, run.stderr
     report = results.load(saved.read_bytes())
     assert (report.tokens, report.rounds, report.seed) == ([64, 300], 1, 7)
     assert {series.name: series.kind for series in report.series} == CANDIDATES
-    assert report.left_out == []
+    assert all(series.peak_pss_bytes > 0 for series in report.series)
     for study in report.studies:
         assert study.title in run.stdout
         assert study.rows
         assert all(len(row) == len(study.header) for row in study.rows)
-        assert all(value > 0 for value in study.numbers.values()), study.numbers
+        assert all(value >= 0 for value in study.numbers.values()), study.numbers
     assert [study.name for study in report.studies] == STUDIES
     for series in report.series:
         check_series(series)
         assert series.label in run.stdout
     for target in report.targets:
         assert target.statement in run.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    for name in ("handoff", "throughput", "contention", "fragmentation"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     assert bench("--load", saved).stdout == run.stdout
 
 
@@ -305,11 +307,14 @@ def test_a_fast_run_meets_every_target() -> None:
 
 def test_a_slow_run_misses_its_targets() -> None:
     slow = judged(a_run(copy_us=20_000.0, slow_alloc_us=26.0))
-    assert slow["copy-to-floor"] == (9.62, False)
-    assert slow["copy-to-torch"] == (0.75, False)
-    assert slow["ahead"] == (2, False), "p50 and p99 of the queue that is faster"
-    assert slow["alloc-cost"] == (26.0, False)
-    assert slow["alloc-flat"] == (3.25, False)
+    missed = {
+        "copy-to-floor": (9.62, False),
+        "copy-to-torch": (0.75, False),
+        "ahead": (2, False),  # p50 and p99 of the queue that is faster
+        "alloc-cost": (26.0, False),
+        "alloc-flat": (3.25, False),
+    }
+    assert {name: slow[name] for name in missed} == missed
     (contention,) = [
         target
         for target in targets.judge(a_run(), [a_study(share=0.4)])

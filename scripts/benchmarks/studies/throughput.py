@@ -284,7 +284,8 @@ def throughput(
         title=f"Messages a second, {tokens:,} x {hidden} x bf16, by consumers of one queue",
         note="One producer; every message goes to one of the consumers. pyzmq has one consumer "
         "only: PUSH deals messages out in turn, whoever is free. iceoryx2 is left out: its "
-        "streams stalled in some runs, for a reason that is not understood. Peak PSS: producer and one consumer together, above what both had "
+        "streams stalled in some runs, for a reason that is not understood. "
+        "Peak PSS: producer and one consumer together, above what both had "
         "before; shmblocks' pool is mapped and prefaulted before, and counts as its size.",
         header=["", *(str(count) for count in consumers), "peak PSS"],
         rows=rows,
