@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 
 import msgspec
 import torch
@@ -33,7 +34,8 @@ def test_doctor_finds_driver_pinning_stream_words_and_ipc_in_order() -> None:
     assert {name: check.status for name, check in checks.items()} == dict.fromkeys(
         CUDA_CHECKS, "ok"
     )
-    assert torch.cuda.get_device_name(0) in checks["cuda-devices"].found
+    # (Not compared with torch's name, which would start CUDA here: the probe has its own process.)
+    assert re.match(r"\d+ x \S", checks["cuda-devices"].found)
     assert "unknown" not in checks["cuda-bindings"].found
 
 
