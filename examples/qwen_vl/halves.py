@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,22 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def same_arithmetic_everywhere() -> None:
-    """Equal sums in every process: one thread, and on a GPU no algorithm that changes."""
+def same_arithmetic_everywhere(settings: ModelSettings) -> None:
+    """Equal sums in every process: one thread on the CPU; on a GPU as `settings.is_exact` says.
+
+    Fast kernels of a GPU need not give the same bits twice: the unsplit 7b model's own logits
+    differed from one run to the next, from the second token on. `is_exact` asks for those that do:
+    attention by matrix products, and no algorithm whose order of additions is open. Call it first:
+    cuBLAS reads its setting when it starts.
+    """
     torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = False
+    if settings.device == "cpu" or not settings.is_exact:
+        return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # ------------------------------------------------------------------------------ vision half

@@ -174,8 +174,8 @@ def table(results: Results, say: Callable[[str], None]) -> None:
 
 def main() -> int:
     args = parse_args()
-    same_arithmetic_everywhere()
     settings = ModelSettings(args.family, args.size, args.seed, args.device)
+    same_arithmetic_everywhere(settings)
     results = asyncio.run(measure(settings, args))
     table(results, print)
     if args.json:

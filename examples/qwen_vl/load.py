@@ -62,6 +62,7 @@ class Load:
         """The prompts, and what the unsplit model answers them."""
         args = self._args
         settings = ModelSettings(args.family, args.size, args.seed)
+        same_arithmetic_everywhere(settings)
         whole = Whole(settings)
         for name, prompt in cases(8 if args.size == "tiny" else 1).items():
             wanted = [step.token for step in whole.answer(prompt, args.tokens)]
@@ -175,7 +176,6 @@ async def run(args: argparse.Namespace) -> bool:
 
 def main() -> int:
     args = parse_args()
-    same_arithmetic_everywhere()
     try:
         return 0 if asyncio.run(run(args)) else 1
     except KeyboardInterrupt:

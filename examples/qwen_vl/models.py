@@ -48,6 +48,7 @@ class ModelSettings:
     size_name: str
     seed: int = 0
     device: str = "cpu"
+    is_exact: bool = False  # on a GPU: kernels that give the same bits each time, and are slower
 
     @property
     def size(self) -> Size:

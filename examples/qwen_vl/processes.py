@@ -59,7 +59,7 @@ class Setup:
 def embedding_process(pipe: Connection[bytes, bytes], setup: Setup) -> None:
     """Holds the vision half; embeds one prompt after the other."""
     with obeying_the_launcher():
-        same_arithmetic_everywhere()
+        same_arithmetic_everywhere(setup.settings)
         before = own_bytes(setup.settings.device)
         half = VisionHalf(setup.settings)
         launcher = Launcher(pipe, setup.settings.device)
@@ -92,7 +92,7 @@ def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher
 def language_process(pipe: Connection[bytes, bytes], setup: Setup, index: int) -> None:
     """Holds the language half; answers one request after the other."""
     with obeying_the_launcher():
-        same_arithmetic_everywhere()
+        same_arithmetic_everywhere(setup.settings)
         before = own_bytes(setup.settings.device)
         half = LanguageHalf(setup.settings)
         launcher = Launcher(pipe, setup.settings.device)

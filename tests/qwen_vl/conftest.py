@@ -1,0 +1,11 @@
+"""Equal sums everywhere, as in the processes of the examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
