@@ -5,6 +5,8 @@ endpoint = EmbeddingEndpoint(pool, tx, rx)     endpoint = LanguageEndpoint(pool,
 sender = endpoint.send(7, {...})               receiver = endpoint.receive(7)
 sender.wait()                                  with receiver.wait() as result:
                                                    result["input_embeddings"]
+
+Both take `spill=other_pool`: a pool in host memory for what theirs, on a GPU, has no room for.
 """
 
 from __future__ import annotations
