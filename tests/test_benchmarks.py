@@ -272,6 +272,7 @@ def a_study(share: float = 0.9) -> Study:
             "put + get": 10.0,
             "price of the journal": 1.1,
             "share of the bare lock, 8 processes": share,
+            "share of the bare lock by words, 8 processes": share,
             "unfairness, 8 processes": 1.25,
             "attach, 8 GiB": 5_000.0,
         },
@@ -300,6 +301,7 @@ def test_a_fast_run_meets_every_target() -> None:
         "alloc-flat": (1.4, True),
         "journal": (1.1, True),
         "contention": (0.9, True),
+        "contention-words": (0.9, True),
         "fairness": (1.25, True),
         "attach": (5.0, True),
     }

@@ -18,8 +18,18 @@ from benchmarks.table import duration, megabytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OURS_COLOURS = ("#c2410c", "#0f766e")
-PEER_COLOURS = ("#2563eb", "#7c3aed", "#be185d", "#a16207", "#4d7c0f", "#0e7490")
+OURS_COLOURS = ("#c2410c", "#0f766e", "#f59e0b", "#15803d")
+PEER_COLOURS = (
+    "#2563eb",
+    "#7c3aed",
+    "#be185d",
+    "#a16207",
+    "#4d7c0f",
+    "#0e7490",
+    "#9f1239",
+    "#4338ca",
+    "#57534e",
+)
 FLOOR_COLOUR = "#6b7280"
 
 # Candidates that the title names, and how.
@@ -43,6 +53,8 @@ class Line:
     sizes: list[int]
     p50_us: list[float]
     p99_us: list[float]
+    # Named in the title, and drawn with its p99.
+    is_headline: bool
 
 
 class NothingToPlotError(ValueError):
@@ -90,7 +102,8 @@ def _line(series: Series, kind: Kind, colour: str, tokens: Sequence[int]) -> Lin
     else:
         sizes = [point.size for point in points]
     p50, p99 = [point.p50_us for point in points], [point.p99_us for point in points]
-    return Line(series.label, kind, colour, sizes, p50, p99)
+    is_headline = series.name in dict(HEADLINE)
+    return Line(series.label, kind, colour, sizes, p50, p99, is_headline)
 
 
 def _draw(axes: Axes, line: Line) -> None:
@@ -107,7 +120,7 @@ def _draw(axes: Axes, line: Line) -> None:
         markersize=6 if ours else 4,
         zorder=3 if ours else 2,
     )
-    if ours:
+    if ours and line.is_headline:
         axes.fill_between(line.sizes, line.p50_us, line.p99_us, color=line.colour, alpha=0.12, lw=0)
 
 
@@ -199,6 +212,6 @@ def _title(report: Report) -> str:
 def _subtitle(report: Report) -> str:
     machine = report.machine
     return (
-        "Lines: median of one handoff. Shaded: shmblocks up to its p99. Dashed: floors of the "
+        "Lines: median of one handoff. Shaded: shmblocks, in place and with copy, up to p99. Dashed: floors of the "
         f"machine.  {machine.cores} cores, Python {machine.python}, torch {machine.torch}"
     )

@@ -67,8 +67,9 @@ def _throughput(axes: Axes, numbers: Mapping[str, float]) -> None:
 def _contention(axes: Axes, numbers: Mapping[str, float]) -> None:
     axes.set_xlabel("processes at once")
     axes.set_ylabel("pairs a second, all together (higher is better)")
-    axes.set_ylim(bottom=0)
-    _draw(axes, _lines(_PAIRS, numbers), lambda value: f"{value / 1000:,.0f} k/s")
+    lines = _lines(_PAIRS, numbers)
+    axes.set_ylim(0, 1.1 * max(max(line.values()) for line in lines.values()))
+    _draw(axes, lines, lambda value: f"{value / 1000:,.0f} k/s")
 
 
 def _fragmentation(axes: Axes, numbers: Mapping[str, float]) -> None:
@@ -113,6 +114,7 @@ def _draw(axes: Axes, lines: Lines, say: Callable[[float], str]) -> None:
 
 
 def _name(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    axes.get_ylim()  # settles the limits, which the places below depend on
     to_fraction = axes.transAxes.inverted()
     heights = [
         float(to_fraction.transform(axes.transData.transform((0, value)))[1])

@@ -225,6 +225,14 @@ GOALS = (
         operator.ge,
     ),
     Goal(
+        "contention-words",
+        "the same against the bare lock with as many words written, at least",
+        0.8,
+        "x",
+        _number("share of the bare lock by words, 8 processes"),
+        operator.ge,
+    ),
+    Goal(
         "fairness",
         "8 processes, largest share against smallest, at most",
         1.5,
