@@ -212,6 +212,6 @@ def _title(report: Report) -> str:
 def _subtitle(report: Report) -> str:
     machine = report.machine
     return (
-        "Lines: median of one handoff. Shaded: shmblocks, in place and with copy, up to p99. Dashed: floors of the "
-        f"machine.  {machine.cores} cores, Python {machine.python}, torch {machine.torch}"
+        "Median of one handoff. Shaded: up to the p99. Dashed: floors of the machine.  "
+        f"{machine.cores} cores, Python {machine.python}, torch {machine.torch}"
     )

@@ -78,7 +78,8 @@ def contention(context: ForkServerContext, processes: tuple[int, ...], seconds: 
         title="Processes on one pool and one queue",
         note=f"Thousands of pairs a second, all processes together. The lock around {STORES} "
         f"writes of 8 bytes (the stores of an operation), and around {words} (its words). Fairness "
-        "is the largest share against the smallest; the longest single pair. On 2 cores, more than 2 take turns.",
+        "is the largest share against the smallest; the longest single pair. "
+        "On 2 cores, more than 2 take turns.",
         header=[
             "processes", "lock, stores", "lock, words", "alloc + free", "max/min", "longest",
             "put + get", "max/min", "longest",
