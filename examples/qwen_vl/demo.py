@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -54,6 +55,7 @@ class Told:
 
 def main() -> int:
     args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave through every `with`
     try:
         right = [asyncio.run(show(settings, args)) for settings in chosen(args)]
     except KeyboardInterrupt:

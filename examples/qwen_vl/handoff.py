@@ -31,7 +31,13 @@ from shmblocks import (
     PoolTimeoutError,
     multimodal_fields,
 )
-from shmblocks.transfer import EmbeddingEndpoint, LanguageEndpoint, Receiver, TransferResult
+from shmblocks.transfer import (
+    EmbeddingEndpoint,
+    LanguageEndpoint,
+    Receiver,
+    Sender,
+    TransferResult,
+)
 
 
 @dataclass(frozen=True)
@@ -173,10 +179,11 @@ class PoolEmbeddingEnd:
         """Write once; every language process reads the same blocks, the last one frees them."""
         handle = self._write(room, embedded)
         handle = self._pool.publish(handle, readers=len(readers))
-        senders = [
-            self._endpoints[reader].send_handle(room, handle, published=True) for reader in readers
-        ]
+        senders: list[Sender] = []
         try:
+            for reader in readers:
+                endpoint = self._endpoints[reader]
+                senders.append(endpoint.send_handle(room, handle, published=True))
             for sender in senders:
                 sender.wait(self._timeout)
         except BaseException:

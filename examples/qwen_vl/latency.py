@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import statistics
 import sys
 import time
@@ -174,9 +175,14 @@ def table(results: Results, say: Callable[[str], None]) -> None:
 
 def main() -> int:
     args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave through every `with`
     settings = ModelSettings(args.family, args.size, args.seed, args.device)
     same_arithmetic_everywhere(settings)
-    results = asyncio.run(measure(settings, args))
+    try:
+        results = asyncio.run(measure(settings, args))
+    except KeyboardInterrupt:
+        print("latency: stopped", file=sys.stderr)
+        return 130
     table(results, print)
     if args.json:
         Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(results)))

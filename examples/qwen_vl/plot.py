@@ -46,7 +46,7 @@ def draw(results: list[Results], out: Path) -> None:
         panel.legend(fontsize=8)
         panel.margins(y=0.08)
     figure.suptitle(
-        "Above the bars: the handoff, ms. `prefill` of the unsplit model has its vision tower in it.",
+        "Above the bars: the handoff in ms. The unsplit model's prefill has its vision in it.",
         size=10,
     )
     figure.tight_layout()
