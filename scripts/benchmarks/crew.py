@@ -137,9 +137,11 @@ class Crew:
         return samples
 
     def _watch(self, watch: Callable[[list[int]], None], controls: list[Connection]) -> None:
-        """Until the first of them answers."""
+        """Once at least, and until the first of them answers."""
+        pids = [worker.process.pid or 0 for worker in self._workers]
+        watch(pids)
         while not connection.wait(controls, WATCH_SECONDS):
-            watch([worker.process.pid or 0 for worker in self._workers])
+            watch(pids)
 
     def _wait(self, workers: list[Worker], deadline: float, timeout: float) -> list[Connection]:
         controls = [worker.control for worker in workers]

@@ -10,6 +10,7 @@ listener, as every consumer here sleeps until it is told.
 from __future__ import annotations
 
 import ctypes
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.link import Context, Ends
-from benchmarks.links.buffers import OwnBuffers, unique_name
+from benchmarks.links.buffers import OwnBuffers
 from benchmarks.settings import REHEARSAL_TOKENS, Settings
 
 ALIGNMENT = 64
@@ -137,9 +138,10 @@ class SampleReceiver:
 
 @contextmanager
 def connect(in_place: bool, context: Context, settings: Settings) -> Iterator[Ends]:
-    name = unique_name("iceoryx2")
+    # Short: folder, name and some 90 characters of iceoryx2's are the path of a Unix socket.
+    name = f"iox{secrets.token_hex(4)}-"
     most = settings.payload_bytes(max(settings.most_tokens, REHEARSAL_TOKENS))
-    folder = tempfile.mkdtemp(prefix="bench-iceoryx2-")
+    folder = tempfile.mkdtemp(prefix="iox-")
     try:
         yield Ends(
             partial(SampleSender, name, folder, settings.hidden, most, in_place),
