@@ -21,9 +21,10 @@ COLOURS = ("#bbbbbb", "#4477aa", "#ee6677", "#66ccee", "#dddddd")
 
 
 def draw(results: list[Results], out: Path) -> None:
-    """One panel each, bars in groups of a prompt."""
-    figure, panels = plt.subplots(1, len(results), figsize=(7 * len(results), 5), squeeze=False)
-    for panel, result in zip(panels[0], results, strict=True):
+    """One panel each, two in a row, bars in groups of a prompt."""
+    rows = (len(results) + 1) // 2
+    figure, panels = plt.subplots(rows, 2, figsize=(14, 5 * rows), squeeze=False)
+    for panel, result in zip(panels.flat, results, strict=False):
         labels, bottoms = [], [0.0] * len(result.series)
         places = [
             PROMPTS.index(each.prompt) * (len(KINDS) + 1) + KINDS.index(each.kind)
