@@ -115,14 +115,16 @@ def _draw_rich(grid: Grid) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=grid.title, title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     for place, name in enumerate(grid.header):
         table.add_column(Text(name), justify="left" if place < grid.words else "right")
     for row in grid.rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     # As wide as the numbers need: a narrow terminal wraps lines, it must not cut into them.
     natural = max(Console(width=WIDEST).measure(table).maximum, len(grid.title))
-    Console(width=natural).print(table)
+    console = Console(width=natural)
+    console.print(Text(grid.title, style="bold"))
+    console.print(table)
 
 
 def _style(cell: str) -> str:
