@@ -327,6 +327,8 @@ class BlockPool:
                 f"pool {self.name}: has {self.config.total_blocks} blocks, {num_blocks} can never "
                 "be served: create a larger pool, or send the tokens in several allocations"
             )
+        if req_id is not None and not isinstance(req_id, str):
+            raise TypeError(f"req_id: expected str or None, got {type(req_id).__name__}")
         request = utf8_prefix(req_id, REQUEST_ID_BYTES) if req_id else b""
         return Want(num_blocks, num_tokens, request, [])
 
@@ -346,13 +348,14 @@ class BlockPool:
 
         The content stays. The handle that this returns replaces the old one, which is stale.
         """
+        real = self._real(handle)
         num_tokens = _whole("num_tokens", num_tokens)
         if num_tokens < handle.num_tokens:
             raise ValueError(
                 f"num_tokens: expected at least the {handle.num_tokens} that the handle has, "
                 f"got {num_tokens}"
             )
-        return self._run(self._grow, self._real(handle), num_tokens)
+        return self._run(self._grow, real, num_tokens)
 
     def _grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
         blocks = self._ledger.blocks
@@ -381,7 +384,7 @@ class BlockPool:
         A fake handle is left alone. Raises `StaleHandleError` for what was freed before, and
         changes nothing then. (`req_id` is accepted for symmetry with `alloc`.)
         """
-        if fake or handle.generation == 0:
+        if fake or _handle(handle).generation == 0:
             return
         if self._streams.begun is None and stream is None:
             self._run(self._free, self._real(handle))
@@ -499,6 +502,7 @@ class BlockPool:
         returns at once, and the handle may travel at once. In a CUDA pool: torch's current stream.
         In a pool in host memory only when it is given, after `pin`.
         """
+        real = self._real(handle)
         readers = _whole("readers", readers)
         length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
         if length > handle.num_blocks * self._block_size:
@@ -506,7 +510,6 @@ class BlockPool:
                 f"num_tokens: expected at most {handle.num_blocks * self._block_size} for "
                 f"{handle}, got {length}"
             )
-        real = self._real(handle)
         if stream is None and not self._is_on_gpu:
             self._run(self._publish, real, length, readers, False)
         else:
@@ -644,9 +647,7 @@ class BlockPool:
 
     def _real(self, handle: BlockHandle) -> BlockHandle:
         """The handle, if it can be one of this pool."""
-        if not isinstance(handle, BlockHandle):
-            raise TypeError(f"handle: expected BlockHandle, got {type(handle).__name__}")
-        if handle.pool_id != self._ledger.pool_id:
+        if _handle(handle).pool_id != self._ledger.pool_id:
             raise ForeignHandleError(
                 f"{handle}: it is of pool {handle.pool_id:#x}, this is {self.name} "
                 f"({self.pool_id:#x}): attach the pool that made it"
@@ -678,6 +679,13 @@ def _undo(made: list[Ledger]) -> None:
 def _known_prefault(prefault: str) -> None:
     if prefault not in PREFAULT:
         raise ValueError(f"prefault: expected one of {', '.join(PREFAULT)}, got {prefault!r}")
+
+
+def _handle(handle: BlockHandle) -> BlockHandle:
+    """Any handle, of whatever pool; TypeError for anything else."""
+    if not isinstance(handle, BlockHandle):
+        raise TypeError(f"handle: expected BlockHandle, got {type(handle).__name__}")
+    return handle
 
 
 def _whole(what: str, value: int) -> int:

@@ -295,6 +295,20 @@ def refused(pool: BlockPool, handle: BlockHandle, error: type[Exception], said: 
     assert pools.state_of(pool) == before
 
 
+@pytest.mark.parametrize("wrong", [None, 7, "handle", b"bytes", (0, 1, 4)])
+def test_what_is_no_handle_is_told_by_its_type(pool: BlockPool, wrong: object) -> None:
+    """Found: `free`, `publish` and `grow` failed at the first attribute that it lacks."""
+    before = pools.state_of(pool)
+    for use in (pool.free, pool.view, pool.write, pool.publish, pool.open):
+        with pytest.raises(TypeError, match="handle: expected BlockHandle, got"):
+            use(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="handle: expected BlockHandle, got"):
+        pool.grow(wrong, 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="req_id: expected str or None, got int"):
+        pool.alloc(4, req_id=5)  # type: ignore[arg-type]
+    assert pools.state_of(pool) == before
+
+
 def test_a_freed_handle_cannot_be_used(pool: BlockPool) -> None:
     handle = pools.take(pool)
     pool.free(handle)
