@@ -138,10 +138,11 @@ class SampleReceiver:
 
 @contextmanager
 def connect(in_place: bool, context: Context, settings: Settings) -> Iterator[Ends]:
-    # Short: folder, name and some 90 characters of iceoryx2's are the path of a Unix socket.
+    # Short, whatever TMPDIR says: folder, name and some 90 characters of iceoryx2's are the path of
+    # a Unix socket, which has 108 at most (unix(7)).
     name = f"iox{secrets.token_hex(4)}-"
     most = settings.payload_bytes(max(settings.most_tokens, REHEARSAL_TOKENS))
-    folder = tempfile.mkdtemp(prefix="iox-")
+    folder = tempfile.mkdtemp(prefix="iox-", dir="/tmp")
     try:
         yield Ends(
             partial(SampleSender, name, folder, settings.hidden, most, in_place),
