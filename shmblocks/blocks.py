@@ -51,8 +51,6 @@ from shmblocks.layout import (
     LEASE,
     LEASE_WORDS,
     R_CREATED,
-    R_NUM_BLOCKS,
-    R_NUM_TOKENS,
     RECORD,
     RECORD_HEAD,
     RECORD_HEAD_WORDS,
@@ -303,7 +301,7 @@ class BlockTable:
         if end <= cursor < new_end:
             cursor = new_end % self._total
         stores = [
-            self._rewritten(start, record, (R_NUM_BLOCKS, num_blocks), (R_NUM_TOKENS, num_tokens))
+            self._rewritten(start, record._replace(num_blocks=num_blocks, num_tokens=num_tokens))
         ]
         if more:
             stores.append(self._head(cursor, words[H_NEXT_GENERATION], self.free_blocks - more))
@@ -544,12 +542,9 @@ class BlockTable:
             (self._records + start * RECORD.size, _ZERO),
         ]
 
-    def _rewritten(self, start: int, record: Record, *changes: tuple[int, int]) -> Store:
-        """The store of a record's first words with some of them, (index, value), changed."""
-        words: list[int] = list(record[:RECORD_HEAD_WORDS])  # type: ignore[arg-type]
-        for index, value in changes:
-            words[index] = value
-        return (self._records + start * RECORD.size, RECORD_HEAD.pack(*words))
+    def _rewritten(self, start: int, record: Record) -> Store:
+        """The store of the words of a record that change after it was made."""
+        return (self._records + start * RECORD.size, RECORD_HEAD.pack(*record[:RECORD_HEAD_WORDS]))
 
     @staticmethod
     def _head(cursor: int, next_generation: int, free: int) -> Store:

@@ -113,13 +113,7 @@ RECORD = struct.Struct("=12Q64p")
 # The words of a record that change after it was made; `ready`, which a GPU may write at any time,
 # lies behind them.
 RECORD_HEAD = struct.Struct("=9Q")
-R_STATE = 0
-R_NUM_BLOCKS = 2
-R_NUM_TOKENS = 3
-R_READERS_LEFT = 5
-R_LEASES = 6
 R_CREATED = 7
-R_PUBLISHED = 8
 R_READY = 9
 # In `ready`: the owner died before it was ready. Bit 62, since a stream compares by the sign of a
 # 64-bit difference: with bit 63 set it would wait on.

@@ -48,7 +48,7 @@ def crowd(context: ForkServerContext, makes: list[Make], seconds: float) -> list
         return shares
     finally:
         for process in processes:
-            process.join(PATIENCE) if process.exitcode is None else None
+            process.join(PATIENCE)
             if process.is_alive():
                 process.kill()
                 process.join()
