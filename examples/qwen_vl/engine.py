@@ -24,6 +24,7 @@ from typing import Any
 from qwen_vl.children import Child
 from qwen_vl.handoff import Line
 from qwen_vl.messages import (
+    Crossed,
     Embed,
     Ended,
     FromLauncher,
@@ -60,7 +61,7 @@ class Request:
 
 
 EMBEDDING = -1  # who says something: this, or the index of a language process
-Event = Sent | Holding | Token
+Event = Sent | Holding | Crossed | Token
 Said = Event | Refused | Ended
 
 
@@ -183,7 +184,9 @@ class Engine:
         generate = Generate(
             number, request.way, request.count, request.is_timed, request.with_digests
         )
-        embed = Embed(number, request.prompt, request.way, readers, request.is_timed)
+        embed = Embed(
+            number, request.prompt, request.way, readers, request.is_timed, request.with_digests
+        )
         for reader in readers:  # first: they have to ask
             self._send(reader, room, generate)
         self._send(EMBEDDING, room, embed)

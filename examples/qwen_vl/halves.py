@@ -44,6 +44,16 @@ class Embedded:
         """n."""
         return len(self.fields["fill_ids"])
 
+    @property
+    def digest(self) -> str:
+        """Differs when any bit of what crosses does."""
+        names = sorted(self.fields)
+        return " ".join([*(digest(self.fields[name]) for name in names), str(self.delta)])
+
+    def copy(self) -> Embedded:
+        """The same in memory of its own; on a GPU, as its stream comes to it."""
+        return Embedded({name: self.fields[name].clone() for name in self.fields}, self.delta)
+
 
 @dataclass(frozen=True)
 class Step:

@@ -1,7 +1,7 @@
 """What the launcher and its processes tell each other, over a pipe of each process's own.
 
-    launcher --Embed-----> embedding process --Embedding over, Refused--> launcher
-    launcher --Generate--> language process --Holding, Token, Ended-----> launcher
+    launcher --Embed-----> embedding process --Crossed, Sent, Refused-----------> launcher
+    launcher --Generate--> language process --Holding, Token, Crossed, Ended----> launcher
              --Withdraw-->
 
 They are msgspec structs; nothing is unpickled. Embeddings never pass here, only through the pool.
@@ -30,6 +30,7 @@ class Embed(msgspec.Struct, frozen=True, tag=True):
     way: Way
     readers: tuple[int, ...]
     is_timed: bool = False  # wait for the GPU before noting a time
+    with_digest: bool = False  # of what crosses
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -39,7 +40,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     way: Way
     count: int
     is_timed: bool = False
-    with_digests: bool = False  # of each token's logits
+    with_digests: bool = False  # of what crosses, and of each token's logits
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
@@ -87,6 +88,13 @@ class Holding(msgspec.Struct, frozen=True, tag=True):
     is_zero_copy: bool
 
 
+class Crossed(msgspec.Struct, frozen=True, tag=True):
+    """What this process has sent, or was given: its digest differs when any bit does."""
+
+    room: int
+    digest: str
+
+
 class Token(msgspec.Struct, frozen=True, tag=True):
     """The next token of an answer."""
 
@@ -103,7 +111,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
 
 
 FromLauncher = Embed | Generate | Withdraw
-ToLauncher = Ready | Sent | Refused | Holding | Token | Ended
+ToLauncher = Ready | Sent | Refused | Holding | Crossed | Token | Ended
 
 ENCODER = msgspec.msgpack.Encoder()
 FROM_LAUNCHER: msgspec.msgpack.Decoder[FromLauncher] = msgspec.msgpack.Decoder(FromLauncher)

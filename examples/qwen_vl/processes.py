@@ -24,6 +24,7 @@ from qwen_vl.memory import own_bytes
 from qwen_vl.messages import (
     ENCODER,
     FROM_LAUNCHER,
+    Crossed,
     Embed,
     Ended,
     FromLauncher,
@@ -79,6 +80,8 @@ def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher
         embedded = half(prepared)
         ready_ns = launcher.now(asked.is_timed)
         end.send(asked.room, embedded, asked.way, asked.readers)
+        if asked.with_digest:
+            launcher.tell(Crossed(asked.room, embedded.digest))
     except PromptError as error:
         return Refused(asked.room, str(error), is_prompt=True)
     except ShmBlocksError as error:  # the other side died, gave up or was too slow
@@ -107,10 +110,14 @@ def _answer(half: LanguageHalf, end: LanguageEnd, asked: Generate, launcher: Lau
     try:
         with _received(end.ask(asked.room, asked.way), asked, launcher) as received:
             launcher.tell(_holding(asked, received, launcher))
+            # A digest now would wait for the GPU, and so hide what came too late.
+            given = received.embedded.copy() if asked.with_digests else None
             steps = half.generate(received.embedded, asked.count)
             step = next(steps)
         # The prompt has been read: its blocks are free for the next one while this one goes on.
         launcher.tell(Token(asked.room, step.token, step.digest if asked.with_digests else ""))
+        if given is not None:
+            launcher.tell(Crossed(asked.room, given.digest))
         for step in steps:
             launcher.tell(Token(asked.room, step.token, step.digest if asked.with_digests else ""))
     except ShmBlocksError as error:
