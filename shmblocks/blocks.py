@@ -74,6 +74,7 @@ _from_bytes = int.from_bytes
 _ZERO = bytes(WORD)
 # What `Record._make` does, without its Python frame: each operation reads a record.
 _new_record = tuple.__new__
+_unpack_record = RECORD.unpack_from
 _NUM_STATES = len(STATES)
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]
@@ -145,21 +146,19 @@ class BlockTable:
 
     def record(self, block: int) -> Record:
         """The record at `block`, checked to lie inside the pool when it is not free."""
-        record = _new_record(
-            Record, RECORD.unpack_from(self._memory, self._records + block * RECORD.size)
-        )
-        words: tuple[int, ...] = record[:R_CREATED]  # type: ignore[assignment]
-        state, _, num_blocks, num_tokens, _, readers_left, leases = words
+        # By index, here and below, where each operation passes: a name costs three times as much.
+        words = _unpack_record(self._memory, self._records + block * RECORD.size)
+        state = words[0]
         # Refuse numbers that lead outside of the pool, or that no operation leaves behind.
         if state and (
             state >= _NUM_STATES
-            or not 0 < num_blocks <= self._total - block
-            or num_tokens > num_blocks * self._block_size
-            or leases > self._max_leases
-            or (state == _PUBLISHED and not readers_left)
+            or not 0 < words[2] <= self._total - block
+            or words[3] > words[2] * self._block_size
+            or words[6] > self._max_leases
+            or (state == _PUBLISHED and not words[5])
         ):
-            raise _damaged(f"the record of block {block} says {record}")
-        return record
+            raise _damaged(f"the record of block {block} says {Record._make(words)}")
+        return _new_record(Record, words)
 
     def find(self, handle: BlockHandle) -> Record:
         """The record of the allocation that the handle's generation names.
@@ -206,14 +205,22 @@ class BlockTable:
 
     def find_exact(self, handle: BlockHandle) -> Record:
         """Like `find`; the handle must also agree on the sizes (grown since: stale)."""
+        start = handle.start_block
+        if 0 <= start < self._total:
+            record = self.record(start)
+            if (
+                record[0]
+                and record[1] == handle.generation
+                and record[2] == handle.num_blocks
+                and record[3] == handle.num_tokens
+            ):
+                return record
         record = self.find(handle)
-        if record.num_blocks != handle.num_blocks or record.num_tokens != handle.num_tokens:
-            raise StaleHandleError(
-                f"{handle}: the allocation has {record.num_blocks} blocks and {record.num_tokens} "
-                "tokens: it was grown or published with another length since (use the handle that "
-                "this returned), or the handle is damaged"
-            )
-        return record
+        raise StaleHandleError(
+            f"{handle}: the allocation has {record.num_blocks} blocks and {record.num_tokens} "
+            "tokens: it was grown or published with another length since (use the handle that "
+            "this returned), or the handle is damaged"
+        )
 
     def live(self) -> Iterator[tuple[int, Record]]:
         """Every allocation, by start block."""
@@ -291,7 +298,7 @@ class BlockTable:
 
     def grow(self, start: int, record: Record, num_blocks: int, num_tokens: int) -> bool:
         """Extend a reservation in place; False when the blocks behind it are not free."""
-        transition(STATES[record.state], Event.GROW, record.leases, record.readers_left)
+        transition(record.state, Event.GROW, record.leases, record.readers_left)
         end, new_end = start + record.num_blocks, start + num_blocks
         more = num_blocks - record.num_blocks
         if new_end > self._total or self._bits(end, new_end):
@@ -324,12 +331,12 @@ class BlockTable:
 
         `on_stream`: a stream will say when it is ready.
         """
-        state = transition(STATES[record.state], Event.PUBLISH, 0, readers)
+        state = transition(record.state, Event.PUBLISH, 0, readers)
         if not on_stream:
             # Before the commit, and no part of it: nobody looks at it before the state says so.
             self._words[self._layout.ready_word(start)] = record.generation
         head = RECORD_HEAD.pack(
-            NUMBER[state], record.generation, record.num_blocks, num_tokens, record.owner,
+            state, record.generation, record.num_blocks, num_tokens, record.owner,
             readers, record.leases, record.created_ns, now_ns,
         )  # fmt: skip
         stores = [(self._records + start * RECORD.size, head)]
@@ -341,30 +348,29 @@ class BlockTable:
         """Set when published blocks may be reclaimed at the earliest (0: none are there)."""
         self._journal.commit([_word(H_UNCLAIMED, earliest_ns)])
 
-    def free(self, start: int, record: Record) -> State:
+    def free(self, start: int, record: Record) -> None:
         """Give an allocation back: at once, or (draining) when its last lease is released."""
-        return self._free(start, record, self._in_flight(record))
+        self._free(start, record, self._in_flight(record))
 
-    def free_failed(self, start: int, record: Record) -> State:
+    def free_failed(self, start: int, record: Record) -> None:
         """As `free`, of what its dead owner has not finished and will not."""
         self.fail(start, record)
-        return self._free(start, record, in_flight=False)
+        self._free(start, record, in_flight=False)
 
-    def free_behind(self, start: int, record: Record, now_ns: int) -> State:
+    def free_behind(self, start: int, record: Record, now_ns: int) -> None:
         """As `free`, of a reservation that its owner's stream works on and will mark as ready."""
-        return self._free(start, record._replace(published_ns=now_ns), in_flight=True)
+        self._free(start, record._replace(published_ns=now_ns), in_flight=True)
 
-    def _free(self, start: int, record: Record, in_flight: bool) -> State:
-        state = transition(STATES[record.state], Event.FREE, record.leases, 0)
-        if state is State.FREE and in_flight:
-            state = State.DRAINING
+    def _free(self, start: int, record: Record, in_flight: bool) -> None:
+        state = transition(record.state, Event.FREE, record.leases, 0)
+        if state == _FREE and in_flight:
+            state = _DRAINING
         was_settling = record.state == _DRAINING and not record.leases
-        settling = state is State.DRAINING and not record.leases
+        settling = state == _DRAINING and not record.leases
         stores = self._moved(start, record, state, record.leases, 0)
         if settling != was_settling:
             stores.append(self._changed(H_SETTLING, settling - was_settling))
         self._journal.commit(stores)
-        return state
 
     # ---- stream order ------------------------------------------------------------------------
 
@@ -419,7 +425,7 @@ class BlockTable:
 
     def settle(self, start: int, record: Record) -> None:
         """Free a draining allocation without leases: its owner's stream is through."""
-        state = transition(State.DRAINING, Event.RELEASE, 0, 0)
+        state = transition(_DRAINING, Event.RELEASE, 0, 0)
         stores = self._moved(start, record, state, 0, 0)
         stores.append(self._changed(H_SETTLING, -1))
         self._journal.commit(stores)
@@ -456,7 +462,7 @@ class BlockTable:
         leases = record.leases + 1
         readers_left = record.readers_left - reads
         event = Event.OPEN if reads else Event.WRITE
-        state = transition(STATES[record.state], event, leases, readers_left)
+        state = transition(record.state, event, leases, readers_left)
         slot = self._free_lease()
         key = _new_record(LeaseKey, (slot, record.generation, holder, now_ns))
         lease = LEASE.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0)
@@ -475,8 +481,8 @@ class BlockTable:
         self.release(key.slot, lease, unread=unread)
         return True
 
-    def release(self, slot: int, lease: LeaseRecord, *, unread: bool = False) -> State:
-        """End a lease; the state of its allocation then.
+    def release(self, slot: int, lease: LeaseRecord, *, unread: bool = False) -> None:
+        """End a lease, and the allocation with the last one that it waited for.
 
         `unread`: nobody ever had it (opening was interrupted), so that its reader is still to come.
         """
@@ -487,10 +493,10 @@ class BlockTable:
             raise _damaged(f"lease {slot} is of an allocation that does not count it")
         leases = record.leases - 1
         readers_left = record.readers_left + (unread and lease.kind == READS)
-        state = transition(STATES[record.state], Event.RELEASE, leases, readers_left)
-        in_flight = state is State.FREE and self._in_flight(record)
+        state = transition(record.state, Event.RELEASE, leases, readers_left)
+        in_flight = state == _FREE and self._in_flight(record)
         if in_flight:
-            state = State.DRAINING
+            state = _DRAINING
         stores = self._moved(lease.start_block, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, bytes(WORD)))
         if in_flight:
@@ -499,7 +505,6 @@ class BlockTable:
             stores.append(self._changed(H_PENDING, -1))
         self._journal.commit(stores)
         self._next_lease = slot
-        return state
 
     def lease(self, slot: int) -> LeaseRecord:
         """The lease in a slot."""
@@ -521,16 +526,13 @@ class BlockTable:
     # ---- stores ------------------------------------------------------------------------------
 
     def _moved(
-        self, start: int, record: Record, state: State, leases: int, readers_left: int
+        self, start: int, record: Record, state: int, leases: int, readers_left: int
     ) -> list[Store]:
         """The stores that bring an allocation into a state; into FREE its blocks come back."""
-        if state is not State.FREE:
-            _, generation, num_blocks, num_tokens, owner, _, _, created, published = record[
-                :RECORD_HEAD_WORDS
-            ]
+        if state != _FREE:
             head = RECORD_HEAD.pack(
-                NUMBER[state], generation, num_blocks, num_tokens, owner,
-                readers_left, leases, created, published,
+                state, record[1], record[2], record[3], record[4],
+                readers_left, leases, record[7], record[8],
             )  # fmt: skip
             return [(self._records + start * RECORD.size, head)]
         words = self._words

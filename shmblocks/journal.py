@@ -30,6 +30,7 @@ Store = tuple[int, bytes]
 """(offset in the segment, bytes); both multiples of 8."""
 
 _ENTRY = struct.Struct("=QQ")
+_pack_entry = _ENTRY.pack
 _HEAD_BYTES = 8
 
 
@@ -49,22 +50,21 @@ class Journal:
 
     def commit(self, stores: Iterable[Store]) -> None:
         """Make all stores, or (killed before step 2) none."""
-        memory = self._memory
-        pack = _ENTRY.pack
-        parts: list[bytes] = []
+        memory, words, head = self._memory, self._words, self.head
+        log = b""
         for offset, data in stores:
-            parts += (pack(offset, len(data)), data)
-        log = b"".join(parts)
-        if len(log) > self._capacity:
+            log += _pack_entry(offset, len(data)) + data
+        size = len(log)
+        if size > self._capacity:
             raise IncompatiblePoolError(
-                f"a change of {len(log)} bytes does not fit the journal of {self._capacity} bytes"
+                f"a change of {size} bytes does not fit the journal of {self._capacity} bytes"
             )
         start = self._entries
-        memory[start : start + len(log)] = log
-        self._words[self.head] = len(log)
+        memory[start : start + size] = log
+        words[head] = size
         for offset, data in stores:
             memory[offset : offset + len(data)] = data
-        self._words[self.head] = 0
+        words[head] = 0
 
     def replay(self) -> None:
         """Finish the change that a holder of the lock committed and did not complete."""

@@ -76,7 +76,7 @@ from shmblocks.config import PoolConfig
 
 MAGIC = int.from_bytes(b"SHMBLKS\0", "little")
 QUEUE_MAGIC = int.from_bytes(b"SHMBLKQ\0", "little")
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 PAGE = 4096
 WORD = 8

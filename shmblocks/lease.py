@@ -57,9 +57,10 @@ class Leases:
         """Under the lock: the lease, and whether the blocks are ready for it."""
         blocks = self._ledger.blocks
         record = blocks.find_exact(handle)
-        if record.ready & FAILED:
+        ready = record.ready
+        if ready & FAILED:
             raise blocks.died(handle)
-        is_ready = kind == WRITES or record.ready == record.generation
+        is_ready = kind == WRITES or ready == handle.generation
         if not record.readers_left and kind == READS and STATES[record.state] is State.LEASED:
             raise InvalidStateError(
                 f"{handle}: every reader that `publish(readers=...)` announced is there already"

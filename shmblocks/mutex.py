@@ -15,7 +15,7 @@ Three layers:
 
     _inside {0: token}   a dict; `setdefault` takes it, in one uninterruptible C call, for one
                          thread of this process (the file lock cannot tell threads apart)
-    file lock            on MUTEX_BYTE, for one process of the node
+    flock                on the segment's file, for one process of the node
     journal              for what a dead holder left
 
 Why a token and not a `threading.Lock`: between a lock's `acquire` and the note who owns it lies a
@@ -40,7 +40,7 @@ from types import FrameType
 from typing import TypeVar
 
 from shmblocks.errors import InvalidStateError, PoolClosedError, PoolTimeoutError
-from shmblocks.filelock import LOCK_MUTEX, UNLOCK_MUTEX, FileLocks
+from shmblocks.filelock import ENTER, LEAVE, FileLocks
 
 T = TypeVar("T")
 
@@ -54,8 +54,7 @@ LONGEST_SLEEP = 1e-3
 # A waiting thread looks for an abandoned token after so many attempts.
 ABANDONED_AFTER = 64
 
-_setlk = fcntl.F_OFD_SETLK
-_fcntl = fcntl.fcntl
+_flock = fcntl.flock
 _get_ident = threading.get_ident
 
 
@@ -109,9 +108,9 @@ class Mutex:
 
     def _try_file(self) -> bool:
         try:
-            _fcntl(self._locks.file, _setlk, LOCK_MUTEX)
-        except (BlockingIOError, PermissionError):
-            return False  # another process holds it: EAGAIN, or EACCES on other systems
+            _flock(self._locks.file, ENTER)
+        except BlockingIOError:
+            return False  # another process holds it
         except ValueError:
             raise PoolClosedError(
                 f"pool {self._name}: closed in this process; attach it again"
@@ -123,7 +122,7 @@ class Mutex:
         inside = self._inside
         if inside.get(0) is token:
             try:
-                _fcntl(self._locks.file, _setlk, UNLOCK_MUTEX)
+                _flock(self._locks.file, LEAVE)
             except ValueError:
                 pass  # closed by what ran inside: the lock went with it
             inside.pop(0, None)

@@ -16,7 +16,7 @@ import contextlib
 import time
 
 from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
-from shmblocks.filelock import MUTEX_BYTE, PLACE_BYTE, PLACE_BYTES, FileLocks
+from shmblocks.filelock import PLACE_BYTE, PLACE_BYTES, FileLocks
 from shmblocks.segment import file_identity, is_ours, link_name, open_existing, unlink_file
 
 # Seconds between two looks at a lock that another process holds.
@@ -57,12 +57,12 @@ def _remove_dead(name: str, timeout: float) -> None:
 def unlink_dead(fd: int, locks: FileLocks, name: str, timeout: float) -> bool:
     """Unlink a segment under its own lock; False, and nothing done, when somebody lives in it."""
     deadline = time.monotonic() + timeout
-    while not locks.try_lock(MUTEX_BYTE):
+    while not locks.try_enter():
         if anyone_lives(locks) or time.monotonic() >= deadline:
             return False
         time.sleep(POLL)
     if anyone_lives(locks):
-        locks.unlock(MUTEX_BYTE)
+        locks.leave()
         return False
     unlink_file(name, file_identity(fd))
     return True

@@ -67,6 +67,8 @@ T = TypeVar("T")
 PREFAULT = ("background", "now", "off")
 # Seconds between two looks for a pool that is not there yet.
 ATTACH_POLL = 0.01
+# Tokens or readers.
+_MOST = MAX_BLOCKS << 20
 
 
 class BlockPool:
@@ -78,6 +80,7 @@ class BlockPool:
         self._role = role
         self._prefault = prefault
         self._is_on_gpu = ledger.config.is_on_gpu
+        self._pool_id = ledger.pool_id
         self._block_size = ledger.config.block_size
         self._unclaimed_ns = int(ledger.config.unclaimed_timeout * 1e9)
         self._total_blocks = ledger.config.total_blocks
@@ -473,9 +476,8 @@ class BlockPool:
         )
 
     def _view(self, handle: BlockHandle) -> BlockView:
-        return BlockView(
-            self._open_tensors, handle, handle.start_block * self.config.block_size, self
-        )
+        start_token = handle.start_block * self._block_size
+        return BlockView(self._tensors or self._open_tensors, handle, start_token, self)
 
     def write(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
         """A writer's lease on a reservation, whoever owns it (a landing allocation).
@@ -647,12 +649,12 @@ class BlockPool:
 
     def _real(self, handle: BlockHandle) -> BlockHandle:
         """The handle, if it can be one of this pool."""
-        if _handle(handle).pool_id != self._ledger.pool_id:
+        if _handle(handle).pool_id != self._pool_id:
             raise ForeignHandleError(
                 f"{handle}: it is of pool {handle.pool_id:#x}, this is {self.name} "
                 f"({self.pool_id:#x}): attach the pool that made it"
             )
-        if handle.is_fake:
+        if handle.generation == 0:
             raise InvalidStateError(
                 f"{handle}: a fake handle names no blocks; it can only be freed"
             )
@@ -691,6 +693,6 @@ def _handle(handle: BlockHandle) -> BlockHandle:
 def _whole(what: str, value: int) -> int:
     """A whole number of at least 1 that no pool's arithmetic can overflow."""
     number = operator.index(value)
-    if not 1 <= number <= MAX_BLOCKS << 20:
+    if not 1 <= number <= _MOST:
         raise ValueError(f"{what}: expected a whole number of at least 1, got {value}")
     return number

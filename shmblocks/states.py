@@ -65,18 +65,32 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, State]] = {
 }
 
 
-def transition(state: State, event: Event, leases: int, readers_left: int) -> State:
-    """The state after `event`, given what is open and still expected *after* it.
+# The same by numbers, for the block table: each of its operations asks.
+_AFTER: tuple[dict[Event, tuple[int, int]], ...] = tuple(
+    {
+        event: (NUMBER[with_leases], NUMBER[without])
+        for (its_state, event), (with_leases, without) in TRANSITIONS.items()
+        if its_state is state
+    }
+    for state in STATES
+)
+_FREE = NUMBER[State.FREE]
+_PUBLISHED = NUMBER[State.PUBLISHED]
+
+
+def transition(state: int, event: Event, leases: int, readers_left: int) -> int:
+    """The state after `event`, given what is open and still expected *after* it; by number.
 
     Raises `InvalidStateError` when the event is not allowed.
     """
-    after = TRANSITIONS.get((state, event))
+    after = _AFTER[state].get(event)
     if after is None:
         allowed = [str(known) for known, its_event in TRANSITIONS if its_event is event]
         raise InvalidStateError(
-            f"{event}: expected an allocation that is {' or '.join(allowed)}, this one is {state}"
+            f"{event}: expected an allocation that is {' or '.join(allowed)}, this one is "
+            f"{STATES[state]}"
         )
     following = after[0] if leases else after[1]
-    if following is State.PUBLISHED and event is Event.RELEASE and readers_left == 0:
-        return State.FREE
+    if following == _PUBLISHED and event is Event.RELEASE and readers_left == 0:
+        return _FREE
     return following

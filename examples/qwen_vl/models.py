@@ -51,6 +51,11 @@ class ModelSettings:
     is_exact: bool = False  # on a GPU: kernels that give the same bits each time, and are slower
 
     @property
+    def is_reproducible(self) -> bool:
+        """Whether equal inputs give equal bits each time."""
+        return self.device == "cpu" or self.is_exact
+
+    @property
     def size(self) -> Size:
         """Its numbers."""
         return size_of(self.family, self.size_name)

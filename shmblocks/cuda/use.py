@@ -236,13 +236,16 @@ class GpuUse:
             mine.keep_until_exit()
 
 
-class Order(NamedTuple):
+class Order:
     """A stream to keep order on. Keeps torch's stream object alive, if one was given."""
 
-    use: GpuUse
-    stream: int
-    may_be_captured: bool
-    kept: object
+    __slots__ = ("_kept", "may_be_captured", "stream", "use")
+
+    def __init__(self, use: GpuUse, stream: int, may_be_captured: bool, kept: object) -> None:
+        self.use = use
+        self.stream = stream
+        self.may_be_captured = may_be_captured
+        self._kept = kept
 
     def refuse_capture(self) -> None:
         """As `GpuUse.refuse_capture`."""

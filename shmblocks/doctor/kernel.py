@@ -49,12 +49,12 @@ def proc_mounted(host: Host) -> Iterator[CheckResult]:
 
 
 def ofd_locks(host: Host) -> Iterator[CheckResult]:
-    """Two open file descriptions of one file: the second must see the first one's lock."""
+    """Two open file descriptions of one file: the second must see the first one's locks."""
     try:
         with tempfile.TemporaryFile(dir=host.shm) as file:
             seen = _lock_is_seen(file.fileno())
     except OSError as error:
-        yield CheckResult("ofd-locks", "fail", f"F_OFD_SETLK: {error.strerror}", OLD_KERNEL)
+        yield CheckResult("ofd-locks", "fail", f"F_OFD_SETLK, flock: {error.strerror}", OLD_KERNEL)
         return
     if seen:
         found = f"an open file description's lock in {host.shm} is seen by another"
@@ -67,7 +67,8 @@ def ofd_locks(host: Host) -> Iterator[CheckResult]:
 def _lock_is_seen(fd: int) -> bool:
     holder, other = FileLocks(fd), FileLocks(fd)
     try:
-        return holder.try_lock(1) and other.is_locked_by_others(1)
+        is_byte_seen = holder.try_lock(1) and other.is_locked_by_others(1)
+        return is_byte_seen and holder.try_enter() and not other.try_enter()
     finally:
         holder.close()
         other.close()

@@ -81,6 +81,14 @@ def state_of(pool: BlockPool) -> bytes:
     )
 
 
+def is_entered(stranger: FileLocks) -> bool:
+    """Whether somebody is inside of the segment that these locks are on."""
+    if stranger.try_enter():
+        stranger.leave()
+        return False
+    return True
+
+
 def locks_of(name: str) -> FileLocks:
     """File locks of a stranger on the segment of that name; close them."""
     with open_existing(name) as file:

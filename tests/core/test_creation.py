@@ -233,7 +233,7 @@ def test_a_leftover_is_replaced_by_a_new_pool_of_any_size(pool_name: str) -> Non
 def test_a_leftover_of_which_somebody_kept_the_lock_is_waited_for(pool_name: str) -> None:
     create_and_abandon(pool_name)
     locks = pools.locks_of(pool_name)
-    assert locks.try_lock(0)
+    assert locks.try_enter()
     timer = threading.Timer(0.05, locks.close)
     timer.start()
     with pools.create(pool_name) as pool:
@@ -244,7 +244,7 @@ def test_a_leftover_of_which_somebody_kept_the_lock_is_waited_for(pool_name: str
 def test_a_leftover_that_is_locked_for_ever_is_told_after_the_lock_timeout(pool_name: str) -> None:
     create_and_abandon(pool_name)
     locks = pools.locks_of(pool_name)
-    assert locks.try_lock(0)
+    assert locks.try_enter()
     with pytest.raises(PoolExistsError, match="holds the name"):
         pools.create(pool_name, pools.tiny(lock_timeout=0.05))
     locks.close()

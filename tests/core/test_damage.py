@@ -25,7 +25,7 @@ from shmblocks import (
     open_inspector,
 )
 from shmblocks.filelock import PLACE_BYTE
-from shmblocks.layout import CONFIG_BYTES, HEADER_BYTES, Layout
+from shmblocks.layout import CONFIG_BYTES, HEADER_BYTES, LAYOUT_VERSION, Layout
 from shmblocks.registry import _summary
 from shmblocks.segment import path_of
 from tests.core import pools
@@ -102,8 +102,8 @@ def test_a_pool_that_is_longer_than_it_says_is_told() -> None:
     [
         (0, 0, "not a pool"),
         (0, int.from_bytes(b"SHMBLKZ\0", "little"), "not a pool"),
-        (1, 0, "expected layout version 1, got 0"),
-        (1, 2, "expected layout version 1, got 2: use the shmblocks version that created it"),
+        (1, 0, f"expected layout version {LAYOUT_VERSION}, got 0"),
+        (1, 999, "got 999: use the shmblocks version that created it"),
         (3, 0, "expected a segment of 0 bytes"),
         (3, 2**64 - 1, "truncated"),
         (HEADER_BYTES // 8, 2**64 - 1, "config is damaged"),

@@ -45,6 +45,34 @@ def test_only_the_locks_of_others_are_seen(fd: int) -> None:
     second.close()
 
 
+def test_the_whole_file_is_entered_by_one_description_at_a_time(fd: int) -> None:
+    first, second = FileLocks(fd), FileLocks(fd)
+    assert first.try_enter()
+    assert first.try_enter(), "a lock of one's own is no obstacle"
+    assert not second.try_enter()
+    second.leave()  # takes nothing from the other
+    assert not second.try_enter()
+    first.leave()
+    assert second.try_enter()
+    second.close()
+    assert first.try_enter()
+    first.close()
+
+
+def test_who_is_inside_and_which_bytes_are_locked_are_two_things(fd: int) -> None:
+    first, second = FileLocks(fd), FileLocks(fd)
+    assert first.try_enter()
+    assert second.try_lock(7)
+    assert not second.is_locked_by_others(0, 65536)
+    second.unlock(7)
+    assert not second.try_enter()
+    first.leave()
+    assert first.try_lock(7)
+    assert second.try_enter()
+    first.close()
+    second.close()
+
+
 def test_closing_is_idempotent_and_says_so_with_its_descriptor(fd: int) -> None:
     locks = FileLocks(fd)
     assert locks.fd >= 0
@@ -58,14 +86,17 @@ def test_what_a_killed_process_held_is_free(fd: int) -> None:
     with fork(hold, fd) as child:
         child.hear("locked")
         assert ours.is_locked_by_others(9)
+        assert not ours.try_enter()
         child.kill()
     assert ours.try_lock(9)
+    assert ours.try_enter()
     ours.close()
 
 
 def hold(channel: Channel, fd: int) -> None:
     locks = FileLocks(fd)
     assert locks.try_lock(9)
+    assert locks.try_enter()
     channel.say("locked")
     channel.receive()
 
@@ -75,13 +106,17 @@ def test_a_forked_child_that_reopened_holds_nothing_and_takes_nothing_from_its_p
 ) -> None:
     locks = FileLocks(fd)
     assert locks.try_lock(9)
+    assert locks.try_enter()
 
-    def in_child() -> tuple[bool, bool]:
+    def in_child() -> tuple[bool, bool, bool]:
         locks.reopen_after_fork()
-        return locks.is_locked_by_others(9), locks.try_lock(9)
+        return locks.is_locked_by_others(9), locks.try_lock(9), locks.try_enter()
 
-    assert run_in_fork(in_child) == (True, False)
+    assert run_in_fork(in_child) == (True, False, False)
     assert not locks.is_locked_by_others(9)
+    stranger = FileLocks(fd)
+    assert not stranger.try_enter(), "the child's leaving has freed what its parent holds"
+    stranger.close()
     locks.close()
 
 
@@ -92,8 +127,10 @@ def test_a_mapping_that_a_child_inherited_keeps_no_lock_of_its_dead_parent(fd: i
     with fork(hold_and_fork, fd, reader, writer) as parent:
         parent.hear("the child is there and has closed its descriptors")
         assert ours.is_locked_by_others(9)
+        assert not ours.try_enter()
         parent.kill()
     assert ours.try_lock(9)
+    assert ours.try_enter()
     os.close(reader)
     os.close(writer)  # which ends the child
     ours.close()
@@ -103,6 +140,7 @@ def hold_and_fork(channel: Channel, fd: int, reader: int, writer: int) -> None:
     mapping = mmap.mmap(fd, 4096)
     locks = FileLocks(fd)
     assert locks.try_lock(9)
+    assert locks.try_enter()
     told, tell = os.pipe()
     if os.fork() == 0:
         locks.reopen_after_fork()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from shmblocks import BlockHandle, BlockPool
-from shmblocks.filelock import MUTEX_BYTE, FileLocks
+from shmblocks.filelock import FileLocks
 from shmblocks.journal import Journal
 from shmblocks.ledger import Ledger
 from tests.core import pools
@@ -70,7 +70,7 @@ def test_an_interrupted_close_keeps_the_lock_from_nobody(
         closing[-1].close()
 
     def after() -> None:
-        assert not stranger.is_locked_by_others(MUTEX_BYTE)
+        assert not pools.is_entered(stranger)
         require_right(pool)
         closing.pop().close()
         assert len(pool.participants()) == 1

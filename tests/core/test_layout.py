@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shmblocks import Field, PoolConfig
 from shmblocks import layout as layout_module
 from shmblocks.config import MAX_PARTICIPANTS
-from shmblocks.filelock import MUTEX_BYTE, PLACE_BYTE, PLACE_BYTES
+from shmblocks.filelock import PLACE_BYTE, PLACE_BYTES
 from shmblocks.layout import (
     ALLOCATION_HEAD,
     AUX_BYTES,
@@ -143,6 +143,5 @@ def test_the_record_words_stand_where_they_are_drawn() -> None:
 
 
 def test_the_bytes_that_are_locked_are_those_of_every_version() -> None:
-    assert MUTEX_BYTE == 0
     assert PLACE_BYTE == 64
     assert PLACE_BYTE + MAX_PARTICIPANTS <= PLACE_BYTE + PLACE_BYTES == 65536

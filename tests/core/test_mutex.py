@@ -13,7 +13,7 @@ from types import CodeType, FrameType
 import pytest
 
 from shmblocks import BlockPool, InvalidStateError, PoolTimeoutError
-from shmblocks.filelock import MUTEX_BYTE, FileLocks
+from shmblocks.filelock import FileLocks
 from shmblocks.mutex import Mutex
 from tests.core import pools
 from tests.support.children import Channel, fork, wait_until
@@ -30,7 +30,7 @@ def stranger(pool: BlockPool) -> Iterator[FileLocks]:
 
 
 def is_taken(stranger: FileLocks) -> bool:
-    return stranger.is_locked_by_others(MUTEX_BYTE)
+    return pools.is_entered(stranger)
 
 
 # --- exclusion --------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_a_waiter_that_is_killed_takes_the_lock_from_nobody(pool: BlockPool) -> 
             waiter.hear("waiting")
             waiter.kill()
         stranger = pools.locks_of(pool.name)
-        assert not stranger.try_lock(MUTEX_BYTE)
+        assert not stranger.try_enter()
         stranger.close()
         holder.say("leave")
 
@@ -386,10 +386,10 @@ def test_an_interrupt_at_any_line_of_a_wait_leaves_the_lock_free(
     holder = pools.locks_of(pool.name)
 
     def taken_by_another() -> None:
-        assert holder.try_lock(MUTEX_BYTE)
+        assert holder.try_enter()
 
     def left_by_the_other(seconds: float = 0.0) -> None:
-        holder.unlock(MUTEX_BYTE)
+        holder.leave()
 
     # The first sleep of the waiter is when the holder leaves.
     monkeypatch.setattr(time, "sleep", left_by_the_other)

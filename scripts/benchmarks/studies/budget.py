@@ -17,7 +17,7 @@ from benchmarks.links.buffers import unique_name
 from benchmarks.results import Study
 from shmblocks import BlockHandle, BlockPool, HandleQueue, PoolConfig, multimodal_fields
 from shmblocks.bitmap import find_zeros
-from shmblocks.filelock import LOCK_MUTEX, UNLOCK_MUTEX
+from shmblocks.filelock import ENTER, LEAVE
 from shmblocks.journal import Journal, Store
 
 TOKENS = 2000
@@ -94,15 +94,15 @@ def _operations(pool: BlockPool, queue: HandleQueue[BlockHandle], times: int) ->
 def _parts(pool: BlockPool, times: int) -> dict[str, float]:
     """Microseconds of what operations are made of."""
     ledger = pool._ledger
-    file, set_lock = ledger.locks.file, fcntl.F_OFD_SETLK
+    file = ledger.locks.file
     handle = BlockHandle(8, 16, TOKENS, 77, 1 << 60)
     encoded = handle.encode()
     word = ledger.layout.aux
     stores = [(word, bytes(24)), (word + 64, bytes(8)), (word + 128, bytes(160))]
 
     def lock_and_unlock() -> None:
-        fcntl.fcntl(file, set_lock, LOCK_MUTEX)
-        fcntl.fcntl(file, set_lock, UNLOCK_MUTEX)
+        fcntl.flock(file, ENTER)
+        fcntl.flock(file, LEAVE)
 
     return {
         "lock and unlock, system calls": _loop(lock_and_unlock, times),
