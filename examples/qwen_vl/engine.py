@@ -143,13 +143,16 @@ class Engine:
     # ---- requests ----------------------------------------------------------------------------
 
     async def generate(self, prompt: Prompt, count: int) -> AsyncGenerator[int, None]:
-        """`count` tokens, each as soon as it is there. `PromptError`, `NoAnswerError`."""
+        """`count` tokens, each as soon as it is there. `PromptError`, `NoAnswerError`.
+
+        Of several language processes with the same answer (fan-out) the first one tells it.
+        """
         for attempt in range(1, ATTEMPTS + 1):
-            got = 0
+            got, teller = 0, None
             try:
-                async for _, event in self.ask(Request(prompt, count, self.way)):
-                    if isinstance(event, Token):
-                        got += 1
+                async for who, event in self.ask(Request(prompt, count, self.way)):
+                    if isinstance(event, Token) and teller in (None, who):
+                        got, teller = got + 1, who
                         yield event.token
                 return
             except NoAnswerError:
@@ -239,6 +242,8 @@ class Engine:
         if isinstance(what, Refused):
             for reader in room.readers:
                 self._send(reader, room, Withdraw(number, what.reason))
+        if isinstance(what, Ended) and what.failure:
+            self._send(EMBEDDING, room, Withdraw(number, what.failure))
         if isinstance(what, Sent | Refused | Ended):
             room.running.discard(who)
         if not room.running:

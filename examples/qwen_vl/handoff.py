@@ -2,7 +2,7 @@
 
     embedding process            queues with handles              language process i
     end.send(room, ...)  ------  <name>.to-i, <name>.from-i  ---  end.ask(room, way) -> Asked
-           |                                                          | wait()
+           | Sending: wait()                                          | wait()
            +--> pool: input_embeddings, fill_ids, mrope_positions  ---+--> Received, read in place
                       deepstack_embeddings, aux
 
@@ -15,6 +15,7 @@ What is not here: the models, or the launcher. torch_queue.py has the same ends 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -68,11 +69,21 @@ class LanguageEnd(Protocol):
         """Ask for the embeddings of a room."""
 
 
+class Sending(Protocol):
+    """Embeddings on their way."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether every reader has them by then. An error when one never will."""
+
+    def give_up(self, reason: str) -> None:
+        """Nothing more is sent; nothing happens when every reader has them."""
+
+
 class EmbeddingEnd(Protocol):
     """Where the embedding process sends."""
 
-    def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> None:
-        """Hand over, and return when every reader has it; an error when one never will."""
+    def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> Sending:
+        """Begin to hand over. `embedded` stays as it is until that has ended."""
 
 
 class Line(Protocol):
@@ -159,38 +170,31 @@ class PoolEmbeddingEnd:
     ) -> None:
         self._pool, self._endpoints, self._timeout = pool, endpoints, timeout
 
-    def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> None:
-        """Hand over by `way`."""
+    def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> PoolSending:
+        """Begin to hand over by `way`."""
         if way == "fan-out":
-            self._fan_out(room, embedded, readers)
-            return
+            return self._fan_out(room, embedded, readers)
         endpoint, delta = self._endpoints[readers[0]], embedded.delta
         if way == "push":
             handle = self._write(room, embedded)
             sender = endpoint.send_handle(room, handle, mrope_position_delta=delta)
         else:
             sender = endpoint.send(room, embedded.fields, mrope_position_delta=delta)
-        try:
-            sender.wait(self._timeout)
-        finally:
-            sender.abort("the embedding process waited in vain")  # nothing when it has ended
+        return PoolSending(self._pool, self._timeout, [sender], None)
 
-    def _fan_out(self, room: int, embedded: Embedded, readers: Sequence[int]) -> None:
+    def _fan_out(self, room: int, embedded: Embedded, readers: Sequence[int]) -> PoolSending:
         """Write once; every language process reads the same blocks, the last one frees them."""
         handle = self._write(room, embedded)
         handle = self._pool.publish(handle, readers=len(readers))
-        senders: list[Sender] = []
+        sending = PoolSending(self._pool, self._timeout, [], handle)
         try:
             for reader in readers:
                 endpoint = self._endpoints[reader]
-                senders.append(endpoint.send_handle(room, handle, published=True))
-            for sender in senders:
-                sender.wait(self._timeout)
+                sending.senders.append(endpoint.send_handle(room, handle, published=True))
         except BaseException:
-            for sender in senders:
-                sender.abort("another reader has failed")
-            self._pool.free(handle)  # published blocks stay ours when a room fails
+            sending.give_up("another reader has failed")
             raise
+        return sending
 
     def _write(self, room: int, embedded: Embedded) -> BlockHandle:
         """The embeddings in blocks of our own."""
@@ -203,6 +207,41 @@ class PoolEmbeddingEnd:
             view[name].copy_(tensor)
         view.aux[0], view.aux[1] = count, embedded.delta
         return handle
+
+
+class PoolSending:
+    """One room, to one or several readers; `published`: blocks of ours that all of them read."""
+
+    def __init__(
+        self, pool: BlockPool, timeout: float, senders: list[Sender], published: BlockHandle | None
+    ) -> None:
+        self._pool, self._published = pool, published
+        self._deadline = time.monotonic() + timeout
+        self.senders = senders
+        self._has_ended = False
+
+    def wait(self, seconds: float) -> bool:
+        """Whether every reader has it by then. An error when one never will, or is too slow."""
+        until = min(time.monotonic() + seconds, self._deadline)
+        for sender in self.senders:
+            try:
+                sender.wait(max(0.0, until - time.monotonic()))
+            except PoolTimeoutError:
+                if time.monotonic() >= self._deadline:
+                    raise
+                return False
+        self._has_ended = True
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """End the room for all of them."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        for sender in self.senders:
+            sender.abort(reason)
+        if self._published is not None:
+            self._pool.free(self._published)  # published blocks stay ours when a room fails
 
 
 # ----------------------------------------------------------------------------- language process

@@ -6,6 +6,7 @@
   error (503, or an event with the reason); anything else ends this with exit code 1.
 - The embedding process is killed (SIGKILL) when so many requests are done; at the end /health must
   show every block free, and no violation.
+- On a GPU start the server with --exact: what fast kernels answer differs from run to run.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Load:
     def prepare(self) -> None:
         """The prompts, and what the unsplit model answers them."""
         args = self._args
-        settings = ModelSettings(args.family, args.size, args.seed)
+        settings = ModelSettings(args.family, args.size, args.seed, args.device, is_exact=True)
         same_arithmetic_everywhere(settings)
         whole = Whole(settings)
         for name, prompt in cases(8 if args.size == "tiny" else 1).items():
@@ -194,6 +195,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, default="qwen2.5-vl", help="as of the server")
     parser.add_argument("--size", choices=SIZE_NAMES, default="small", help="as of the server")
     parser.add_argument("--seed", type=int, default=0, help="as of the server")
+    parser.add_argument(
+        "--device", default="cpu", help="as of the server, which must be --exact on a GPU"
+    )
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--kills", type=int, default=2, help="of the embedding process")

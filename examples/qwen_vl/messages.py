@@ -1,8 +1,7 @@
 """What the launcher and its processes tell each other, over a pipe of each process's own.
 
-    launcher --Embed-----> embedding process --Crossed, Sent, Refused-----------> launcher
-    launcher --Generate--> language process --Holding, Token, Crossed, Ended----> launcher
-             --Withdraw-->
+    launcher --Embed, Withdraw-----> embedding process --Crossed, Sent, Refused---------> launcher
+    launcher --Generate, Withdraw--> language process --Holding, Token, Crossed, Ended--> launcher
 
 They are msgspec structs; nothing is unpickled. Embeddings never pass here, only through the pool.
 Times are `time.monotonic_ns()`, one clock for all processes of a machine.
@@ -44,7 +43,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
-    """Nothing comes for this room any more."""
+    """The other side of this room is gone: nothing comes, or nobody takes it."""
 
     room: int
     reason: str

@@ -18,7 +18,7 @@ from types import FrameType
 
 import torch
 
-from qwen_vl.halves import LanguageHalf, VisionHalf, same_arithmetic_everywhere
+from qwen_vl.halves import Embedded, LanguageHalf, VisionHalf, same_arithmetic_everywhere
 from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd, Line, Received
 from qwen_vl.memory import own_bytes
 from qwen_vl.messages import (
@@ -27,7 +27,6 @@ from qwen_vl.messages import (
     Crossed,
     Embed,
     Ended,
-    FromLauncher,
     Generate,
     Holding,
     Ready,
@@ -41,8 +40,8 @@ from qwen_vl.models import ModelSettings, parameter_bytes
 from qwen_vl.prompts import PromptError
 from shmblocks import ShmBlocksError, TransferError
 
-# Seconds between two looks whether the launcher has withdrawn what a language process waits for.
-# Smaller: more wake-ups for nothing. Larger: a request whose embedding process died goes on later.
+# Seconds between two looks whether the launcher has withdrawn what a process waits for. Smaller:
+# more wake-ups for nothing. Larger: after a death of the other side, this one goes on later.
 LOOK_SECONDS = 0.1
 
 
@@ -79,7 +78,7 @@ def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher
         prepared_ns = launcher.now(asked.is_timed)
         embedded = half(prepared)
         ready_ns = launcher.now(asked.is_timed)
-        end.send(asked.room, embedded, asked.way, asked.readers)
+        _send(end, asked, embedded, launcher)
         if asked.with_digest:
             launcher.tell(Crossed(asked.room, embedded.digest))
     except PromptError as error:
@@ -87,6 +86,19 @@ def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher
     except ShmBlocksError as error:  # the other side died, gave up or was too slow
         return Refused(asked.room, str(error), is_prompt=False)
     return Sent(asked.room, started, prepared_ns, ready_ns)
+
+
+def _send(end: EmbeddingEnd, asked: Embed, embedded: Embedded, launcher: Launcher) -> None:
+    """Hand over, with an eye on the launcher: it knows first when a reader has died."""
+    sending = end.send(asked.room, embedded, asked.way, asked.readers)
+    try:
+        while not sending.wait(LOOK_SECONDS):
+            reason = launcher.withdrawn(asked.room)
+            if reason is not None:
+                raise TransferError(reason)
+    except BaseException as error:
+        sending.give_up(str(error))
+        raise
 
 
 # ----------------------------------------------------------------------------- language process
@@ -160,7 +172,8 @@ class Launcher:
 
     def __init__(self, pipe: Connection[bytes, bytes], device: str) -> None:
         self._pipe, self._device = pipe, device
-        self._later: deque[FromLauncher] = deque()
+        self._later: deque[Embed | Generate] = deque()
+        self._withdrawn: dict[int, str] = {}  # room -> why
 
     def tell(self, message: ToLauncher) -> None:
         """Tell it; without a launcher there is nobody to work for."""
@@ -169,26 +182,34 @@ class Launcher:
         except BrokenPipeError:
             sys.exit("the launcher is gone")
 
-    def next(self) -> FromLauncher | None:
+    def next(self) -> Embed | Generate | None:
         """What to do next; None when the launcher has closed the pipe, or is gone."""
-        if self._later:
-            return self._later.popleft()
-        try:
-            return FROM_LAUNCHER.decode(self._pipe.recv_bytes())
-        except (EOFError, ConnectionResetError):
-            return None
+        while not self._later:
+            if not self._read():
+                return None
+        message = self._later.popleft()
+        # Rooms only ever go up: what is behind this one is over.
+        self._withdrawn = {r: why for r, why in self._withdrawn.items() if r >= message.room}
+        return message
 
     def withdrawn(self, room: int) -> str | None:
         """Why nothing comes for this room, if the launcher says so. Does not block."""
         while self._pipe.poll():
-            try:
-                message = FROM_LAUNCHER.decode(self._pipe.recv_bytes())
-            except (EOFError, ConnectionResetError):
+            if not self._read():
                 return "the launcher is gone"
-            if isinstance(message, Withdraw) and message.room == room:
-                return message.reason
+        return self._withdrawn.get(room)
+
+    def _read(self) -> bool:
+        """Take in the next message; False when there will be none."""
+        try:
+            message = FROM_LAUNCHER.decode(self._pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return False
+        if isinstance(message, Withdraw):
+            self._withdrawn[message.room] = message.reason
+        else:
             self._later.append(message)
-        return None
+        return True
 
     def now(self, is_timed: bool) -> int:
         """The time; when it is to be measured, after what was given to the GPU is done."""

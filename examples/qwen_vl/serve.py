@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from aiohttp import web
@@ -122,7 +122,7 @@ async def serve(args: argparse.Namespace, say: Callable[[str], None] = print) ->
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    settings = ModelSettings(args.family, args.size, args.seed, args.device)
+    settings = ModelSettings(args.family, args.size, args.seed, args.device, args.exact)
     line = PoolLine(args.name, args.readers)
     with line.created(settings) as pool:
         async with Engine(settings, line, args.readers, args.way) as engine:
@@ -173,12 +173,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ways: tuple[Way, ...] = ("landing", "push")
     parser.add_argument("--family", choices=FAMILIES, default="qwen2.5-vl")
     parser.add_argument("--size", choices=SIZE_NAMES, default="small")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N; the pool lies there too")
-    parser.add_argument("--way", choices=ways, default="push")
+    parser.add_argument("--way", choices=get_args(Way), default="push")
     parser.add_argument("--readers", type=int, default=2, help="language processes (default 2)")
+    parser.add_argument(
+        "--exact", action="store_true", help="on a GPU: kernels that give the same bits each time"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--seed", type=int, default=0, help="of the models' weights")

@@ -19,7 +19,7 @@ from qwen_vl.handoff import Received
 from qwen_vl.messages import Way
 
 if TYPE_CHECKING:
-    from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd
+    from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd, Sending
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,22 @@ class TorchEmbeddingEnd:
     def __init__(self, queues: Sequence[Any]) -> None:
         self._queues = queues
 
-    def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> None:
-        """The same to each reader, `way` or not; returns at once."""
+    def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> Sending:
+        """The same to each reader, `way` or not; nobody knows when they have it."""
         for reader in readers:
             self._queues[reader].put((room, dict(embedded.fields), embedded.delta))
+        return TorchSending()
+
+
+class TorchSending:
+    """Put is put."""
+
+    def wait(self, seconds: float) -> bool:
+        """There is nothing to wait for."""
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """Nothing can be taken back."""
 
 
 class TorchLanguageEnd:

@@ -19,6 +19,7 @@ from shmblocks import (
     PoolExistsError,
     PoolNotFoundError,
 )
+from shmblocks.layout import LAYOUT_VERSION
 from tests.core import pools
 from tests.queue.kit import PATIENCE, Numbered, Waiting, abandon, drain, fill
 from tests.support.children import Channel, fork, run_in_child, run_in_fork, spawn
@@ -287,7 +288,7 @@ def test_forked_siblings_go_on_with_what_their_parent_left(pool_name: str) -> No
     [
         (0, b"\x00"),
         (0, b"SHMBLKS\x00"),
-        (8, (2).to_bytes(8, "little")),
+        (8, (LAYOUT_VERSION + 1).to_bytes(8, "little")),
         (24, (4096).to_bytes(8, "little")),
         (24 * 8, bytes(8)),
         (24 * 8, b"\xff" * 8),

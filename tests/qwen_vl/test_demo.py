@@ -14,7 +14,8 @@ pytest.importorskip("skimage", reason="the extra `qwen` is not installed")
 ROW = re.compile(
     r"^(?P<prompt>\S.*?) +(?P<way>landing|push|fan-out) +(?P<tokens>\d+) +(?P<blocks>\d+)"
     r" +(?P<rounds>\d+) +(?P<place>yes|no) +[\d.]+ +\d+ +[\d.]+"
-    r"  (?P<same>same  |DIFFER)  (?P<prefill>same  |DIFFER)   (?P<logits>same  |DIFFER)"
+    r"  (?P<crossed>same  |DIFFER)   (?P<same>same  |DIFFER)"
+    r"  (?P<prefill>same  |DIFFER)   (?P<logits>same  |DIFFER)"
     r"  .*x(?P<answers>\d)$"
 )
 
@@ -27,7 +28,7 @@ def test_split_in_three_processes_every_token_is_that_of_the_unsplit_model(famil
     assert len(rows) == 7 * 3
     assert {row["prompt"] for row in rows} >= {"three images", "large", "video"}
     for row in rows:
-        assert row["same"] == row["prefill"] == row["logits"] == "same  ", row
+        assert row["crossed"] == row["same"] == row["prefill"] == row["logits"] == "same  ", row
         assert row["answers"] == ("2" if row["way"] == "fan-out" else "1")
         resumes = row["way"] == "landing" and int(row["tokens"]) > 64
         assert int(row["rounds"]) == (2 if resumes else 1), row

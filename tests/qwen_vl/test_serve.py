@@ -74,6 +74,7 @@ def test_under_load_a_twice_killed_embedding_process_costs_no_wrong_answer_and_n
             url=url,
             family="qwen2.5-vl",
             size="tiny",
+            device="cpu",
             seed=0,
             clients=8,
             requests=200,
