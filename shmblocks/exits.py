@@ -21,8 +21,8 @@ class Leaves(Protocol):
 
     def leave(self) -> None: ...
 
-    def close(self) -> None:
-        """Let go of it as a death does."""
+    def abandon(self) -> None:
+        """Let go of it as a death does, and wait for nothing."""
         ...
 
 
@@ -49,4 +49,4 @@ def _leave(shared: Leaves) -> None:
     except InvalidStateError:
         # The collector ran in the middle of an operation of this thread on the same segment,
         # through another object, which is there to give back what we held and to leave last.
-        shared.close()
+        shared.abandon()

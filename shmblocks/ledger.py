@@ -73,6 +73,10 @@ class Outside(Protocol):
         """Before leaving: end its work. Idempotent."""
         ...
 
+    def abandon(self) -> None:
+        """Instead of both: let go as a death does, and wait for nothing. Idempotent."""
+        ...
+
     def has_left(self, was_last: bool) -> None:
         """After leaving: let go; `was_last`: nobody else is there."""
         ...
@@ -217,6 +221,11 @@ class Ledger(SharedSegment):
         outside.finish()
         super().leave()
         outside.has_left(self._was_last)
+
+    def abandon(self) -> None:
+        if self.outside is not None:
+            self.outside.abandon()
+        super().abandon()
 
     def _leave(self) -> None:
         """Give everything back, as the last one remove the pool, and let go."""

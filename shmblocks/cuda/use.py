@@ -6,7 +6,7 @@ Contract
 - Words and, for a host pool, all fields are registered with CUDA once, and unregistered by
   `finish`, which first waits for everything that this process has enqueued: after it the blocks may
   go to others and the mapping may go.
-- Nothing but `finish` waits for the GPU.
+- Nothing but `finish` waits for the GPU. `abandon` ends the use where nobody may wait.
 
 Graphs: an operation on a pool that is captured would write the generation of the capture at every
 replay. It is refused (`refuse_capture`); work *between* `open` and `release` may be a graph.
@@ -41,6 +41,9 @@ Stream = Union["torch.cuda.Stream", int]
 
 # Two threads that begin at once would register the segment twice.
 _starting = threading.Lock()
+
+# Mappings of abandoned uses, which CUDA has registered.
+_kept: list[memoryview] = []
 
 _log = logging.getLogger("shmblocks")
 
@@ -211,6 +214,9 @@ class GpuUse:
         """Wait for what this process enqueued, then let go of the segment. Idempotent."""
         if self._is_finished:
             return
+        # First what may be refused: from the collector in the middle of an operation of our thread.
+        # What follows would wait for streams, these for the watcher, and that for the operation.
+        self._ledger.run(lambda: None)
         try:
             # Blocks go back to others after this, and an unfinished write to memory that is not
             # registered any more would break the context. The watcher still runs: the dead do not
@@ -228,6 +234,21 @@ class GpuUse:
         finally:
             self.watcher.stop()
         self._is_finished = True
+
+    def abandon(self) -> None:
+        """Where `finish` was refused: wait for nothing.
+
+        What streams may still use is kept until the process ends. Others take it for dead.
+        """
+        if self._is_finished:
+            return
+        self._is_finished = True
+        self.watcher.stop(waits=False)
+        self.words = 0
+        _kept.append(memoryview(self._ledger.segment.mapping))  # which keeps it mapped
+        mine, self._memory = self._memory, None
+        if mine is not None:
+            mine.keep_until_exit()
 
     def has_left(self, was_last: bool) -> None:
         """After leaving: the memory goes with its last tensor, unless others use what is ours."""

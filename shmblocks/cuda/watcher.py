@@ -64,12 +64,12 @@ class Watcher:
         """Whether there is a thread."""
         return self._thread is not None
 
-    def stop(self) -> None:
-        """End the thread; nothing is watched any more."""
+    def stop(self, *, waits: bool = True) -> None:
+        """End the thread; nothing is watched any more. `waits`: return when it has ended."""
         self._stopped.set()
         with self._lock:
             thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
+        if waits and thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def _work(self) -> None:

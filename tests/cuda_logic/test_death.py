@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -200,3 +201,37 @@ def test_a_pool_that_came_through_a_fork_must_be_attached_anew_for_a_gpu(
     with fork(in_child) as child:
         assert "attach the pool in this process" in str(child.result())
     assert len(gpu.registered) == 1
+
+
+def collect_a_user_in_the_middle_of_an_operation(channel: Channel, name: str) -> None:
+    fake = with_fake_gpu()
+    with pools.attach(name) as pool:
+        other = pools.attach(name)
+        other.pin()
+        handle = other.publish(pools.take(other, 8), stream=STREAM)
+        other.open(handle, stream=OTHER_STREAM).release()
+        assert watchers()
+        before = fake.synchronized
+        del other
+        pool._ledger.run(gc.collect)
+        wait_until(lambda: not watchers(), "nobody watches for it any more")
+        channel.say(fake.synchronized - before)
+        channel.say(len(fake.registered))
+        channel.receive()
+
+
+def watchers() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "shmblocks-watcher"]
+
+
+def test_a_users_pool_that_is_collected_inside_an_operation_waits_for_no_stream(
+    pool: BlockPool,
+) -> None:
+    """Streams may wait for a watcher, and that for the operation that the collector interrupted."""
+    with spawn(collect_a_user_in_the_middle_of_an_operation, pool.name) as child:
+        assert child.receive() == 0
+        assert child.receive() == 1, "what streams may still use stays registered"
+        assert pool.stats().draining_blocks + pool.stats().leased_blocks == 2
+        child.kill()
+    pool.reap()
+    assert pool.available_blocks() == 16
