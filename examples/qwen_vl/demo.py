@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -24,12 +23,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import get_args
 
-import torch
-
 from qwen_vl.cases import cases
 from qwen_vl.children import ChildError
 from qwen_vl.engine import Engine, NoAnswerError, Request
-from qwen_vl.halves import Step, Whole, same_arithmetic_everywhere
+from qwen_vl.halves import Step, Whole, return_memory, same_arithmetic_everywhere
 from qwen_vl.handoff import PoolLine
 from qwen_vl.messages import Crossed, Holding, Ready, Sent, Token, Way
 from qwen_vl.models import ModelSettings
@@ -120,9 +117,7 @@ def reference(
         equal = sum(_same_bits(answers[case], again[case]) for case in prompts)
         print(f"unsplit, once more: {equal} of {len(prompts)} with the same bits in all logits")
     del whole
-    gc.collect()
-    if settings.device != "cpu":
-        torch.cuda.empty_cache()
+    return_memory(settings)
     return answers
 
 

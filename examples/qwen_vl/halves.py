@@ -13,6 +13,7 @@ What is not here: pools, queues and processes.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import os
@@ -90,6 +91,13 @@ def same_arithmetic_everywhere(settings: ModelSettings) -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def return_memory(settings: ModelSettings) -> None:
+    """To the GPU, after a model was dropped: torch keeps it for this process otherwise."""
+    gc.collect()
+    if settings.device != "cpu":
+        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------ vision half

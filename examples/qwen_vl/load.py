@@ -27,7 +27,7 @@ import msgspec
 
 from qwen_vl import chat
 from qwen_vl.cases import cases
-from qwen_vl.halves import Whole, same_arithmetic_everywhere
+from qwen_vl.halves import Whole, return_memory, same_arithmetic_everywhere
 from qwen_vl.models import ModelSettings
 from qwen_vl.sizes import FAMILIES, SIZE_NAMES
 
@@ -68,6 +68,8 @@ class Load:
         for name, prompt in cases(8 if args.size == "tiny" else 1).items():
             wanted = [step.token for step in whole.answer(prompt, args.tokens)]
             self._bodies.append((name, chat.body_of(prompt, args.tokens, stream=True), wanted))
+        del whole
+        return_memory(settings)
 
     async def run(self) -> None:
         """All requests, from all clients, with all kills."""
