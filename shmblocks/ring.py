@@ -79,6 +79,8 @@ class Ring(SharedSegment):
         self.capacity = capacity
         self.message_bytes = message_bytes
         self._slot_bytes = _slot_bytes(message_bytes)
+        # Asked once: a section tells who is in it.
+        self._pid = os.getpid()
         self.place = -1
         self.puts = Futex(self.segment.mapping, Q_TAIL * WORD)
         self.gets = Futex(self.segment.mapping, Q_HEAD * WORD)
@@ -146,13 +148,14 @@ class Ring(SharedSegment):
         raise TooManyParticipantsError(f"queue {self.name}: {PLACE_BYTES} processes use it")
 
     def entered(self) -> None:
-        self.segment.words[H_LOCK_HOLDER] = os.getpid()
+        self.segment.words[H_LOCK_HOLDER] = self._pid
 
     def describe_holder(self) -> str:
         return f"a process with pid {self.segment.words[H_LOCK_HOLDER]}"
 
     def forget_parent(self) -> None:
         self.place = -1
+        self._pid = os.getpid()
 
     def _leave(self) -> None:
         """The last one removes the queue with what is in it."""
