@@ -4,16 +4,22 @@ Three ways out, each with its own hook: the object is collected or the interpret
 (`weakref.finalize`), or the process is a child of `multiprocessing`, which ends with `os._exit` and
 runs only the finalizers of `multiprocessing.util`. A process that is killed needs none: the kernel
 drops its locks.
+
+The collector may run in the middle of an operation of its thread. Leaving waits, for the lock of
+the segment or for streams of a GPU, and what it waits for may wait for that operation: so it is
+left to another thread then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from typing import Protocol
 
-from shmblocks.errors import InvalidStateError, ShmBlocksError
+from shmblocks.errors import ShmBlocksError
+from shmblocks.mutex import is_inside
 
 
 class Leaves(Protocol):
@@ -21,8 +27,8 @@ class Leaves(Protocol):
 
     def leave(self) -> None: ...
 
-    def abandon(self) -> None:
-        """Let go of it as a death does, and wait for nothing."""
+    def close(self) -> None:
+        """Let go of it as a death does."""
         ...
 
 
@@ -44,9 +50,16 @@ def _leave_if_there(reference: weakref.ref[Leaves]) -> None:
 
 
 def _leave(shared: Leaves) -> None:
+    if is_inside():
+        threading.Thread(
+            target=_leave_from_aside, args=(shared,), name="shmblocks-leaving", daemon=True
+        ).start()
+    else:
+        shared.leave()
+
+
+def _leave_from_aside(shared: Leaves) -> None:
     try:
         shared.leave()
-    except InvalidStateError:
-        # The collector ran in the middle of an operation of this thread on the same segment,
-        # through another object, which is there to give back what we held and to leave last.
-        shared.abandon()
+    except ShmBlocksError:
+        shared.close()  # as a death does: others reap what it held

@@ -47,7 +47,7 @@ def _request(kind: int, start: int, length: int) -> bytes:
 
 
 class FileLocks:
-    """Locks on bytes of the file behind `fd`, through a description of their own."""
+    """Locks on the file behind `fd` and on its bytes, through a description of their own."""
 
     def __init__(self, fd: int) -> None:
         # Public, for the mutex's hot path: flock takes the file itself.

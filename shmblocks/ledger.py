@@ -73,10 +73,6 @@ class Outside(Protocol):
         """Before leaving: end its work. Idempotent."""
         ...
 
-    def abandon(self) -> None:
-        """Instead of both: let go as a death does, and wait for nothing. Idempotent."""
-        ...
-
     def has_left(self, was_last: bool) -> None:
         """After leaving: let go; `was_last`: nobody else is there."""
         ...
@@ -219,13 +215,11 @@ class Ledger(SharedSegment):
             super().leave()
             return
         outside.finish()
-        super().leave()
-        outside.has_left(self._was_last)
-
-    def abandon(self) -> None:
-        if self.outside is not None:
-            self.outside.abandon()
-        super().abandon()
+        try:
+            super().leave()
+        finally:
+            if self.is_closed:
+                outside.has_left(self._was_last)
 
     def _leave(self) -> None:
         """Give everything back, as the last one remove the pool, and let go."""

@@ -191,6 +191,11 @@ class Mutex:
         return held is not None and held[0] == _get_ident()
 
 
+def is_inside() -> bool:
+    """Whether the calling thread is in a section, of whatever segment; it must wait for nothing."""
+    return next(_sections(sys._getframe()), None) is not None
+
+
 def _is_abandoned(token: _Token) -> bool:
     frame = sys._current_frames().get(token[0])
     return frame is None or not _runs(frame, token)

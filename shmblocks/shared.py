@@ -106,10 +106,6 @@ class SharedSegment:
         if not self.is_closed:
             self.drop()
 
-    def abandon(self) -> None:
-        """`close`, where nobody may wait for anything."""
-        self.close()
-
     def drop(self) -> None:
         """Let go; the mapping goes at once, or with its last view."""
         self.locks.close()

@@ -31,9 +31,9 @@ PACKAGE = ROOT / "shmblocks"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("_platform",),
-    ("bitmap", "config", "exits", "filelock", "futex", "handle", "states", "waiting"),
+    ("bitmap", "config", "filelock", "futex", "handle", "states", "waiting"),
     ("journal", "layout", "loops", "mutex"),
-    ("blocks", "device", "participants", "segment", "sleeper"),
+    ("blocks", "device", "exits", "participants", "segment", "sleeper"),
     ("line", "naming", "shared"),
     ("reclaim", "ring"),
     ("ledger", "queue"),

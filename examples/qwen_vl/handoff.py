@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,6 +30,7 @@ from shmblocks import (
     HandleQueue,
     PoolConfig,
     PoolTimeoutError,
+    StaleHandleError,
     multimodal_fields,
 )
 from shmblocks.transfer import (
@@ -238,10 +239,16 @@ class PoolSending:
         if self._has_ended:
             return
         self._has_ended = True
-        for sender in self.senders:
-            sender.abort(reason)
+        with ExitStack() as all_of_it:  # whatever one of them raises
+            all_of_it.callback(self._free)
+            for sender in self.senders:
+                all_of_it.callback(sender.abort, reason)
+
+    def _free(self) -> None:
+        """Published blocks stay ours when a room fails, unless all readers have been there."""
         if self._published is not None:
-            self._pool.free(self._published)  # published blocks stay ours when a room fails
+            with suppress(StaleHandleError):
+                self._pool.free(self._published)
 
 
 # ----------------------------------------------------------------------------- language process

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -76,6 +76,7 @@ def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher
     try:
         prepared = half.prepare(asked.prompt)
         prepared_ns = launcher.now(asked.is_timed)
+        launcher.refuse_withdrawn(asked.room)
         embedded = half(prepared)
         ready_ns = launcher.now(asked.is_timed)
         _send(end, asked, embedded, launcher)
@@ -90,14 +91,14 @@ def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher
 
 def _send(end: EmbeddingEnd, asked: Embed, embedded: Embedded, launcher: Launcher) -> None:
     """Hand over, with an eye on the launcher: it knows first when a reader has died."""
+    launcher.refuse_withdrawn(asked.room)
     sending = end.send(asked.room, embedded, asked.way, asked.readers)
     try:
         while not sending.wait(LOOK_SECONDS):
-            reason = launcher.withdrawn(asked.room)
-            if reason is not None:
-                raise TransferError(reason)
+            launcher.refuse_withdrawn(asked.room)
     except BaseException as error:
-        sending.give_up(str(error))
+        with suppress(ShmBlocksError):  # what it says of the end is not why it ends
+            sending.give_up(str(error))
         raise
 
 
@@ -198,6 +199,12 @@ class Launcher:
             if not self._read():
                 return "the launcher is gone"
         return self._withdrawn.get(room)
+
+    def refuse_withdrawn(self, room: int) -> None:
+        """`TransferError` with the reason when this room was withdrawn."""
+        reason = self.withdrawn(room)
+        if reason is not None:
+            raise TransferError(reason)
 
     def _read(self) -> bool:
         """Take in the next message; False when there will be none."""

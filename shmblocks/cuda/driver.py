@@ -33,8 +33,7 @@ _WRITE_DEFAULT = 0
 _WAIT_GEQ = 0
 _INVALID_CONTEXT = 201
 _NOT_CAPTURING = 0
-# Default, legacy and per-thread stream: they mean a stream of the context that is current, which is
-# that of torch's current device, if the thread has any.
+# Default, legacy and per-thread stream: they mean a stream of the context that is current.
 _LAST_OF_THE_CONTEXT = 2
 
 
@@ -147,22 +146,26 @@ class CudaDriver:
         self._cuda: Any = bindings
         self._torch: Any = torch
         self._contexts: dict[int, Any] = {}
+        # Device -> its context as a number, which each write and wait compares with the thread's.
+        self._addresses: dict[int, int] = {}
         self._write = bindings.cuStreamWriteValue64
         self._wait = bindings.cuStreamWaitValue64
         self._is_capturing = bindings.cuStreamIsCapturing
-        # The public ways cost several microseconds; these are those that torch's own compilers use.
-        # Where one is missing, the public one does.
+        self._get_current = bindings.cuCtxGetCurrent
+        # The public way makes a stream object each time, for 4 us; this is the one that torch's own
+        # compilers use. Where it is missing, the public one does.
         self.current_stream: Callable[[int], int] = getattr(
             torch._C, "_cuda_getCurrentRawStream", self._public_stream
-        )
-        self.current_device: Callable[[], int] = getattr(
-            torch._C, "_cuda_getDevice", torch.cuda.current_device
         )
         _check("cuInit", bindings.cuInit(0))
         # How often another process's memory was mapped.
         self.ipc_opens = 0
 
     # ---- devices -----------------------------------------------------------------------------
+
+    def current_device(self) -> int:
+        device: int = self._torch.cuda.current_device()
+        return device
 
     def _public_stream(self, device: int) -> int:
         stream: int = self._torch.cuda.current_stream(device).cuda_stream
@@ -188,6 +191,7 @@ class CudaDriver:
             retain = self._cuda.cuDevicePrimaryCtxRetain
             context = _check("cuDevicePrimaryCtxRetain", retain(self._device(device)))
             self._contexts[device] = context
+            self._addresses[device] = int(context)
         return context
 
     @contextmanager
@@ -241,14 +245,16 @@ class CudaDriver:
 
     def write(self, device: int, stream: int, address: int, value: int) -> None:
         # (Twice the same lines: each call of a function costs, and a publish is one of these.)
-        if stream > _LAST_OF_THE_CONTEXT or self.current_device() == device:
+        addresses = self._addresses
+        if stream > _LAST_OF_THE_CONTEXT or int(self._get_current()[1]) == addresses.get(device):
             answer = self._write(stream, address, value, _WRITE_DEFAULT)
             if answer[0] == 0:
                 return
         self._once_more(self._write, device, (stream, address, value, _WRITE_DEFAULT))
 
     def wait(self, device: int, stream: int, address: int, value: int) -> None:
-        if stream > _LAST_OF_THE_CONTEXT or self.current_device() == device:
+        addresses = self._addresses
+        if stream > _LAST_OF_THE_CONTEXT or int(self._get_current()[1]) == addresses.get(device):
             answer = self._wait(stream, address, value, _WAIT_GEQ)
             if answer[0] == 0:
                 return

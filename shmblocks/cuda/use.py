@@ -6,7 +6,7 @@ Contract
 - Words and, for a host pool, all fields are registered with CUDA once, and unregistered by
   `finish`, which first waits for everything that this process has enqueued: after it the blocks may
   go to others and the mapping may go.
-- Nothing but `finish` waits for the GPU. `abandon` ends the use where nobody may wait.
+- Nothing but `finish` waits for the GPU.
 
 Graphs: an operation on a pool that is captured would write the generation of the capture at every
 replay. It is refused (`refuse_capture`); work *between* `open` and `release` may be a graph.
@@ -29,9 +29,16 @@ from shmblocks.cuda.driver import Gpu
 from shmblocks.cuda.memory import DeviceMemory
 from shmblocks.cuda.watcher import Watcher
 from shmblocks.device import CREATOR_LEFT, EXPORTED, Export, read_export, write_export
-from shmblocks.errors import CudaUnavailableError, InvalidStateError, PeerDiedError, PoolClosedError
+from shmblocks.errors import (
+    CudaUnavailableError,
+    IncompatiblePoolError,
+    InvalidStateError,
+    PeerDiedError,
+    PoolClosedError,
+)
 from shmblocks.layout import WORD
 from shmblocks.ledger import Ledger
+from shmblocks.mutex import is_inside
 from shmblocks.participants import HAS_DEVICE_MEMORY, ParticipantId
 
 if TYPE_CHECKING:
@@ -41,9 +48,6 @@ Stream = Union["torch.cuda.Stream", int]
 
 # Two threads that begin at once would register the segment twice.
 _starting = threading.Lock()
-
-# Mappings of abandoned uses, which CUDA has registered.
-_kept: list[memoryview] = []
 
 _log = logging.getLogger("shmblocks")
 
@@ -214,9 +218,12 @@ class GpuUse:
         """Wait for what this process enqueued, then let go of the segment. Idempotent."""
         if self._is_finished:
             return
-        # First what may be refused: from the collector in the middle of an operation of our thread.
-        # What follows would wait for streams, these for the watcher, and that for the operation.
-        self._ledger.run(lambda: None)
+        if is_inside():
+            # What follows waits for streams, they for a watcher, and that for the operation.
+            raise InvalidStateError(
+                f"pool {self._ledger.name}: closed by a signal handler or finalizer that "
+                "interrupted an operation of the same thread; set a flag there and close it later"
+            )
         try:
             # Blocks go back to others after this, and an unfinished write to memory that is not
             # registered any more would break the context. The watcher still runs: the dead do not
@@ -229,26 +236,13 @@ class GpuUse:
                 self.gpu.unregister(self.device, registered.address)
             participants = self._ledger.participants
             self._ledger.run(participants.was_gpu_user, self._ledger.segment.mapped_fd)
-        except CudaUnavailableError as error:
-            _log.warning("pool %s: leaving after a CUDA error: %s", self._ledger.name, error)
+        except (CudaUnavailableError, IncompatiblePoolError) as error:
+            # A broken context, or a damaged segment: there is nothing left to wait for or to tell.
+            # (Its text: a log that kept the error would keep our frames, and so the mapping.)
+            _log.warning("pool %s: leaving after an error: %s", self._ledger.name, str(error))
         finally:
             self.watcher.stop()
         self._is_finished = True
-
-    def abandon(self) -> None:
-        """Where `finish` was refused: wait for nothing.
-
-        What streams may still use is kept until the process ends. Others take it for dead.
-        """
-        if self._is_finished:
-            return
-        self._is_finished = True
-        self.watcher.stop(waits=False)
-        self.words = 0
-        _kept.append(memoryview(self._ledger.segment.mapping))  # which keeps it mapped
-        mine, self._memory = self._memory, None
-        if mine is not None:
-            mine.keep_until_exit()
 
     def has_left(self, was_last: bool) -> None:
         """After leaving: the memory goes with its last tensor, unless others use what is ours."""

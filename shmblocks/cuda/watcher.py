@@ -43,7 +43,8 @@ class Watcher:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._lock = threading.Lock()
+        # Taken again by `stop`, when the collector drops the pool in the middle of what holds it.
+        self._lock = threading.RLock()
         self._waits: dict[int, int] = {}
         self._dead_since: dict[int, float] = {}
         self._thread: threading.Thread | None = None
@@ -64,12 +65,12 @@ class Watcher:
         """Whether there is a thread."""
         return self._thread is not None
 
-    def stop(self, *, waits: bool = True) -> None:
-        """End the thread; nothing is watched any more. `waits`: return when it has ended."""
+    def stop(self) -> None:
+        """End the thread; nothing is watched any more."""
         self._stopped.set()
         with self._lock:
             thread, self._thread = self._thread, None
-        if waits and thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def _work(self) -> None:

@@ -25,11 +25,19 @@ from shmblocks import (
     open_inspector,
     remove_pool,
 )
+from shmblocks.filelock import PLACE_BYTE
 from shmblocks.segment import path_of
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support import procfs
-from tests.support.children import Channel, fork, run_in_child, run_in_fork, run_program
+from tests.support.children import (
+    Channel,
+    fork,
+    run_in_child,
+    run_in_fork,
+    run_program,
+    wait_until,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -248,9 +256,27 @@ def test_a_pool_that_is_collected_inside_an_operation_on_its_segment_leaves_too(
     pools.take(other)
     del other
     pool._ledger.run(gc.collect)
-    assert [each.is_self for each in pool.participants() if each.is_alive] == [True]
-    pool.reap()
+    wait_until(lambda: len(pool.participants()) == 1, "it left from another thread")
     assert pool.stats().reserved_blocks == 0
+
+
+def test_a_pool_that_is_collected_inside_an_operation_and_cannot_leave_is_dropped(
+    pool_name: str,
+) -> None:
+    with pools.create(pool_name, pools.tiny(lock_timeout=0.2)) as pool:
+        other = pools.attach(pool.name)
+        pools.take(other)
+        del other
+        stranger = pools.locks_of(pool.name)
+
+        def collect() -> None:
+            gc.collect()
+            wait_until(lambda: not stranger.is_locked_by_others(PLACE_BYTE + 1), "its place fell")
+
+        pool._ledger.run(collect)
+        stranger.close()
+        assert pool.reap().participants == 1
+        assert pool.stats().reserved_blocks == 0
 
 
 def test_nothing_is_kept_of_pools_that_were_closed(new_pool_name: Callable[[], str]) -> None:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
-from shmblocks import BlockHandle, BlockPool, PeerDiedError
+from shmblocks import (
+    BlockHandle,
+    BlockPool,
+    IncompatiblePoolError,
+    InvalidStateError,
+    PeerDiedError,
+    PoolTimeoutError,
+    remove_pool,
+)
 from shmblocks.cuda import driver
 from shmblocks.filelock import GPU_BYTE
 from shmblocks.layout import FAILED
@@ -203,35 +212,82 @@ def test_a_pool_that_came_through_a_fork_must_be_attached_anew_for_a_gpu(
     assert len(gpu.registered) == 1
 
 
-def collect_a_user_in_the_middle_of_an_operation(channel: Channel, name: str) -> None:
-    fake = with_fake_gpu()
-    with pools.attach(name) as pool:
-        other = pools.attach(name)
-        other.pin()
-        handle = other.publish(pools.take(other, 8), stream=STREAM)
-        other.open(handle, stream=OTHER_STREAM).release()
-        assert watchers()
-        before = fake.synchronized
-        del other
-        pool._ledger.run(gc.collect)
+class Gated(FakeGpu):
+    """Its `synchronize` lasts until the gate is open, and tells whether it was in time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.came_through: list[bool] = []
+
+    def synchronize(self, device: int) -> None:
+        self.came_through.append(self.gate.wait(20))
+        super().synchronize(device)
+
+
+@pytest.mark.parametrize("where", ["the same pool", "another pool"])
+def test_a_users_pool_that_is_collected_inside_an_operation_leaves_from_another_thread(
+    new_pool_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Its streams may wait for a watcher, and that for the operation that was interrupted."""
+    gpu = Gated()
+    monkeypatch.setattr(driver, "load", lambda: gpu)
+    with pools.create(new_pool_name()) as first, pools.create(new_pool_name()) as second:
+        dropped = pools.attach(first.name)
+        dropped.pin()
+        handle = dropped.publish(pools.take(dropped, 8), stream=STREAM)
+        dropped.open(handle, stream=OTHER_STREAM).release()
+        del dropped
+
+        def collect() -> None:
+            gc.collect()
+            gpu.gate.set()
+
+        (first if where == "the same pool" else second)._ledger.run(collect)
+        wait_until(lambda: len(first.participants()) == 1, "it left")
+        assert gpu.came_through == [True]
+        assert not gpu.registered
+        assert first.available_blocks() == first.config.total_blocks
         wait_until(lambda: not watchers(), "nobody watches for it any more")
-        channel.say(fake.synchronized - before)
-        channel.say(len(fake.registered))
-        channel.receive()
 
 
 def watchers() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "shmblocks-watcher"]
 
 
-def test_a_users_pool_that_is_collected_inside_an_operation_waits_for_no_stream(
-    pool: BlockPool,
+def test_closing_a_users_pool_inside_an_operation_is_refused_and_changes_nothing(
+    pool: BlockPool, gpu: FakeGpu
 ) -> None:
-    """Streams may wait for a watcher, and that for the operation that the collector interrupted."""
-    with spawn(collect_a_user_in_the_middle_of_an_operation, pool.name) as child:
-        assert child.receive() == 0
-        assert child.receive() == 1, "what streams may still use stays registered"
-        assert pool.stats().draining_blocks + pool.stats().leased_blocks == 2
-        child.kill()
-    pool.reap()
+    before = gpu.synchronized
+    with pytest.raises(InvalidStateError, match="set a flag there and close it later"):
+        pool._ledger.run(pool.close)
+    assert gpu.synchronized == before
+    pool.open(pool.publish(pools.take(pool), stream=STREAM), stream=STREAM).release()
+    gpu.run()
     assert pool.available_blocks() == 16
+
+
+def test_a_users_pool_that_cannot_leave_has_unregistered(gpu: FakeGpu, pool_name: str) -> None:
+    """What is still registered must stay mapped."""
+    with pools.create(pool_name, pools.tiny(fields=FIELDS, lock_timeout=0.1)) as pool:
+        other = pools.attach(pool_name)
+        other.pin()
+        stranger = pools.locks_of(pool_name)
+        assert stranger.try_enter()
+        with pytest.raises(PoolTimeoutError):
+            other.close()
+        assert not gpu.registered
+        stranger.close()
+        other.close()
+        assert len(pool.participants()) == 1
+
+
+def test_a_users_pool_that_is_damaged_closes(gpu: FakeGpu, pool_name: str) -> None:
+    pool = pools.create(pool_name, pools.tiny(fields=FIELDS))
+    pool.pin()
+    pools.set_word(pool, pool._ledger.journal.head, 1 << 40)
+    with pytest.raises(IncompatiblePoolError, match="journal is damaged"):
+        pool.close()
+    assert pool.is_closed
+    assert not gpu.registered
+    remove_pool(pool_name, force=True)

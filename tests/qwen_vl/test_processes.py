@@ -21,7 +21,7 @@ from qwen_vl.cases import cases
 from qwen_vl.children import Child
 from qwen_vl.engine import Engine, NoAnswerError, Request
 from qwen_vl.halves import Embedded, Whole
-from qwen_vl.handoff import PoolLine
+from qwen_vl.handoff import PoolLine, PoolSending, pool_config
 from qwen_vl.messages import (
     ENCODER,
     Embed,
@@ -36,6 +36,7 @@ from qwen_vl.messages import (
 from qwen_vl.models import ModelSettings
 from qwen_vl.processes import Launcher
 from qwen_vl.prompts import Prompt, prompt_of
+from shmblocks import BlockPool, PoolTimeoutError
 
 PROMPT = prompt_of("Hello")
 # Longer than any test may take: who waits for it hangs.
@@ -53,16 +54,23 @@ class Half:
 
 
 class End:
-    """Readers that take what is sent at the n-th look; None: never."""
+    """Readers that take what is sent at the n-th look; None: never.
 
-    def __init__(self, looks: int | None) -> None:
+    `meanwhile` runs at each look.
+    """
+
+    def __init__(self, looks: int | None, meanwhile: Callable[[], object] = list) -> None:
         self._left = looks
+        self._meanwhile = meanwhile
+        self.sent: list[int] = []
         self.gave_up: list[str] = []
 
     def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> End:
+        self.sent.append(room)
         return self
 
     def wait(self, seconds: float) -> bool:
+        self._meanwhile()
         if self._left is None:
             return False
         self._left -= 1
@@ -97,8 +105,8 @@ def test_it_stops_sending_when_the_launcher_withdraws_the_room(
     pipe: tuple[Launcher, Connection[bytes, bytes]],
 ) -> None:
     launcher, connection = pipe
-    end = End(None)
-    tell(connection, Withdraw(6, "another room"), Withdraw(7, "language 0 was killed"), embed(8))
+    withdraw = (Withdraw(6, "another room"), Withdraw(7, "language 0 was killed"), embed(8))
+    end = End(None, lambda: tell(connection, *withdraw))
     assert embedded(end, embed(7), launcher) == Refused(7, "language 0 was killed", False)
     assert end.gave_up == ["language 0 was killed"]
     assert launcher.next() == embed(8), "what came meanwhile is not lost"
@@ -112,7 +120,9 @@ def test_a_room_that_was_withdrawn_while_another_was_worked_on_is_known(
     assert launcher.next() == embed(1)
     assert isinstance(embedded(End(3), embed(1), launcher), Sent)
     assert launcher.next() == embed(2)
-    assert embedded(End(None), embed(2), launcher) == Refused(2, "language 1 was killed", False)
+    end = End(None)
+    assert embedded(end, embed(2), launcher) == Refused(2, "language 1 was killed", False)
+    assert not end.sent
     assert launcher.next() == embed(3)
     assert launcher.withdrawn(2) is None, "forgotten: rooms only ever go up"
 
@@ -211,3 +221,32 @@ def test_a_generation_is_told_to_end_the_same_way(
     tell(connection, Generate(5, "push", 1), Withdraw(5, "the embedding process was killed"))
     assert launcher.next() == Generate(5, "push", 1)
     assert launcher.withdrawn(5) == "the embedding process was killed"
+
+
+def test_giving_up_frees_what_was_published_and_ends_every_sender(pool_name: str) -> None:
+    aborted = []
+
+    class Sender:
+        def abort(self, reason: str) -> None:
+            aborted.append(reason)
+            raise PoolTimeoutError("the lock")
+
+    with BlockPool.create(pool_name, pool_config(ModelSettings("qwen2.5-vl", "tiny"))) as pool:
+        handle = pool.alloc(8)
+        assert handle is not None
+        handle = pool.publish(handle, readers=2)
+        sending = PoolSending(pool, 5, [Sender(), Sender()], handle)  # type: ignore[list-item]
+        with pytest.raises(PoolTimeoutError):
+            sending.give_up("a reader has died")
+        sending.give_up("again")
+        assert aborted == ["a reader has died"] * 2
+        assert pool.available_blocks() == pool.config.total_blocks
+
+
+def test_what_all_readers_have_had_need_not_be_freed(pool_name: str) -> None:
+    with BlockPool.create(pool_name, pool_config(ModelSettings("qwen2.5-vl", "tiny"))) as pool:
+        handle = pool.alloc(8)
+        assert handle is not None
+        handle = pool.publish(handle)
+        pool.open(handle).release()
+        PoolSending(pool, 5, [], handle).give_up("SIGTERM")
