@@ -14,6 +14,7 @@ may have been its own to the next.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 from shmblocks.futex import Futex
@@ -44,15 +45,21 @@ class Sleeper:
 
     def until_changed(self, deadline: float | None) -> bool:
         """True when it is time to look again; False when the deadline has passed."""
-        futex = self._futex
+        futex, spinner = self._futex, self._spinner
         seen = futex.value
         # In this order: what comes before the word is read is there, what comes after changes it.
-        if self._is_there() or self._spinner.until_changed(futex, seen):
+        if self._is_there():
             return True
-        if seconds_left(deadline) <= 0:
-            return False
-        seen = self._run(self._register)
-        return seen < 0 or self._sleep(seen, deadline)
+        began = time.monotonic_ns()
+        if spinner.until_changed(futex, seen):
+            return True
+        if seconds_left(deadline) > 0:
+            seen = self._run(self._register)
+            if seen < 0 or self._sleep(seen, deadline):
+                spinner.slept(began)
+                return True
+        spinner.gave_up()
+        return False
 
     def _sleep(self, seen: int, deadline: float | None) -> bool:
         changed = False
