@@ -51,7 +51,7 @@ class Sleeper:
         if self._is_there():
             return True
         began = time.monotonic_ns()
-        if spinner.until_changed(futex, seen):
+        if spinner.until_changed(futex, seen, seconds_left(deadline)):
             return True
         if seconds_left(deadline) > 0:
             seen = self._run(self._register)

@@ -17,6 +17,7 @@ hint to go and look under the lock, whose system calls order the memory.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable
@@ -66,12 +67,13 @@ class Spinner:
         self._longest_ns = 0 if os.cpu_count() == 1 else max(0, int(longest * 1e9))
         self._budget_ns = self._longest_ns
 
-    def until_changed(self, word: Word, seen: int) -> bool:
-        """Whether the word came to differ from `seen` before the budget ran out.
+    def until_changed(self, word: Word, seen: int, seconds: float = math.inf) -> bool:
+        """Whether the word came to differ from `seen` before the budget, or `seconds`, ran out.
 
         When it did not, tell what came of it: `slept`, `gave_up`.
         """
-        return bool(self._budget_ns) and self._spin(word, seen)
+        budget_ns = min(self._budget_ns, seconds * 1e9)
+        return budget_ns > 0 and self._spin(word, seen, budget_ns)
 
     def slept(self, since_ns: int) -> None:
         """Woken after a wait that began then, with its spin: would spinning on have paid?"""
@@ -85,8 +87,8 @@ class Spinner:
         shortest = min(int(SHORTEST_SPIN * 1e9), self._longest_ns)
         self._budget_ns = max(self._budget_ns // 2, shortest)
 
-    def _spin(self, word: Word, seen: int) -> bool:
-        end = time.monotonic_ns() + self._budget_ns
+    def _spin(self, word: Word, seen: int, budget_ns: float) -> bool:
+        end = time.monotonic_ns() + budget_ns
         while True:
             for _ in range(LOOKS):
                 if word.value != seen:
@@ -98,7 +100,7 @@ class Spinner:
 
 def seconds_left(deadline: float | None) -> float:
     """Seconds until a moment of the monotonic clock (None: for ever)."""
-    return float("inf") if deadline is None else deadline - time.monotonic()
+    return math.inf if deadline is None else deadline - time.monotonic()
 
 
 def deadline_of(timeout: float | None) -> float | None:

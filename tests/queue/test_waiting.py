@@ -62,6 +62,16 @@ def test_a_spin_in_vain_ends(two_processors: None) -> None:
     assert 0.01 <= time.monotonic() - start < SOON
 
 
+def test_a_spin_lasts_no_longer_than_the_wait_may(two_processors: None) -> None:
+    word = CountedWord()
+    assert not Spinner(SOON).until_changed(word, 0, 0.0)
+    assert not Spinner(SOON).until_changed(word, 0, -1.0)
+    assert word.looks == 0
+    start = time.monotonic()
+    assert not Spinner(2 * SOON).until_changed(word, 0, 0.01)
+    assert 0.01 <= time.monotonic() - start < SOON
+
+
 def test_waits_too_long_for_spinning_make_it_shorter_and_short_ones_long_again(
     two_processors: None,
 ) -> None:
