@@ -171,11 +171,11 @@ class BlockTable:
                 "damaged"
             )
         record = self.record(handle.start_block)
-        if record.state == _FREE:
+        if record[0] == _FREE:
             if record.generation == handle.generation and record.ready & FAILED:
                 raise self.died(handle)
             raise StaleHandleError(f"{handle}: its blocks were freed")
-        if record.generation != handle.generation:
+        if record[1] != handle.generation:
             raise StaleHandleError(
                 f"{handle}: its blocks were freed; block {handle.start_block} now starts the "
                 f"allocation of generation {record.generation}"
@@ -205,22 +205,14 @@ class BlockTable:
 
     def find_exact(self, handle: BlockHandle) -> Record:
         """Like `find`; the handle must also agree on the sizes (grown since: stale)."""
-        start = handle.start_block
-        if 0 <= start < self._total:
-            record = self.record(start)
-            if (
-                record[0]
-                and record[1] == handle.generation
-                and record[2] == handle.num_blocks
-                and record[3] == handle.num_tokens
-            ):
-                return record
         record = self.find(handle)
-        raise StaleHandleError(
-            f"{handle}: the allocation has {record.num_blocks} blocks and {record.num_tokens} "
-            "tokens: it was grown or published with another length since (use the handle that "
-            "this returned), or the handle is damaged"
-        )
+        if record[2] != handle.num_blocks or record[3] != handle.num_tokens:
+            raise StaleHandleError(
+                f"{handle}: the allocation has {record.num_blocks} blocks and {record.num_tokens} "
+                "tokens: it was grown or published with another length since (use the handle that "
+                "this returned), or the handle is damaged"
+            )
+        return record
 
     def live(self) -> Iterator[tuple[int, Record]]:
         """Every allocation, by start block."""
