@@ -90,8 +90,10 @@ class Fleet:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with blocked(SIGNALS):  # a second Ctrl-C changes nothing: ending is bounded in time
+            # All pipes first: who loses its partner before its own signal comes knows why.
             for child in self.children:
                 child.control.close()
+            for child in self.children:
                 if kind is not None:
                     child.process.terminate()
             for child in self.children:

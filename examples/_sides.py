@@ -31,7 +31,7 @@ import torch
 
 from _models import LanguageConfig, LanguageModel, VisionConfig, VisionTransformer, token_table
 from _photos import Photo, Prompt, load, prompt_about
-from shmblocks import BlockHandle, BlockPool
+from shmblocks import BlockHandle, BlockPool, ShmBlocksError
 from shmblocks.transfer import EmbeddingEndpoint, LanguageEndpoint
 
 Way = Literal["landing", "push"]
@@ -146,7 +146,8 @@ def embedding_process(
             encode_ms = (time.perf_counter() - started) * 1e3
 
             ready_ns = time.monotonic_ns()  # the handoff begins: see Row.handoff_ms
-            hand_over(pool, endpoints[job.reader], job, prompt, settings.timeout)
+            with quiet_when_all_end(control):
+                hand_over(pool, endpoints[job.reader], job, prompt, settings.timeout)
             tell(control, Encoded(job.room, ready_ns, encode_ms))
 
 
@@ -204,7 +205,9 @@ def language_process(
         stack.callback(endpoint.close)
         control.send_bytes(READY)
         while (job := next_job(control)) is not None:
-            tell(control, receive(endpoint, job, answer, settings))
+            with quiet_when_all_end(control):
+                answered = receive(endpoint, job, answer, settings)
+            tell(control, answered)
 
 
 def receive(endpoint: LanguageEndpoint, job: Job, answer: Answerer, settings: Settings) -> Answered:
@@ -256,6 +259,18 @@ def next_job(control: Connection[bytes, bytes]) -> Job | None:
         return msgspec.msgpack.decode(control.recv_bytes(), type=Job)
     except (EOFError, ConnectionResetError):
         return None
+
+
+@contextmanager
+def quiet_when_all_end(control: Connection[bytes, bytes]) -> Iterator[None]:
+    """A partner that ends before us, because the launcher ends all, is no error of ours."""
+    try:
+        yield
+    except ShmBlocksError:
+        while control.poll():
+            if next_job(control) is None:
+                sys.exit()
+        raise
 
 
 def tell(control: Connection[bytes, bytes], done: Encoded | Answered) -> None:
