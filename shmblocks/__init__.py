@@ -5,7 +5,11 @@ Start with `BlockPool.create` and `BlockPool.attach`; `README.md` shows both in 
 
 from __future__ import annotations
 
-from shmblocks import _platform as _platform
+from shmblocks._os import process as process
+from shmblocks._state.check import AllocationInfo, LeaseInfo, PoolStats, Violation
+from shmblocks._state.participants import ParticipantId, ParticipantInfo
+from shmblocks._state.reclaim import ReapReport
+from shmblocks._state.states import State
 from shmblocks.config import Field, PoolConfig, multimodal_fields
 from shmblocks.errors import (
     CudaUnavailableError,
@@ -28,13 +32,7 @@ from shmblocks.errors import (
     UnsupportedPlatformError,
 )
 from shmblocks.handle import BlockHandle
-from shmblocks.inspection import AllocationInfo, LeaseInfo, PoolStats, Violation
-from shmblocks.lease import Lease
-from shmblocks.participants import ParticipantId, ParticipantInfo
-from shmblocks.pool import BlockPool
-from shmblocks.queue import HandleQueue
-from shmblocks.reclaim import ReapReport
-from shmblocks.registry import (
+from shmblocks.inspector import (
     PoolInspector,
     PoolSnapshot,
     PoolSummary,
@@ -42,8 +40,10 @@ from shmblocks.registry import (
     open_inspector,
     remove_pool,
 )
-from shmblocks.states import State
-from shmblocks.views import BlockView
+from shmblocks.lease import Lease
+from shmblocks.pool import BlockPool
+from shmblocks.queue import HandleQueue
+from shmblocks.view import BlockView
 
 __all__ = [
     "AllocationInfo",

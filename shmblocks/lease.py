@@ -19,15 +19,15 @@ import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from shmblocks.blocks import READS, WRITES, LeaseKey
+from shmblocks._os.wait import Run
+from shmblocks._state.blocks import READS, WRITES, LeaseKey
+from shmblocks._state.layout import FAILED
+from shmblocks._state.pool_state import Ledger
+from shmblocks._state.states import STATES, State
+from shmblocks.cuda.order import Streams
 from shmblocks.errors import InvalidStateError, TooManyLeasesError
 from shmblocks.handle import BlockHandle
-from shmblocks.layout import FAILED
-from shmblocks.ledger import Ledger
-from shmblocks.states import STATES, State
-from shmblocks.streams import Streams
-from shmblocks.views import BlockView
-from shmblocks.waiting import Run
+from shmblocks.view import BlockView
 
 if TYPE_CHECKING:
     import torch

@@ -32,9 +32,20 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from shmblocks import inspection
-from shmblocks.blocks import READS, WRITES, LeaseKey, ReservationKey
+from shmblocks._alloc_wait import Reservations, Want
+from shmblocks._os.wait import deadline_of, seconds_left
+from shmblocks._state import check as inspection
+from shmblocks._state.blocks import READS, WRITES, LeaseKey, ReservationKey
+from shmblocks._state.check import AllocationInfo, PoolStats, Violation
+from shmblocks._state.layout import REQUEST_ID_BYTES
+from shmblocks._state.lifetime import leave_at_exit
+from shmblocks._state.participants import ParticipantId, ParticipantInfo, utf8_prefix
+from shmblocks._state.pool_state import Ledger
+from shmblocks._state.reclaim import ReapReport
+from shmblocks._state.states import STATES, State
 from shmblocks.config import MAX_BLOCKS, PoolConfig
+from shmblocks.cuda.order import Streams
+from shmblocks.cuda.placement import allocate_on_gpu, field_tensors, placed
 from shmblocks.errors import (
     ForeignHandleError,
     InvalidStateError,
@@ -42,20 +53,9 @@ from shmblocks.errors import (
     PoolNotFoundError,
     StaleHandleError,
 )
-from shmblocks.exits import leave_at_exit
 from shmblocks.handle import BlockHandle
-from shmblocks.inspection import AllocationInfo, PoolStats, Violation
-from shmblocks.layout import REQUEST_ID_BYTES
 from shmblocks.lease import Lease, Leases
-from shmblocks.ledger import Ledger
-from shmblocks.participants import ParticipantId, ParticipantInfo, utf8_prefix
-from shmblocks.placement import allocate_on_gpu, field_tensors, placed
-from shmblocks.reclaim import ReapReport
-from shmblocks.reservations import Reservations, Want
-from shmblocks.states import STATES, State
-from shmblocks.streams import Streams
-from shmblocks.views import BlockView, FieldTensors
-from shmblocks.waiting import deadline_of, seconds_left
+from shmblocks.view import BlockView, FieldTensors
 
 if TYPE_CHECKING:
     import torch

@@ -32,16 +32,16 @@ from typing import Generic, TypeVar, overload
 
 import msgspec
 
-from shmblocks.errors import MalformedHandleError, PoolClosedError, PoolNotFoundError
-from shmblocks.exits import leave_at_exit
-from shmblocks.ring import (
+from shmblocks._os.sleeper import Sleeper
+from shmblocks._os.wait import LONGEST_SPIN, deadline_of, seconds_left
+from shmblocks._state.lifetime import leave_at_exit
+from shmblocks._state.queue_state import (
     FULL,
     MAX_CAPACITY,
     MAX_MESSAGE_BYTES,
     Ring,
 )
-from shmblocks.sleeper import Sleeper
-from shmblocks.waiting import LONGEST_SPIN, deadline_of, seconds_left
+from shmblocks.errors import MalformedHandleError, PoolClosedError, PoolNotFoundError
 
 T = TypeVar("T")
 S = TypeVar("S")

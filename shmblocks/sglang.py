@@ -29,6 +29,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from shmblocks._state.layout import AUX_BYTES
 from shmblocks.config import (
     Field,
     PoolConfig,
@@ -38,7 +39,6 @@ from shmblocks.config import (
 )
 from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
 from shmblocks.handle import BlockHandle
-from shmblocks.layout import AUX_BYTES
 from shmblocks.pool import BlockPool
 
 if TYPE_CHECKING:

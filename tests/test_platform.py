@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shmblocks._platform import Interpreter, is_supported, require_supported
+from shmblocks._os.process import Interpreter, is_supported, require_supported
 from shmblocks.errors import UnsupportedPlatformError
 from tests.support.children import run_program
 

@@ -22,8 +22,8 @@ from shmblocks import (
     ShmBlocksError,
     open_inspector,
 )
-from shmblocks.filelock import PLACE_BYTE, FileLocks
-from shmblocks.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
+from shmblocks._os.filelock import PLACE_BYTE, FileLocks
+from shmblocks._state.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
 from shmblocks.testing import abandon
 
 CONFIG = PoolConfig(

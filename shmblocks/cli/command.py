@@ -14,8 +14,8 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from shmblocks._os.segment import normal_name
 from shmblocks.cli.document import Document
-from shmblocks.segment import normal_name
 
 R = TypeVar("R", bound=msgspec.Struct)
 

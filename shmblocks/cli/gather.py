@@ -6,6 +6,8 @@ looks at it goes all the same.
 
 from __future__ import annotations
 
+from shmblocks._state.check import AllocationInfo, LeaseInfo, PoolStats
+from shmblocks._state.participants import ParticipantInfo
 from shmblocks.cli.reports import (
     AllocationRow,
     Blocks,
@@ -27,9 +29,7 @@ from shmblocks.errors import (
     PoolTimeoutError,
     ShmBlocksError,
 )
-from shmblocks.inspection import AllocationInfo, LeaseInfo, PoolStats
-from shmblocks.participants import ParticipantInfo
-from shmblocks.registry import PoolSummary, list_segments, open_inspector, remove_pool
+from shmblocks.inspector import PoolSummary, list_segments, open_inspector, remove_pool
 
 
 def pools() -> tuple[PoolRow, ...]:

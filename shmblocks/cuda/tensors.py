@@ -6,10 +6,10 @@ import mmap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from shmblocks._state.layout import Layout
 from shmblocks.config import PoolConfig
 from shmblocks.cuda.memory import DeviceMemory
-from shmblocks.layout import Layout
-from shmblocks.views import FieldTensors
+from shmblocks.view import FieldTensors
 
 if TYPE_CHECKING:
     import torch

@@ -24,11 +24,15 @@ import logging
 import threading
 from typing import TYPE_CHECKING, NamedTuple, Union
 
+from shmblocks._state.device import CREATOR_LEFT, EXPORTED, Export, read_export, write_export
+from shmblocks._state.layout import WORD
+from shmblocks._state.mutex import is_inside
+from shmblocks._state.participants import HAS_DEVICE_MEMORY, ParticipantId
+from shmblocks._state.pool_state import Ledger
 from shmblocks.cuda import driver, memory
 from shmblocks.cuda.driver import Gpu
 from shmblocks.cuda.memory import DeviceMemory
 from shmblocks.cuda.watcher import Watcher
-from shmblocks.device import CREATOR_LEFT, EXPORTED, Export, read_export, write_export
 from shmblocks.errors import (
     CudaUnavailableError,
     IncompatiblePoolError,
@@ -36,10 +40,6 @@ from shmblocks.errors import (
     PeerDiedError,
     PoolClosedError,
 )
-from shmblocks.layout import WORD
-from shmblocks.ledger import Ledger
-from shmblocks.mutex import is_inside
-from shmblocks.participants import HAS_DEVICE_MEMORY, ParticipantId
 
 if TYPE_CHECKING:
     import torch

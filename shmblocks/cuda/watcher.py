@@ -22,9 +22,9 @@ import logging
 import threading
 import time
 
+from shmblocks._state.participants import ParticipantId
+from shmblocks._state.pool_state import Ledger
 from shmblocks.errors import PoolClosedError, ShmBlocksError
-from shmblocks.ledger import Ledger
-from shmblocks.participants import ParticipantId
 
 # Seconds between two looks. Shorter: more wake-ups while streams wait. Longer: streams of the dead
 # wait longer.

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from shmblocks._os.segment import SHM_DIRECTORY
 from shmblocks.doctor.child import report, run_module
 from shmblocks.doctor.result import CheckResult
-from shmblocks.segment import SHM_DIRECTORY
 
 SIZE_BYTES = 1 << 21
 WORD = 0x5348_4D42_4C4F_434B

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from shmblocks.segment import SHM_DIRECTORY
+from shmblocks._os.segment import SHM_DIRECTORY
 
 # Smaller: a busy machine looks as if nobody answered. Larger: a hung service holds the doctor up.
 ASK_TIMEOUT_SECONDS = 3.0

@@ -13,12 +13,12 @@ import platform
 import tempfile
 from collections.abc import Iterator
 
-from shmblocks._platform import MACHINES, Interpreter, is_supported
+from shmblocks._os.filelock import FileLocks
+from shmblocks._os.futex import Futex
+from shmblocks._os.process import MACHINES, Interpreter, is_supported
+from shmblocks._os.segment import MADV_POPULATE_WRITE
 from shmblocks.doctor.host import Host
 from shmblocks.doctor.result import CheckResult
-from shmblocks.filelock import FileLocks
-from shmblocks.futex import Futex
-from shmblocks.segment import MADV_POPULATE_WRITE
 
 OLD_KERNEL = "use a newer kernel, or another sandbox: this one refuses it"
 

@@ -11,8 +11,8 @@ from shmblocks.doctor.host import Host
 from shmblocks.doctor.result import CheckResult
 from shmblocks.doctor.words import bytes_text, count_text
 from shmblocks.errors import ShmBlocksError
+from shmblocks.inspector import PoolSummary, list_segments
 from shmblocks.pool import BlockPool
-from shmblocks.registry import PoolSummary, list_segments
 
 # A Python that starts on a busy machine. Smaller: such machines fail. Larger: a hang holds us up.
 ATTACH_SECONDS = 30.0

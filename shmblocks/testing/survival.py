@@ -26,12 +26,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NamedTuple
 
+from shmblocks._os.segment import path_of
+from shmblocks._state.check import AllocationInfo
+from shmblocks._state.layout import AUX_BYTES
+from shmblocks._state.states import State
 from shmblocks.handle import BlockHandle
-from shmblocks.inspection import AllocationInfo
-from shmblocks.layout import AUX_BYTES
 from shmblocks.pool import BlockPool
-from shmblocks.segment import path_of
-from shmblocks.states import State
 
 AUX = "aux"
 

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 
+from shmblocks._state.participants import ParticipantId
 from shmblocks.errors import InvalidStateError, PeerDiedError, PoolTimeoutError
-from shmblocks.participants import ParticipantId
 from shmblocks.transfer.channel import QueueLike
 from shmblocks.transfer.holders import who_holds_blocks
 from shmblocks.transfer.link import Link

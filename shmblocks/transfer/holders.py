@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shmblocks.inspection import AllocationInfo, LeaseInfo
+    from shmblocks._state.check import AllocationInfo, LeaseInfo
     from shmblocks.pool import BlockPool
 
 # Allocations that are named. Smaller: the one that matters may be left out. Larger: a full pool

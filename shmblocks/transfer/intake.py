@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shmblocks.transfer.messages import Chunk
     from shmblocks.transfer.pools import Pools
     from shmblocks.transfer.returns import Returns
-    from shmblocks.views import BlockView
+    from shmblocks.view import BlockView
 
 
 class Grant(NamedTuple):

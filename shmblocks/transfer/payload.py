@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from shmblocks.pool import BlockPool
-    from shmblocks.views import BlockView
+    from shmblocks.view import BlockView
 
 INT32_MAX = (1 << 31) - 1
 

@@ -13,7 +13,7 @@ import pytest
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig, PoolSummary
 from shmblocks.cli import gather
 from shmblocks.cli.main import main
-from shmblocks.registry import list_segments
+from shmblocks.inspector import list_segments
 from tests.support.children import Channel, Child, fork
 from tests.support.naming import worker_prefix
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from shmblocks import BlockPool, HandleQueue, PoolConfig
+from shmblocks._os.segment import path_of
+from shmblocks._state.layout import H_FREE_BLOCKS, H_VERSION, WORD
 from shmblocks.cli import doctor as doctor_command
 from shmblocks.cli.main import COMMANDS
 from shmblocks.cli.reports import (
@@ -22,8 +24,6 @@ from shmblocks.cli.reports import (
     StatReport,
 )
 from shmblocks.doctor import CheckResult
-from shmblocks.layout import H_FREE_BLOCKS, H_VERSION, WORD
-from shmblocks.segment import path_of
 from tests.cli.conftest import CONFIG, Run, Scene
 from tests.support.children import Channel, fork
 

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
-from shmblocks.filelock import FileLocks
-from shmblocks.segment import open_existing
+from shmblocks._os.filelock import FileLocks
+from shmblocks._os.segment import open_existing
 
 BLOCK_SIZE = 4
 

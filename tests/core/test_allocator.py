@@ -15,9 +15,9 @@ from shmblocks import (
     PoolConfig,
     StaleHandleError,
 )
-from shmblocks import blocks as blocks_module
-from shmblocks.bitmap import find_zeros
-from shmblocks.blocks import WINDOW
+from shmblocks._state import blocks as blocks_module
+from shmblocks._state.bitmap import find_zeros
+from shmblocks._state.blocks import WINDOW
 from tests.core import pools
 from tests.support.children import Channel, fork, run_in_fork
 

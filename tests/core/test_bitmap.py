@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmblocks.bitmap import find_zeros
+from shmblocks._state.bitmap import find_zeros
 
 
 def obvious(bits: int, width: int, count: int) -> int:

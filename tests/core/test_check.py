@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shmblocks import BlockPool, Violation, open_inspector
-from shmblocks.layout import (
+from shmblocks._state.layout import (
     H_CURSOR,
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,

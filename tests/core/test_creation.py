@@ -20,11 +20,11 @@ from shmblocks import (
     list_pools,
     remove_pool,
 )
-from shmblocks import ledger as ledger_module
-from shmblocks import naming as naming_module
-from shmblocks.layout import H_VERSION
-from shmblocks.ledger import Ledger
-from shmblocks.segment import path_of
+from shmblocks._os.segment import path_of
+from shmblocks._state import naming as naming_module
+from shmblocks._state import pool_state as ledger_module
+from shmblocks._state.layout import H_VERSION
+from shmblocks._state.pool_state import Ledger
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support import procfs
@@ -135,7 +135,7 @@ def test_a_creator_killed_half_way_leaves_nothing(
 def test_a_creator_killed_just_after_its_pool_got_its_name_is_no_obstacle(
     pool_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shmblocks.naming import take_name
+    from shmblocks._state.naming import take_name
 
     def create(channel: Channel) -> None:
         def take_and_die(fd: int, name: str, timeout: float) -> None:
@@ -180,7 +180,7 @@ def test_a_creation_that_fails_at_any_step_is_undone(
 def test_a_creation_whose_prefault_fails_is_undone(
     pool_name: str, monkeypatch: pytest.MonkeyPatch, prefault: str
 ) -> None:
-    from shmblocks.segment import Segment
+    from shmblocks._os.segment import Segment
 
     def fail(*args: object) -> None:
         raise AnyError
@@ -194,7 +194,7 @@ def test_a_creation_whose_prefault_fails_is_undone(
 def test_a_failed_attach_takes_nothing_from_the_creator(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shmblocks.segment import Segment
+    from shmblocks._os.segment import Segment
 
     def fail(*args: object) -> None:
         raise AnyError

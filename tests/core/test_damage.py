@@ -24,10 +24,10 @@ from shmblocks import (
     list_pools,
     open_inspector,
 )
-from shmblocks.filelock import PLACE_BYTE
-from shmblocks.layout import CONFIG_BYTES, HEADER_BYTES, LAYOUT_VERSION, Layout
-from shmblocks.registry import _summary
-from shmblocks.segment import path_of
+from shmblocks._os.filelock import PLACE_BYTE
+from shmblocks._os.segment import path_of
+from shmblocks._state.layout import CONFIG_BYTES, HEADER_BYTES, LAYOUT_VERSION, Layout
+from shmblocks.inspector import _summary
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support import naming

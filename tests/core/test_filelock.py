@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shmblocks.filelock import FileLocks
+from shmblocks._os.filelock import FileLocks
 from tests.support.children import Channel, fork, run_in_fork
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from shmblocks import BlockHandle, BlockPool
-from shmblocks.filelock import FileLocks
-from shmblocks.journal import Journal
-from shmblocks.ledger import Ledger
+from shmblocks._os.filelock import FileLocks
+from shmblocks._state.journal import Journal
+from shmblocks._state.pool_state import Ledger
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.core.test_mutex import Interrupter

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmblocks import IncompatiblePoolError
-from shmblocks.journal import Journal, Store
+from shmblocks._state.journal import Journal, Store
 
 SIZE = 1024
 JOURNAL = 256

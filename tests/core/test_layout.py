@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmblocks import Field, PoolConfig
-from shmblocks import layout as layout_module
-from shmblocks.config import MAX_PARTICIPANTS
-from shmblocks.filelock import PLACE_BYTE, PLACE_BYTES
-from shmblocks.layout import (
+from shmblocks._os.filelock import PLACE_BYTE, PLACE_BYTES
+from shmblocks._state import layout as layout_module
+from shmblocks._state.layout import (
     ALLOCATION_HEAD,
     AUX_BYTES,
     CONFIG_BYTES,
@@ -29,6 +28,7 @@ from shmblocks.layout import (
     LeaseRecord,
     Record,
 )
+from shmblocks.config import MAX_PARTICIPANTS
 
 DRAWING = layout_module.__doc__ or ""
 

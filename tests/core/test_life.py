@@ -25,8 +25,8 @@ from shmblocks import (
     open_inspector,
     remove_pool,
 )
-from shmblocks.filelock import PLACE_BYTE
-from shmblocks.segment import path_of
+from shmblocks._os.filelock import PLACE_BYTE
+from shmblocks._os.segment import path_of
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support import procfs

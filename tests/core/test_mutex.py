@@ -13,8 +13,8 @@ from types import CodeType, FrameType
 import pytest
 
 from shmblocks import BlockPool, InvalidStateError, PoolTimeoutError
-from shmblocks.filelock import FileLocks
-from shmblocks.mutex import Mutex
+from shmblocks._os.filelock import FileLocks
+from shmblocks._state.mutex import Mutex
 from tests.core import pools
 from tests.support.children import Channel, fork, wait_until
 

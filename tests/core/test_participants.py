@@ -12,9 +12,10 @@ from typing import NoReturn
 
 import pytest
 
-from shmblocks import BlockPool, InvalidStateError, ParticipantId, participants
-from shmblocks.participants import utf8_prefix
-from shmblocks.segment import path_of
+from shmblocks import BlockPool, InvalidStateError, ParticipantId
+from shmblocks._os.segment import path_of
+from shmblocks._state import participants
+from shmblocks._state.participants import utf8_prefix
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support.children import Channel, fork, run_in_fork, wait_until
@@ -365,7 +366,7 @@ def test_killed_between_locking_its_place_and_writing_its_record_nobody_was_ther
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def join_and_die(channel: Channel) -> None:
-        from shmblocks.participants import Participants
+        from shmblocks._state.participants import Participants
 
         monkeypatch.setattr(Participants, "_fill", lambda *args: os.kill(os.getpid(), 9))
         pools.attach(pool.name)

@@ -22,7 +22,7 @@ from shmblocks import (
     SharedMemoryFullError,
     remove_pool,
 )
-from shmblocks.segment import create_unnamed, normal_name, path_of
+from shmblocks._os.segment import create_unnamed, normal_name, path_of
 from tests.core import namespaces, pools
 from tests.support import procfs
 from tests.support.children import PATIENCE, Channel, fork, run_in_fork

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from shmblocks import InvalidStateError, State
-from shmblocks.states import NUMBER, STATES, TRANSITIONS, Event, transition
+from shmblocks._state.states import NUMBER, STATES, TRANSITIONS, Event, transition
 
 ALLOWED = {
     (State.RESERVED, Event.GROW),

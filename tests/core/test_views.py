@@ -16,8 +16,8 @@ from shmblocks import (
     StaleHandleError,
     multimodal_fields,
 )
+from shmblocks._state.layout import RECORD, RECORD_HEAD
 from shmblocks.config import DTYPES, dtype_name
-from shmblocks.layout import RECORD, RECORD_HEAD
 from tests.core import pools
 from tests.support import procfs
 from tests.support.children import Channel, fork, run_in_fork

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from shmblocks import BlockPool
-from shmblocks.layout import H_FREE_BLOCKS
+from shmblocks._state.layout import H_FREE_BLOCKS
 from shmblocks.testing import (
     Point,
     Scope,

@@ -13,8 +13,8 @@ from shmblocks import (
     PoolInspector,
     PoolNotFoundError,
 )
+from shmblocks._state.layout import PAGE, Layout
 from shmblocks.cuda import memory
-from shmblocks.layout import PAGE, Layout
 from tests.core import pools
 from tests.cuda_logic.conftest import FIELDS
 from tests.cuda_logic.fakes import OTHER_STREAM, STREAM, FakeGpu

@@ -18,9 +18,9 @@ from shmblocks import (
     PoolTimeoutError,
     remove_pool,
 )
+from shmblocks._os.filelock import GPU_BYTE
+from shmblocks._state.layout import FAILED
 from shmblocks.cuda import driver
-from shmblocks.filelock import GPU_BYTE
-from shmblocks.layout import FAILED
 from tests.core import pools
 from tests.cuda_logic.conftest import FIELDS
 from tests.cuda_logic.fakes import OTHER_STREAM, STREAM, FakeGpu

@@ -16,7 +16,7 @@ from shmblocks import (
     StaleHandleError,
     State,
 )
-from shmblocks.layout import FAILED
+from shmblocks._state.layout import FAILED
 from tests.core import pools
 from tests.cuda_logic.fakes import OTHER_STREAM, STREAM, FakeGpu, Wait, Write
 

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
-from shmblocks.blocks import LeaseKey
+from shmblocks._state.blocks import LeaseKey
 from shmblocks.cuda.use import GpuUse, Order
 from shmblocks.lease import Leases
 from tests.support.children import Channel

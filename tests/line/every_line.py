@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from shmblocks import BlockHandle, BlockPool, PoolTimeoutError
-from shmblocks import reservations as reservations_module
-from shmblocks.line import Ticket
+from shmblocks import _alloc_wait as reservations_module
+from shmblocks._os.wait import seconds_left
+from shmblocks._state.wait_queue import Ticket
 from shmblocks.testing import (
     Coverage,
     Point,
@@ -23,7 +24,6 @@ from shmblocks.testing import (
     kill_at_every_line,
     within,
 )
-from shmblocks.waiting import seconds_left
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
 from tests.line.kit import reserve, waiting

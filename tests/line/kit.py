@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shmblocks import BlockHandle, BlockPool
-from shmblocks import reservations as reservations_module
+from shmblocks import _alloc_wait as reservations_module
 from tests.core.pools import BLOCK_SIZE
 from tests.queue.kit import PATIENCE, Waiting
 from tests.support.children import Channel, Child, fork, wait_until

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from shmblocks import BlockPool, Violation
-from shmblocks.inspection import SLOW_NS
-from shmblocks.layout import H_WAITERS, W_LOOKED
-from shmblocks.line import PATIENCE_NS, Ticket, WaitingLine
+from shmblocks._state.check import SLOW_NS
+from shmblocks._state.layout import H_WAITERS, W_LOOKED
+from shmblocks._state.wait_queue import PATIENCE_NS, Ticket, WaitingLine
 from tests.core import pools
 from tests.line.kit import (
     TOTAL,

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import pytest
 
 from shmblocks import BlockHandle, BlockPool, PoolClosedError, PoolTimeoutError, ShmBlocksError
-from shmblocks import line as line_module
-from shmblocks.reservations import Reservations, Want
-from shmblocks.reservations import Waiting as Wait
+from shmblocks._alloc_wait import Reservations, Want
+from shmblocks._alloc_wait import Waiting as Wait
+from shmblocks._state import wait_queue as line_module
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
 from tests.line.kit import TOTAL, all_but, count_looks, in_line, reserve, wait_for, waiter, waiting

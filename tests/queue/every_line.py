@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shmblocks import HandleQueue
-from shmblocks import sleeper as sleeper_module
-from shmblocks.ring import Q_GETTERS_ASLEEP, Q_PUTTERS_ASLEEP
+from shmblocks._os import sleeper as sleeper_module
+from shmblocks._os.wait import seconds_left
+from shmblocks._state.queue_state import Q_GETTERS_ASLEEP, Q_PUTTERS_ASLEEP
 from shmblocks.testing import (
     Coverage,
     Point,
@@ -27,7 +28,6 @@ from shmblocks.testing import (
     kill_at_every_line,
     within,
 )
-from shmblocks.waiting import seconds_left
 from tests.queue.kit import abandon, asleep, drain, require_right
 from tests.support.naming import new_pool_name
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import msgspec
 
 from shmblocks import HandleQueue
-from shmblocks import futex as futex_module
-from shmblocks import loops as loops_module
-from shmblocks import reservations as reservations_module
-from shmblocks.ring import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
+from shmblocks import _alloc_wait as reservations_module
+from shmblocks._os import futex as futex_module
+from shmblocks._os import futex_asyncio as loops_module
+from shmblocks._state.queue_state import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
 from tests.support.children import wait_until
 
 if TYPE_CHECKING:

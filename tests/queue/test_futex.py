@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from shmblocks import futex as futex_module
-from shmblocks.futex import Futex
+from shmblocks._os import futex as futex_module
+from shmblocks._os.futex import Futex
 from tests.queue.kit import SOON, Waiting, is_asleep, wait_until_asleep
 from tests.support.children import Channel, fork, wait_until
 

@@ -10,8 +10,14 @@ from collections.abc import Callable
 import pytest
 
 from shmblocks import HandleQueue, IncompatiblePoolError
-from shmblocks.layout import HEADER_BYTES
-from shmblocks.ring import MOST_ASLEEP, Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
+from shmblocks._state.layout import HEADER_BYTES
+from shmblocks._state.queue_state import (
+    MOST_ASLEEP,
+    Q_GETTERS_ASLEEP,
+    Q_HEAD,
+    Q_PUTTERS_ASLEEP,
+    Q_TAIL,
+)
 from tests.queue.kit import CAPACITY, SOON, Waiting, asleep, drain, fill, positions
 
 LARGEST = 2**64 - 1

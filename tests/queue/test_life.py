@@ -19,7 +19,7 @@ from shmblocks import (
     PoolExistsError,
     PoolNotFoundError,
 )
-from shmblocks.layout import LAYOUT_VERSION
+from shmblocks._state.layout import LAYOUT_VERSION
 from tests.core import pools
 from tests.queue.kit import PATIENCE, Numbered, Waiting, abandon, drain, fill
 from tests.support.children import Channel, fork, run_in_child, run_in_fork, spawn

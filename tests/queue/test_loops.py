@@ -14,9 +14,9 @@ from typing import NamedTuple, TypeVar
 
 import pytest
 
-from shmblocks import loops as loops_module
-from shmblocks.futex import Futex
-from shmblocks.loops import LoopWaiters
+from shmblocks._os import futex_asyncio as loops_module
+from shmblocks._os.futex import Futex
+from shmblocks._os.futex_asyncio import LoopWaiters
 from tests.queue.kit import PATIENCE, SOON, Waiting, wait_until_asleep, waiter_threads
 from tests.support.children import Channel, fork, wait_until
 

@@ -15,9 +15,9 @@ from typing import NoReturn
 import pytest
 
 from shmblocks import HandleQueue
-from shmblocks import waiting as waiting_module
-from shmblocks.sleeper import Sleeper
-from shmblocks.waiting import LONGEST_SPIN, Spinner, deadline_of, seconds_left
+from shmblocks._os import wait as waiting_module
+from shmblocks._os.sleeper import Sleeper
+from shmblocks._os.wait import LONGEST_SPIN, Spinner, deadline_of, seconds_left
 from tests.queue.kit import (
     NO_NET,
     PATIENCE,

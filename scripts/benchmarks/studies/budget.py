@@ -16,9 +16,9 @@ from contextlib import closing
 from benchmarks.links.buffers import unique_name
 from benchmarks.results import Study
 from shmblocks import BlockHandle, BlockPool, HandleQueue, PoolConfig, multimodal_fields
-from shmblocks.bitmap import find_zeros
-from shmblocks.filelock import ENTER, LEAVE
-from shmblocks.journal import Journal, Store
+from shmblocks._os.filelock import ENTER, LEAVE
+from shmblocks._state.bitmap import find_zeros
+from shmblocks._state.journal import Journal, Store
 
 TOKENS = 2000
 FIELD = "input_embeddings"

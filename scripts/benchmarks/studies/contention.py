@@ -19,7 +19,7 @@ from benchmarks.links.buffers import unique_name
 from benchmarks.results import Study
 from benchmarks.studies.crowd import Make, Share, Step, crowd, per_second, unfairness
 from shmblocks import BlockHandle, BlockPool, Field, HandleQueue, PoolConfig
-from shmblocks.journal import Store
+from shmblocks._state.journal import Store
 
 BLOCK_SIZE = 128
 BLOCKS = 4096

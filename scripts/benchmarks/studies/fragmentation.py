@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.results import Study
-from shmblocks.bitmap import find_zeros
+from shmblocks._state.bitmap import find_zeros
 
 FACTOR = 28
 MOST_PIXELS = 12_845_056

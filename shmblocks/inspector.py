@@ -15,22 +15,8 @@ from types import TracebackType
 
 import msgspec
 
-from shmblocks import inspection
-from shmblocks.config import PoolConfig
-from shmblocks.errors import (
-    IncompatiblePoolError,
-    PoolExistsError,
-    PoolNotFoundError,
-    PoolPermissionError,
-    ShmBlocksError,
-)
-from shmblocks.filelock import FileLocks
-from shmblocks.inspection import AllocationInfo, PoolStats, Violation
-from shmblocks.ledger import Ledger
-from shmblocks.naming import anyone_lives, unlink_dead
-from shmblocks.participants import ParticipantInfo
-from shmblocks.reclaim import ReapReport
-from shmblocks.segment import (
+from shmblocks._os.filelock import FileLocks
+from shmblocks._os.segment import (
     SHM_DIRECTORY,
     file_identity,
     is_ours,
@@ -38,6 +24,20 @@ from shmblocks.segment import (
     normal_name,
     open_existing,
     unlink_file,
+)
+from shmblocks._state import check as inspection
+from shmblocks._state.check import AllocationInfo, PoolStats, Violation
+from shmblocks._state.naming import anyone_lives, unlink_dead
+from shmblocks._state.participants import ParticipantInfo
+from shmblocks._state.pool_state import Ledger
+from shmblocks._state.reclaim import ReapReport
+from shmblocks.config import PoolConfig
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PoolExistsError,
+    PoolNotFoundError,
+    PoolPermissionError,
+    ShmBlocksError,
 )
 
 # Seconds that a listing or a removal waits for one pool whose lock a stopped process holds.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from shmblocks.layout import DEVICE, H_DEVICE_STATE, WORD, WORD_STRUCT
+from shmblocks._state.layout import DEVICE, H_DEVICE_STATE, WORD, WORD_STRUCT
 
 # No CUDA memory (yet); exported; its creator has left the pool, so that nobody can open it any
 # more. A creator that died leaves EXPORTED: that it is dead says the same.

@@ -14,9 +14,9 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from shmblocks._state.layout import AUX_BYTES, Layout
 from shmblocks.config import DTYPES, Field, PoolConfig
 from shmblocks.handle import BlockHandle
-from shmblocks.layout import AUX_BYTES, Layout
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,8 @@ import threading
 import weakref
 from typing import Protocol
 
+from shmblocks._state.mutex import is_inside
 from shmblocks.errors import ShmBlocksError
-from shmblocks.mutex import is_inside
 
 
 class Leaves(Protocol):

@@ -10,11 +10,10 @@ import time
 
 import msgspec
 
-from shmblocks.bitmap import longest_zeros
-from shmblocks.blocks import READS
-from shmblocks.device import CREATOR_LEFT, read_export
-from shmblocks.errors import IncompatiblePoolError
-from shmblocks.layout import (
+from shmblocks._state.bitmap import longest_zeros
+from shmblocks._state.blocks import READS
+from shmblocks._state.device import CREATOR_LEFT, read_export
+from shmblocks._state.layout import (
     H_CURSOR,
     H_NEXT_GENERATION,
     H_PENDING,
@@ -22,9 +21,10 @@ from shmblocks.layout import (
     LeaseRecord,
     Record,
 )
-from shmblocks.ledger import Ledger
-from shmblocks.participants import ParticipantId, ParticipantInfo
-from shmblocks.states import STATES, State
+from shmblocks._state.participants import ParticipantId, ParticipantInfo
+from shmblocks._state.pool_state import Ledger
+from shmblocks._state.states import STATES, State
+from shmblocks.errors import IncompatiblePoolError
 
 # Nanoseconds. Everyone in the line looks at least every quarter of a second; one that did not for
 # so long is stopped, or has gone away without leaving the line.

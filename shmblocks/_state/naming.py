@@ -15,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import time
 
+from shmblocks._os.filelock import PLACE_BYTE, PLACE_BYTES, FileLocks
+from shmblocks._os.segment import file_identity, is_ours, link_name, open_existing, unlink_file
 from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
-from shmblocks.filelock import PLACE_BYTE, PLACE_BYTES, FileLocks
-from shmblocks.segment import file_identity, is_ours, link_name, open_existing, unlink_file
 
 # Seconds between two looks at a lock that another process holds.
 POLL = 1e-3

@@ -17,10 +17,10 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
+from shmblocks._os.filelock import FileLocks
+from shmblocks._os.segment import Segment
+from shmblocks._state.mutex import Mutex
 from shmblocks.errors import IncompatiblePoolError, PoolTimeoutError
-from shmblocks.filelock import FileLocks
-from shmblocks.mutex import Mutex
-from shmblocks.segment import Segment
 
 T = TypeVar("T")
 

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from shmblocks._os.wait import Run
+from shmblocks._state.layout import FAILED
+from shmblocks._state.participants import ParticipantId
+from shmblocks._state.pool_state import Ledger
+from shmblocks._state.states import STATES, State
 from shmblocks.errors import CudaUnavailableError, PeerDiedError, PoolTimeoutError
 from shmblocks.handle import BlockHandle
-from shmblocks.layout import FAILED
-from shmblocks.ledger import Ledger
-from shmblocks.participants import ParticipantId
-from shmblocks.states import STATES, State
-from shmblocks.waiting import Run
 
 if TYPE_CHECKING:
     from shmblocks.cuda.use import GpuUse, Order, Stream

@@ -27,15 +27,10 @@ import secrets
 import struct
 import time
 
-from shmblocks.errors import (
-    IncompatiblePoolError,
-    PoolClosedError,
-    PoolNotFoundError,
-    TooManyParticipantsError,
-)
-from shmblocks.filelock import PLACE_BYTE, PLACE_BYTES
-from shmblocks.futex import Futex
-from shmblocks.layout import (
+from shmblocks._os.filelock import PLACE_BYTE, PLACE_BYTES
+from shmblocks._os.futex import Futex
+from shmblocks._os.segment import Identity, create_unnamed, normal_name, open_existing
+from shmblocks._state.layout import (
     H_LOCK_HOLDER,
     H_REMOVED,
     HEADER_BYTES,
@@ -44,9 +39,14 @@ from shmblocks.layout import (
     QUEUE_MAGIC,
     WORD,
 )
-from shmblocks.naming import anyone_lives, take_name
-from shmblocks.segment import Identity, create_unnamed, normal_name, open_existing
-from shmblocks.shared import SharedSegment
+from shmblocks._state.naming import anyone_lives, take_name
+from shmblocks._state.shared_segment import SharedSegment
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PoolClosedError,
+    PoolNotFoundError,
+    TooManyParticipantsError,
+)
 
 Q_HEAD = 16
 Q_TAIL = 17

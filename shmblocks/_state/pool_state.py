@@ -31,17 +31,12 @@ from typing import Protocol
 
 import msgspec
 
-from shmblocks.blocks import BlockTable
-from shmblocks.config import PoolConfig
-from shmblocks.device import note_creator_left
-from shmblocks.errors import (
-    IncompatiblePoolError,
-    PoolNotFoundError,
-    TooManyParticipantsError,
-)
-from shmblocks.futex import Futex
-from shmblocks.journal import Journal
-from shmblocks.layout import (
+from shmblocks._os.futex import Futex
+from shmblocks._os.segment import Identity, create_unnamed, normal_name, open_existing
+from shmblocks._state.blocks import BlockTable
+from shmblocks._state.device import note_creator_left
+from shmblocks._state.journal import Journal
+from shmblocks._state.layout import (
     CONFIG_BYTES,
     H_CREATED,
     H_FREE_BLOCKS,
@@ -58,12 +53,17 @@ from shmblocks.layout import (
     WORD,
     Layout,
 )
-from shmblocks.line import WaitingLine
-from shmblocks.naming import take_name
-from shmblocks.participants import ParticipantId, Participants
-from shmblocks.reclaim import ReapReport, reap, reclaim
-from shmblocks.segment import Identity, create_unnamed, normal_name, open_existing
-from shmblocks.shared import SharedSegment
+from shmblocks._state.naming import take_name
+from shmblocks._state.participants import ParticipantId, Participants
+from shmblocks._state.reclaim import ReapReport, reap, reclaim
+from shmblocks._state.shared_segment import SharedSegment
+from shmblocks._state.wait_queue import WaitingLine
+from shmblocks.config import PoolConfig
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PoolNotFoundError,
+    TooManyParticipantsError,
+)
 
 
 class Outside(Protocol):

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shmblocks.futex import LONGEST_SLEEP, Futex
+from shmblocks._os.futex import LONGEST_SLEEP, Futex
 
 if TYPE_CHECKING:
     import asyncio

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from shmblocks._state.pool_state import Ledger
 from shmblocks.config import PoolConfig
-from shmblocks.ledger import Ledger
-from shmblocks.views import FieldTensors
+from shmblocks.view import FieldTensors
 
 if TYPE_CHECKING:
     import torch

@@ -44,10 +44,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmblocks.errors import InvalidStateError, TooManyParticipantsError
-from shmblocks.filelock import GPU_BYTE, PLACE_BYTE, PLACE_BYTES, FileLocks, lock_byte, unlock_byte
-from shmblocks.journal import Journal
-from shmblocks.layout import (
+from shmblocks._os.filelock import (
+    GPU_BYTE,
+    PLACE_BYTE,
+    PLACE_BYTES,
+    FileLocks,
+    lock_byte,
+    unlock_byte,
+)
+from shmblocks._state.journal import Journal
+from shmblocks._state.layout import (
     H_NEXT_INCARNATION,
     P_FLAGS,
     P_PINNED,
@@ -58,6 +64,7 @@ from shmblocks.layout import (
     WORD_STRUCT,
     Layout,
 )
+from shmblocks.errors import InvalidStateError, TooManyParticipantsError
 
 _PLACE_BITS = 16
 _CREATOR = 1

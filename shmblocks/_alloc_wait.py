@@ -22,17 +22,17 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmblocks import inspection
-from shmblocks.blocks import ReservationKey
+from shmblocks._os.futex import LONGEST_SLEEP, Futex
+from shmblocks._os.futex_asyncio import LoopWaiters
+from shmblocks._os.wait import Run, seconds_left
+from shmblocks._state import check as inspection
+from shmblocks._state.blocks import ReservationKey
+from shmblocks._state.layout import H_WAITERS
+from shmblocks._state.pool_state import Ledger
+from shmblocks._state.reclaim import is_due
+from shmblocks._state.wait_queue import REQUEST_ID_BYTES, Ticket
 from shmblocks.errors import PoolClosedError, PoolTimeoutError
-from shmblocks.futex import LONGEST_SLEEP, Futex
 from shmblocks.handle import BlockHandle
-from shmblocks.layout import H_WAITERS
-from shmblocks.ledger import Ledger
-from shmblocks.line import REQUEST_ID_BYTES, Ticket
-from shmblocks.loops import LoopWaiters
-from shmblocks.reclaim import is_due
-from shmblocks.waiting import Run, seconds_left
 
 # Seconds after which a wait says, once, whom it waits for.
 SAYS_SO_AFTER = 10.0

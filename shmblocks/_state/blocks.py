@@ -29,16 +29,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmblocks.bitmap import find_zeros
-from shmblocks.errors import (
-    IncompatiblePoolError,
-    PeerDiedError,
-    StaleHandleError,
-    TooManyLeasesError,
-)
-from shmblocks.handle import BlockHandle
-from shmblocks.journal import Journal, Store
-from shmblocks.layout import (
+from shmblocks._state.bitmap import find_zeros
+from shmblocks._state.journal import Journal, Store
+from shmblocks._state.layout import (
     ALLOCATION_HEAD,
     FAILED,
     H_CURSOR,
@@ -61,7 +54,14 @@ from shmblocks.layout import (
     LeaseRecord,
     Record,
 )
-from shmblocks.states import NUMBER, STATES, Event, State, transition
+from shmblocks._state.states import NUMBER, STATES, Event, State, transition
+from shmblocks.errors import (
+    IncompatiblePoolError,
+    PeerDiedError,
+    StaleHandleError,
+    TooManyLeasesError,
+)
+from shmblocks.handle import BlockHandle
 
 READS = 1
 WRITES = 2

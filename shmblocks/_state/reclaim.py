@@ -18,11 +18,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from shmblocks.blocks import BlockTable
-from shmblocks.layout import FAILED, Record
-from shmblocks.line import WaitingLine
-from shmblocks.participants import ParticipantId, Participants
-from shmblocks.states import NUMBER, State
+from shmblocks._state.blocks import BlockTable
+from shmblocks._state.layout import FAILED, Record
+from shmblocks._state.participants import ParticipantId, Participants
+from shmblocks._state.states import NUMBER, State
+from shmblocks._state.wait_queue import WaitingLine
 
 _RESERVED = NUMBER[State.RESERVED]
 _PUBLISHED = NUMBER[State.PUBLISHED]

@@ -17,9 +17,9 @@ import os
 import time
 from collections.abc import Callable
 
-from shmblocks.futex import Futex
-from shmblocks.loops import LoopWaiters
-from shmblocks.waiting import Run, Spinner, seconds_left
+from shmblocks._os.futex import Futex
+from shmblocks._os.futex_asyncio import LoopWaiters
+from shmblocks._os.wait import Run, Spinner, seconds_left
 
 
 class Sleeper:

@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from itertools import compress
 from typing import NamedTuple
 
-from shmblocks.errors import ShmBlocksError
-from shmblocks.journal import Journal
-from shmblocks.layout import (
+from shmblocks._state.journal import Journal
+from shmblocks._state.layout import (
     H_NEXT_TICKET,
     H_WAITERS,
     MAX_WAITERS,
@@ -32,7 +31,8 @@ from shmblocks.layout import (
     Layout,
     WaiterRecord,
 )
-from shmblocks.participants import ParticipantId
+from shmblocks._state.participants import ParticipantId
+from shmblocks.errors import ShmBlocksError
 
 # Nanoseconds; several times `futex.LONGEST_SLEEP`, after which everyone looks. Shorter: a first one
 # that is only slow to wake loses its turn. Longer: a stopped first one holds up the line.

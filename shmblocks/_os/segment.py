@@ -29,13 +29,13 @@ import threading
 
 import posix_ipc
 
+from shmblocks._state.layout import HEADER_BYTES, IDENTITY, LAYOUT_VERSION, MAGIC, QUEUE_MAGIC
 from shmblocks.errors import (
     IncompatiblePoolError,
     PoolNotFoundError,
     PoolPermissionError,
     SharedMemoryFullError,
 )
-from shmblocks.layout import HEADER_BYTES, IDENTITY, LAYOUT_VERSION, MAGIC, QUEUE_MAGIC
 
 SHM_DIRECTORY = "/dev/shm"
 MIB = 1 << 20

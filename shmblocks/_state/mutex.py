@@ -39,8 +39,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
+from shmblocks._os.filelock import ENTER, LEAVE, FileLocks
 from shmblocks.errors import InvalidStateError, PoolClosedError, PoolTimeoutError
-from shmblocks.filelock import ENTER, LEAVE, FileLocks
 
 T = TypeVar("T")
 
