@@ -1,0 +1,185 @@
+"""What can be seen of a pool or a queue, as plain values of one moment.
+
+These structs are what `stats()`, `allocations()` and the other looking methods give, and what the
+command line prints. They hold no reference to the segment. Every age is in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from shmblocks._state.states import State
+
+_SLOT_BITS = 16
+
+
+class ParticipantId(NamedTuple):
+    """One attached process: a slot of the pool, and which of the slot's users in turn."""
+
+    slot: int
+    incarnation: int
+
+    @property
+    def word(self) -> int:
+        """As it stands in records and leases; 0 is nobody."""
+        return self.incarnation << _SLOT_BITS | self.slot
+
+    @classmethod
+    def of(cls, word: int) -> ParticipantId:
+        """The participant that a word names."""
+        return cls(word & ((1 << _SLOT_BITS) - 1), word >> _SLOT_BITS)
+
+
+class ParticipantInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one participant.
+
+    `pid` is its pid in the pid namespace with the inode number `pid_namespace`; `age_seconds`:
+    since it attached; `has_device_memory`: it has the pool's CUDA memory open; `pinned_bytes`: how
+    much of the segment it has registered with CUDA.
+    """
+
+    slot: int
+    incarnation: int
+    pid: int
+    pid_namespace: int
+    is_alive: bool
+    is_self: bool
+    is_creator: bool
+    age_seconds: float
+    role: str
+    uses_gpu: bool = False
+    has_device_memory: bool = False
+    pinned_bytes: int = 0
+
+    def __str__(self) -> str:
+        role = f", {self.role}" if self.role else ""
+        dead = "" if self.is_alive else ", dead"
+        return f"participant {self.slot} (pid {self.pid}{role}{dead})"
+
+
+class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One open lease; `holder` is None when nothing is recorded of its process any more.
+
+    `is_pending`: it was released on a stream that has not got there yet.
+    """
+
+    holder_id: ParticipantId
+    holder: ParticipantInfo | None
+    kind: Literal["reads", "writes"]
+    age_seconds: float
+    is_pending: bool = False
+
+
+class AllocationInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One allocation; `owner` is None when nothing is recorded of its process any more."""
+
+    start_block: int
+    num_blocks: int
+    num_tokens: int
+    generation: int
+    state: State
+    owner_id: ParticipantId
+    owner: ParticipantInfo | None
+    req_id: str
+    age_seconds: float
+    readers_left: int
+    leases: list[LeaseInfo]
+
+
+class WaiterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One thread or coroutine in the wait queue for blocks, in order of arrival.
+
+    `seconds_since_poll`: since it last looked whether it can be served; a stopped one does not.
+    """
+
+    participant_id: ParticipantId
+    participant: ParticipantInfo | None
+    num_blocks: int
+    req_id: str
+    age_seconds: float
+    seconds_since_poll: float
+
+
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of one moment.
+
+    free + reserved + published + leased + draining + settling = total blocks.
+
+    Of the GPU: `device_state` is empty for a pool in host memory, else `exported`, `creator dead`
+    or `creator left` (those who have the memory open go on, nobody else can open it);
+    `device_openers`: living processes that have it open; `pinned_bytes`: registered with CUDA, over
+    all living processes; `pending_leases`, `settling_allocations`: what streams are still to give
+    back.
+    """
+
+    name: str
+    pool_id: int
+    size_bytes: int
+    block_size: int
+    total_blocks: int
+    free_blocks: int
+    reserved_blocks: int
+    published_blocks: int
+    leased_blocks: int
+    draining_blocks: int
+    settling_blocks: int
+    allocations: int
+    leases: int
+    participants: int
+    dead_participants: int
+    waiters: int
+    next_generation: int
+    age_seconds: float
+    device: str = "cpu"
+    device_bytes: int = 0
+    device_state: Literal["", "exported", "creator left", "creator dead"] = ""
+    device_openers: int = 0
+    gpu_users: int = 0
+    pinned_bytes: int = 0
+    pending_leases: int = 0
+    settling_allocations: int = 0
+
+
+class Violation(msgspec.Struct, frozen=True):
+    """An invariant that does not hold: its number in docs/design.md, and what was seen."""
+
+    invariant: int
+    message: str
+
+
+class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All that there is to know of a pool, of one and the same moment."""
+
+    stats: PoolStats
+    allocations: list[AllocationInfo]
+    participants: list[ParticipantInfo]
+    waiters: list[WaiterInfo]
+
+
+class ReapReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `reap()` gave back."""
+
+    reservations: int = 0
+    leases: int = 0
+    unclaimed: int = 0
+    blocks: int = 0
+    participants: int = 0
+
+
+class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One pool or queue in a listing.
+
+    `state`: `alive`, `dead` (all its processes died: a leftover), `incompatible` (of another layout
+    version, or damaged). `stats` is None when they cannot be read; `problem` says why. A queue has
+    no stats, and its living processes in `participants`.
+    """
+
+    name: str
+    size_bytes: int
+    state: Literal["alive", "dead", "incompatible"]
+    kind: Literal["pool", "queue"] = "pool"
+    stats: PoolStats | None = None
+    problem: str = ""
+    participants: int = 0
