@@ -16,6 +16,7 @@ and aarch64 only.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from typing import NamedTuple
@@ -74,3 +75,34 @@ def require_supported(interpreter: Interpreter) -> None:
 
 
 require_supported(Interpreter.running())
+
+
+# Flag of a kernel task that exits, as /proc shows it (include/linux/sched.h).
+_PF_EXITING = 0x4
+
+
+def pid_namespace() -> int:
+    """Inode number of this process's pid namespace."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def process_start() -> int:
+    """Clock ticks after boot at which this process started (proc_pid_stat(5), field 22)."""
+    with open("/proc/self/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+def is_dying(pid: int, start: int) -> bool:
+    """Whether the process that started then has begun to exit (proc_pid_stat(5), fields 3, 9).
+
+    False when that cannot be found out.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False  # another user's (hidepid), or no descriptor is free
+    is_another = int(fields[19]) != start
+    return is_another or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)

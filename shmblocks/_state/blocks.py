@@ -3,60 +3,68 @@
 Contract
 - Every method runs under the pool's lock. Every change is one commit of the journal: after a death
   at any line it has happened or it has not.
-- The record at an allocation's start block is the truth; bitmap and free count follow it in the
-  same commit. Records of other blocks are free, whatever else stands in them.
+- The record at an allocation's start block is the truth; bitmap, counts and the list of live
+  allocations follow it in the same commit. Records of other blocks are free, whatever else stands
+  in them.
 - Allocation is next fit: the search goes on where the last allocation ended, and wraps. Freed
   blocks rest longest before they are used again.
+- What it costs to look at all allocations or leases follows their number, not the pool's size.
 - Nothing read from the segment is believed: numbers that lead outside of the pool are
-  `IncompatiblePoolError`.
+  `DamagedPoolError`.
 
 Stream order (what GPUs still do after the CPU went on):
 - A published record whose `ready` is not its generation yet is *in flight*: its owner's stream
-  works on the blocks. Given back now, it drains (*settling*) until the word says that this is over,
-  or the owner is gone.
+  works on the blocks. Given back now, it is *settling* until the word says that this is over, or
+  the owner is gone.
 - A lease that was released on a stream is *pending* until its `acknowledged` is its generation; it
   counts as open until then. `collect` ends what is over.
-- `ready` and `acknowledged` are compared for equality: a late write of an earlier generation is
-  none of the present one.
+- `ready` and `acknowledged` are compared for equality, so a late write from an earlier generation
+  never matches.
 
 What it does not do: decide who is dead, wait, or know of processes other than as numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import msgspec
-
 from shmblocks._state.bitmap import find_zeros
+from shmblocks._state.info import ParticipantId
 from shmblocks._state.journal import Journal, Store
 from shmblocks._state.layout import (
     ALLOCATION_HEAD,
     FAILED,
     H_CURSOR,
     H_FREE_BLOCKS,
+    H_LIVE,
     H_NEXT_GENERATION,
     H_PENDING,
     H_SETTLING,
     H_UNCLAIMED,
+    KEY_BYTES,
     L_PENDING,
     LEASE,
+    LEASE_HEAD,
     LEASE_WORDS,
     R_CREATED,
+    R_LIVE_INDEX,
+    R_REQUEST_ID,
     RECORD,
+    RECORD_BODY,
     RECORD_HEAD,
     RECORD_HEAD_WORDS,
-    RECORD_WORDS,
+    UNBOUNDED,
     WORD,
     WORD_STRUCT,
     Layout,
     LeaseRecord,
     Record,
 )
+from shmblocks._state.participants import Participants
 from shmblocks._state.states import NUMBER, STATES, Event, State, transition
 from shmblocks.errors import (
-    IncompatiblePoolError,
+    DamagedPoolError,
     PeerDiedError,
     StaleHandleError,
     TooManyLeasesError,
@@ -66,20 +74,17 @@ from shmblocks.handle import BlockHandle
 READS = 1
 WRITES = 2
 
-# Blocks looked at before the whole bitmap. Smaller: the whole is read more often. Larger: each
+# Blocks searched before the whole bitmap. Smaller: the whole is read more often. Larger: each
 # search handles longer integers (4,096 bits: 1 us).
 WINDOW = 4096
 
-_from_bytes = int.from_bytes
 _ZERO = bytes(WORD)
-# What `Record._make` does, without its Python frame: each operation reads a record.
-_new_record = tuple.__new__
-_unpack_record = RECORD.unpack_from
+_NO_KEY = bytes(KEY_BYTES)
 _NUM_STATES = len(STATES)
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]
 _PUBLISHED = NUMBER[State.PUBLISHED]
-_DRAINING = NUMBER[State.DRAINING]
+_SETTLING = NUMBER[State.SETTLING]
 
 
 class LeaseKey(NamedTuple):
@@ -89,19 +94,6 @@ class LeaseKey(NamedTuple):
     generation: int
     holder: int
     opened_ns: int
-
-
-class ReservationKey(msgspec.Struct, frozen=True, gc=False):
-    """What tells one reservation from every other, also from one that got its generation instead.
-
-    A reservation that was interrupted before its commit has used up no generation: the next one,
-    of whomever, has the same.
-    """
-
-    start_block: int
-    generation: int
-    owner: int
-    created_ns: int
 
 
 class BlockTable:
@@ -116,7 +108,9 @@ class BlockTable:
         max_leases: int,
         pool_id: int,
         journal: Journal,
+        participants: Participants,
     ) -> None:
+        """`participants` say of whom nothing can be running on a GPU any more."""
         self._block_size = block_size
         self._pool_id = pool_id
         self._memory = memory
@@ -124,12 +118,12 @@ class BlockTable:
         self._layout = layout
         self._total = layout.total_blocks
         self._records = layout.records
+        self._live_words = layout.live // WORD
         self._bitmap = layout.bitmap
         self._max_leases = max_leases
         self._journal = journal
+        self._participants = participants
         self._next_lease = 0
-        # Whether nothing of a participant (its word) can be running on a GPU any more.
-        self.is_over: Callable[[int], bool] = _never
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -146,19 +140,26 @@ class BlockTable:
 
     def record(self, block: int) -> Record:
         """The record at `block`, checked to lie inside the pool when it is not free."""
-        # By index, here and below, where each operation passes: a name costs three times as much.
-        words = _unpack_record(self._memory, self._records + block * RECORD.size)
+        words = RECORD_BODY.unpack_from(self._memory, self._records + block * RECORD.size)
         state = words[0]
-        # Refuse numbers that lead outside of the pool, or that no operation leaves behind.
+        # Refuse numbers that lead outside of the pool, or that no operation leaves behind. By
+        # index: each operation passes here, and a name costs three times as much.
         if state and (
             state >= _NUM_STATES
             or not 0 < words[2] <= self._total - block
             or words[3] > words[2] * self._block_size
             or words[6] > self._max_leases
             or (state == _PUBLISHED and not words[5])
+            or words[10] >= self._total
         ):
             raise _damaged(f"the record of block {block} says {Record._make(words)}")
-        return _new_record(Record, words)
+        return Record._make(words)
+
+    def request_id(self, block: int) -> str:
+        """For which request the allocation at `block` was made."""
+        offset = self._records + block * RECORD.size + R_REQUEST_ID * WORD
+        length = min(self._memory[offset], 63)
+        return bytes(self._memory[offset + 1 : offset + 1 + length]).decode("utf-8", "replace")
 
     def find(self, handle: BlockHandle) -> Record:
         """The record of the allocation that the handle's generation names.
@@ -171,11 +172,11 @@ class BlockTable:
                 "damaged"
             )
         record = self.record(handle.start_block)
-        if record[0] == _FREE:
+        if record.state == _FREE:
             if record.generation == handle.generation and record.ready & FAILED:
                 raise self.died(handle)
             raise StaleHandleError(f"{handle}: its blocks were freed")
-        if record[1] != handle.generation:
+        if record.generation != handle.generation:
             raise StaleHandleError(
                 f"{handle}: its blocks were freed; block {handle.start_block} now starts the "
                 f"allocation of generation {record.generation}"
@@ -185,13 +186,13 @@ class BlockTable:
     def seems_reserved(self, handle: BlockHandle, owner: int) -> bool:
         """Whether it is a reservation of this process, `owner`, that no lease is open on.
 
-        Without the lock, and right all the same:
+        Lock-free, and safe because:
 
         1. Only its owner ever makes something else of a reservation than free blocks. Another
-           process may free it at any moment, so that a look under the lock would prove no more.
+           process may free it at any moment, so that a check under the lock would prove no more.
         2. A generation is handed out once: whoever has taken the blocks since has another one.
         3. Seen in the middle of a change, the words agree with neither and this says False; the
-           caller then looks under the lock.
+           caller then checks under the lock.
         """
         start = handle.start_block
         if not 0 <= start < self._total:
@@ -206,7 +207,7 @@ class BlockTable:
     def find_exact(self, handle: BlockHandle) -> Record:
         """Like `find`; the handle must also agree on the sizes (grown since: stale)."""
         record = self.find(handle)
-        if record[2] != handle.num_blocks or record[3] != handle.num_tokens:
+        if record.num_blocks != handle.num_blocks or record.num_tokens != handle.num_tokens:
             raise StaleHandleError(
                 f"{handle}: the allocation has {record.num_blocks} blocks and {record.num_tokens} "
                 "tokens: it was grown or published with another length since (use the handle that "
@@ -214,21 +215,27 @@ class BlockTable:
             )
         return record
 
+    def live_starts(self) -> list[int]:
+        """The start blocks of all allocations, in no order."""
+        count = self._words[H_LIVE]
+        if count > self._total:
+            raise _damaged(f"it counts {count} allocations in {self._total} blocks")
+        first = self._live_words
+        starts: list[int] = self._words[first : first + count].tolist()
+        if count and max(starts) >= self._total:
+            raise _damaged("the list of allocations leads outside of the pool")
+        return starts
+
     def live(self) -> Iterator[tuple[int, Record]]:
         """Every allocation, by start block."""
-        first = self._layout.records // WORD
-        end = first + self._total * RECORD_WORDS
-        states = self._words[first:end:RECORD_WORDS].tolist()
-        for block, state in enumerate(states):
-            if state:
-                yield block, self.record(block)
+        for block in sorted(self.live_starts()):
+            yield block, self.record(block)
 
     def leases(self) -> Iterator[tuple[int, LeaseRecord]]:
         """Every open lease, by slot."""
         for slot, generation in enumerate(self._lease_generations()):
             if generation:
-                offset = self._layout.leases + slot * LEASE.size
-                yield slot, LeaseRecord._make(LEASE.unpack_from(self._memory, offset))
+                yield slot, self.lease(slot)
 
     def _lease_generations(self) -> list[int]:
         first = self._layout.leases // WORD
@@ -245,19 +252,9 @@ class BlockTable:
     # ---- allocations -------------------------------------------------------------------------
 
     def reserve(
-        self,
-        num_blocks: int,
-        num_tokens: int,
-        owner: int,
-        req_id: bytes,
-        now_ns: int,
-        made: list[ReservationKey],
+        self, num_blocks: int, num_tokens: int, owner: int, req_id: bytes, now_ns: int
     ) -> BlockHandle | None:
-        """Take consecutive free blocks; None when there are none.
-
-        `made` gets the key *before* the commit, so that a caller who is interrupted anywhere can
-        `take_back` what it may have taken.
-        """
+        """Take consecutive free blocks; None when there are none."""
         words = self._words
         free: int = words[H_FREE_BLOCKS]
         if num_blocks > free:
@@ -270,22 +267,30 @@ class BlockTable:
                 return None
             marked = self._marked(start, num_blocks, used=True)
         generation: int = words[H_NEXT_GENERATION]
+        live: int = words[H_LIVE]
+        if live >= self._total:
+            raise _damaged(f"it counts {live} allocations in {self._total} blocks")
         handle = BlockHandle(start, num_blocks, num_tokens, generation, self._pool_id)
-        end = start + num_blocks
-        made.append(ReservationKey(start, generation, owner, now_ns))
+        record = RECORD.pack(
+            _RESERVED, generation, num_blocks, num_tokens, owner, 0, 0, now_ns, 0, 0, live, 0,
+            _NO_KEY, 0, 0, 0, 0, 0, 0, 0, 0, req_id,
+        )  # fmt: skip
         self._journal.commit(
             (
-                self._head(end % self._total, generation + 1, free - num_blocks),
-                marked,
                 (
-                    self._records + start * RECORD.size,
-                    RECORD.pack(
-                        _RESERVED, generation, num_blocks, num_tokens, owner,
-                        0, 0, now_ns, 0, 0, 0, 0, req_id,
+                    H_CURSOR * WORD,
+                    ALLOCATION_HEAD.pack(
+                        (start + num_blocks) % self._total,
+                        generation + 1,
+                        free - num_blocks,
+                        live + 1,
                     ),
                 ),
+                marked,
+                ((self._live_words + live) * WORD, WORD_STRUCT.pack(start)),
+                (self._records + start * RECORD.size, record),
             )
-        )  # fmt: skip
+        )
         return handle
 
     def grow(self, start: int, record: Record, num_blocks: int, num_tokens: int) -> bool:
@@ -303,7 +308,7 @@ class BlockTable:
             self._rewritten(start, record._replace(num_blocks=num_blocks, num_tokens=num_tokens))
         ]
         if more:
-            stores.append(self._head(cursor, words[H_NEXT_GENERATION], self.free_blocks - more))
+            stores.append(self._head(cursor, self.free_blocks - more, words[H_LIVE]))
             stores.append(self._marked(end, more, used=True))
         self._journal.commit(stores)
         return True
@@ -325,20 +330,29 @@ class BlockTable:
         """
         state = transition(record.state, Event.PUBLISH, 0, readers)
         if not on_stream:
-            # Before the commit, and no part of it: nobody looks at it before the state says so.
+            # Before the commit, and no part of it: nobody reads it before the state says so.
             self._words[self._layout.ready_word(start)] = record.generation
         head = RECORD_HEAD.pack(
             state, record.generation, record.num_blocks, num_tokens, record.owner,
             readers, record.leases, record.created_ns, now_ns,
         )  # fmt: skip
         stores = [(self._records + start * RECORD.size, head)]
-        if not 0 < self._words[H_UNCLAIMED] <= until_ns:
+        if readers < UNBOUNDED and not 0 < self._words[H_UNCLAIMED] <= until_ns:
             stores.append(_word(H_UNCLAIMED, until_ns))
         self._journal.commit(stores)
 
     def note_unclaimed(self, earliest_ns: int) -> None:
         """Set when published blocks may be reclaimed at the earliest (0: none are there)."""
         self._journal.commit([_word(H_UNCLAIMED, earliest_ns)])
+
+    def forgo(self, start: int, record: Record, claims: int) -> None:
+        """So many announced readers will not come; with the last one the blocks are free."""
+        readers_left = record.readers_left - claims
+        state = record.state
+        if not readers_left and not record.leases:
+            self._free(start, record, self._in_flight(record))
+            return
+        self._journal.commit(self._moved(start, record, state, record.leases, readers_left))
 
     def free(self, start: int, record: Record) -> None:
         """Give an allocation back: at once, or (draining) when its last lease is released."""
@@ -354,14 +368,10 @@ class BlockTable:
         self._free(start, record._replace(published_ns=now_ns), in_flight=True)
 
     def _free(self, start: int, record: Record, in_flight: bool) -> None:
-        state = transition(record.state, Event.FREE, record.leases, 0)
-        if state == _FREE and in_flight:
-            state = _DRAINING
-        was_settling = record.state == _DRAINING and not record.leases
-        settling = state == _DRAINING and not record.leases
+        state = transition(record.state, Event.FREE, record.leases, 0, in_flight)
         stores = self._moved(start, record, state, record.leases, 0)
-        if settling != was_settling:
-            stores.append(self._changed(H_SETTLING, settling - was_settling))
+        if state == _SETTLING:
+            stores.append(self._changed(H_SETTLING, +1))
         self._journal.commit(stores)
 
     # ---- stream order ------------------------------------------------------------------------
@@ -371,7 +381,7 @@ class BlockTable:
         return (
             record.ready != record.generation
             and record.published_ns != 0
-            and not self.is_over(record.owner)
+            and not self._participants.is_gone(ParticipantId.of(record.owner))
         )
 
     def fail(self, start: int, record: Record) -> None:
@@ -385,8 +395,8 @@ class BlockTable:
     def died(handle: BlockHandle) -> PeerDiedError:
         """What the reader of a failed allocation is told."""
         return PeerDiedError(
-            f"{handle}: the process that published it died before its GPU had finished it; what is "
-            "in the blocks is not whole: release it, and ask for the request anew"
+            f"{handle}: the process that published it died before its GPU had finished it; the "
+            "data is incomplete; release the lease and retry the request"
         )
 
     def mark_pending(self, key: LeaseKey) -> bool:
@@ -410,14 +420,14 @@ class BlockTable:
                     ended += 1
         if words[H_SETTLING]:
             for start, record in list(self.live()):
-                if record.state == _DRAINING and not record.leases and not self._in_flight(record):
+                if record.state == _SETTLING and not self._in_flight(record):
                     self.settle(start, record)
                     ended += 1
         return ended
 
     def settle(self, start: int, record: Record) -> None:
-        """Free a draining allocation without leases: its owner's stream is through."""
-        state = transition(_DRAINING, Event.RELEASE, 0, 0)
+        """Free a settling allocation: its owner's stream is through."""
+        state = transition(record.state, Event.SETTLE, 0, 0)
         stores = self._moved(start, record, state, 0, 0)
         stores.append(self._changed(H_SETTLING, -1))
         self._journal.commit(stores)
@@ -430,40 +440,31 @@ class BlockTable:
     def _changed(self, index: int, by: int) -> Store:
         return _word(index, max(0, self._words[index] + by))
 
-    def take_back(self, key: ReservationKey) -> bool:
-        """Free the reservation of that key; False when it was never made, or is one no more."""
-        record = self.record(key.start_block)
-        found = (record.generation, record.owner, record.created_ns)
-        if found != (key.generation, key.owner, key.created_ns):
-            return False
-        if record.state != _RESERVED:
-            return False
-        self.free(key.start_block, record)
-        return True
-
     # ---- leases ------------------------------------------------------------------------------
 
-    def open(
-        self, start: int, record: Record, kind: int, holder: int, now_ns: int, made: list[LeaseKey]
-    ) -> LeaseKey:
-        """Take a lease. For readers, one that was expected comes.
-
-        `made` gets the key before the commit, as for `reserve`.
-        """
+    def open(self, start: int, record: Record, kind: int, holder: int, now_ns: int) -> LeaseKey:
+        """Take a lease. For readers, one that was expected comes."""
         reads = kind == READS
         leases = record.leases + 1
-        readers_left = record.readers_left - reads
+        readers_left = record.readers_left
+        if reads and readers_left < UNBOUNDED:
+            readers_left -= 1
         event = Event.OPEN if reads else Event.WRITE
         state = transition(record.state, event, leases, readers_left)
         slot = self._free_lease()
-        key = _new_record(LeaseKey, (slot, record.generation, holder, now_ns))
-        lease = LEASE.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0)
+        lease = LEASE_HEAD.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0, 0, 0)
         stores = self._moved(start, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, lease))
-        made.append(key)
         self._journal.commit(stores)
         self._next_lease = slot + 1
-        return key
+        return LeaseKey(slot, record.generation, holder, now_ns)
+
+    def find_lease(self, holder: int, opened_ns: int) -> LeaseKey | None:
+        """The lease that a process opened at that moment."""
+        for slot, lease in self.leases():
+            if lease.holder == holder and lease.opened_ns == opened_ns:
+                return LeaseKey(slot, lease.generation, holder, opened_ns)
+        return None
 
     def release_key(self, key: LeaseKey, *, unread: bool = False) -> bool:
         """End the lease of that key; False when it has ended already."""
@@ -476,7 +477,7 @@ class BlockTable:
     def release(self, slot: int, lease: LeaseRecord, *, unread: bool = False) -> None:
         """End a lease, and the allocation with the last one that it waited for.
 
-        `unread`: nobody ever had it (opening was interrupted), so that its reader is still to come.
+        `unread`: as if it had never been opened, so that its reader is still to come.
         """
         if lease.start_block >= self._total:
             raise _damaged(f"lease {slot} is of block {lease.start_block} of {self._total}")
@@ -484,14 +485,14 @@ class BlockTable:
         if record.generation != lease.generation or not record.leases:
             raise _damaged(f"lease {slot} is of an allocation that does not count it")
         leases = record.leases - 1
-        readers_left = record.readers_left + (unread and lease.kind == READS)
-        state = transition(record.state, Event.RELEASE, leases, readers_left)
-        in_flight = state == _FREE and self._in_flight(record)
-        if in_flight:
-            state = _DRAINING
+        readers_left = record.readers_left
+        if unread and lease.kind == READS and readers_left < UNBOUNDED:
+            readers_left += 1
+        in_flight = not leases and self._in_flight(record)
+        state = transition(record.state, Event.RELEASE, leases, readers_left, in_flight)
         stores = self._moved(lease.start_block, record, state, leases, readers_left)
-        stores.append((self._layout.leases + slot * LEASE.size, bytes(WORD)))
-        if in_flight:
+        stores.append((self._layout.leases + slot * LEASE.size, _ZERO))
+        if state == _SETTLING:
             stores.append(self._changed(H_SETTLING, +1))
         if lease.pending:
             stores.append(self._changed(H_PENDING, -1))
@@ -501,7 +502,7 @@ class BlockTable:
     def lease(self, slot: int) -> LeaseRecord:
         """The lease in a slot."""
         offset = self._layout.leases + slot * LEASE.size
-        return _new_record(LeaseRecord, LEASE.unpack_from(self._memory, offset))
+        return LeaseRecord._make(LEASE_HEAD.unpack_from(self._memory, offset))
 
     def _free_lease(self) -> int:
         hint = self._next_lease
@@ -523,26 +524,31 @@ class BlockTable:
         """The stores that bring an allocation into a state; into FREE its blocks come back."""
         if state != _FREE:
             head = RECORD_HEAD.pack(
-                state, record[1], record[2], record[3], record[4],
-                readers_left, leases, record[7], record[8],
+                state, record.generation, record.num_blocks, record.num_tokens, record.owner,
+                readers_left, leases, record.created_ns, record.published_ns,
             )  # fmt: skip
             return [(self._records + start * RECORD.size, head)]
         words = self._words
-        return [
-            self._head(
-                words[H_CURSOR], words[H_NEXT_GENERATION], words[H_FREE_BLOCKS] + record.num_blocks
-            ),
+        last = words[H_LIVE] - 1
+        stores = [
+            self._head(words[H_CURSOR], words[H_FREE_BLOCKS] + record.num_blocks, last),
             self._marked(start, record.num_blocks, used=False),
             (self._records + start * RECORD.size, _ZERO),
         ]
+        if record.live_index != last:
+            # The last of the list takes the index that comes free.
+            moved: int = words[self._live_words + last]
+            stores.append(_word(self._live_words + record.live_index, moved))
+            stores.append(_word(self._layout.record_word(moved) + R_LIVE_INDEX, record.live_index))
+        return stores
 
     def _rewritten(self, start: int, record: Record) -> Store:
         """The store of the words of a record that change after it was made."""
         return (self._records + start * RECORD.size, RECORD_HEAD.pack(*record[:RECORD_HEAD_WORDS]))
 
-    @staticmethod
-    def _head(cursor: int, next_generation: int, free: int) -> Store:
-        return (H_CURSOR * WORD, ALLOCATION_HEAD.pack(cursor, next_generation, free))
+    def _head(self, cursor: int, free: int, live: int) -> Store:
+        following = self._words[H_NEXT_GENERATION]
+        return (H_CURSOR * WORD, ALLOCATION_HEAD.pack(cursor, following, free, live))
 
     def _marked_if_free(self, start: int, count: int) -> Store | None:
         """The store that sets the bits of some blocks; None unless all are there and free.
@@ -554,7 +560,7 @@ class BlockTable:
             return None
         offset = self._bitmap + (start >> 6 << 3)
         size = ((end + 63) >> 6 << 3) - (start >> 6 << 3)
-        bits = _from_bytes(self._memory[offset : offset + size], "little")
+        bits = int.from_bytes(self._memory[offset : offset + size], "little")
         mask = ((1 << count) - 1) << (start & 63)
         if bits & mask:
             return None
@@ -564,7 +570,7 @@ class BlockTable:
         """The words of the bitmap around some blocks, with those set or cleared."""
         offset = self._bitmap + (start >> 6 << 3)
         size = ((start + count + 63) >> 6 << 3) - (start >> 6 << 3)
-        bits = _from_bytes(self._memory[offset : offset + size], "little")
+        bits = int.from_bytes(self._memory[offset : offset + size], "little")
         mask = ((1 << count) - 1) << (start & 63)
         bits = bits | mask if used else bits & ~mask
         return (offset, bits.to_bytes(size, "little"))
@@ -594,16 +600,12 @@ class BlockTable:
         return find_zeros(self._bits(0, end), end, count)
 
 
-def _never(who: int) -> bool:
-    return False
-
-
 def _word(index: int, value: int) -> Store:
     return (index * WORD, WORD_STRUCT.pack(value))
 
 
-def _damaged(what: str) -> IncompatiblePoolError:
-    return IncompatiblePoolError(
+def _damaged(what: str) -> DamagedPoolError:
+    return DamagedPoolError(
         f"{what}: something else wrote into the segment; remove the pool (`shmblocks rm --force`) "
         "and create it anew"
     )

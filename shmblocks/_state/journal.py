@@ -24,13 +24,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
-from shmblocks.errors import IncompatiblePoolError
+from shmblocks.errors import DamagedPoolError
 
 Store = tuple[int, bytes]
 """(offset in the segment, bytes); both multiples of 8."""
 
 _ENTRY = struct.Struct("=QQ")
-_pack_entry = _ENTRY.pack
 _HEAD_BYTES = 8
 
 
@@ -38,7 +37,7 @@ class Journal:
     """The journal of one segment; borrows its memory."""
 
     def __init__(
-        self, memory: memoryview, words: memoryview, offset: int, size: int, ledger_bytes: int
+        self, memory: memoryview, words: memoryview, offset: int, size: int, state_bytes: int
     ) -> None:
         self._memory = memory
         self._words = words
@@ -46,17 +45,17 @@ class Journal:
         self.head = offset // 8
         self._entries = offset + _HEAD_BYTES
         self._capacity = size - _HEAD_BYTES
-        self._ledger_bytes = ledger_bytes
+        self._state_bytes = state_bytes
 
     def commit(self, stores: Iterable[Store]) -> None:
         """Make all stores, or (killed before step 2) none."""
         memory, words, head = self._memory, self._words, self.head
         log = b""
         for offset, data in stores:
-            log += _pack_entry(offset, len(data)) + data
+            log += _ENTRY.pack(offset, len(data)) + data
         size = len(log)
         if size > self._capacity:
-            raise IncompatiblePoolError(
+            raise DamagedPoolError(
                 f"a change of {size} bytes does not fit the journal of {self._capacity} bytes"
             )
         start = self._entries
@@ -84,14 +83,14 @@ class Journal:
                 raise self._damaged("an entry is cut off")
             offset, length = _ENTRY.unpack_from(log, position)
             position += _ENTRY.size
-            if offset + length > self._ledger_bytes or position + length > len(log):
-                raise self._damaged(f"an entry of {length} bytes at {offset} leaves the ledger")
+            if offset + length > self._state_bytes or position + length > len(log):
+                raise self._damaged(f"an entry of {length} bytes at {offset} leaves the state")
             stores.append((offset, log[position : position + length]))
             position += length
         return stores
 
-    def _damaged(self, why: str) -> IncompatiblePoolError:
-        return IncompatiblePoolError(
-            f"the pool's journal is damaged ({why}): something else wrote into the segment; "
-            "remove the pool (`shmblocks rm --force`) and create it anew"
+    def _damaged(self, why: str) -> DamagedPoolError:
+        return DamagedPoolError(
+            f"the journal is damaged ({why}): something else wrote into the segment; "
+            "remove the segment (`shmblocks rm --force`) and create it anew"
         )

@@ -1,27 +1,27 @@
 """Who is attached, proved by the kernel.
 
 Contract
-- A participant is one attached process. It holds a file lock on the byte of its place for as long
+- A participant is one attached process. It holds a file lock on the byte of its slot for as long
   as it lives; no process table, pid or heartbeat says who does (`others_stay` looks there only to
   wait a moment for those who are dying).
-- A place is used again after its holder left or died, under a new incarnation number. A participant
+- A slot is used again after its holder left or died, under a new incarnation number. A participant
   is known by both, so that what the dead one held is never taken for the newcomer's.
-- A place whose record is filled and whose byte is not locked belongs to a dead participant.
+- A slot whose record is filled and whose byte is not locked belongs to a dead participant.
 
 Joining, in steps (all under the pool's lock):
 
-  1. lock the byte of a place whose record is empty;
+  1. lock the byte of a slot whose record is empty;
   2. fill the record, through the journal.
 
-Killed between the two: the byte falls, the record is empty, the place is free.
+Killed between the two: the byte falls, the record is empty, the slot is free.
 
 Who uses a GPU is *gone* later than it is dead: a copy that its GPU had begun may still write or
-read blocks for some milliseconds after the process has lost its place. So it holds a second lock,
-on the byte GPU_BYTE + place, through the open file description that it has *mapped* and registered
+read blocks for some milliseconds after the process has lost its slot. So it holds a second lock,
+on the byte GPU_BYTE + slot, through the open file description that it has *mapped* and registered
 with CUDA, which the kernel closes only when the mapping is gone:
 
   1. SIGKILL: the threads end, the mappings go, then the descriptors, among them the driver's;
-  2. the byte of its place falls: it is dead, nobody counts on it any more;
+  2. the byte of its slot falls: it is dead, nobody counts on it any more;
   3. the second byte falls: it is gone, what it held may go to others.
 
 Measured on an H100 (driver 580), 9 kills in the middle of copies into a registered segment: the
@@ -40,9 +40,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
-
-import msgspec
 
 from shmblocks._os.filelock import (
     GPU_BYTE,
@@ -52,76 +49,30 @@ from shmblocks._os.filelock import (
     lock_byte,
     unlock_byte,
 )
+from shmblocks._os.process import is_dying, pid_namespace, process_start
+from shmblocks._state.info import ParticipantId, ParticipantInfo
 from shmblocks._state.journal import Journal
 from shmblocks._state.layout import (
     H_NEXT_INCARNATION,
     P_FLAGS,
     P_PINNED,
+    P_WAKE,
     PARTICIPANT,
     PARTICIPANT_WORDS,
     ROLE_BYTES,
     WORD,
     WORD_STRUCT,
-    Layout,
 )
 from shmblocks.errors import InvalidStateError, TooManyParticipantsError
 
-_PLACE_BITS = 16
 _CREATOR = 1
 USES_GPU = 2
 HAS_DEVICE_MEMORY = 4
-# Flag of a kernel task that exits, as /proc shows it (include/linux/sched.h).
-_PF_EXITING = 0x4
-
 # Seconds that the last to leave waits for others who are dying. Smaller: a pool whose other user
 # was killed in the same moment stays as a leftover. Larger: leaving takes longer, where the kernel
 # needs long to end a process.
 DYING_PATIENCE = 1.0
 DYING_POLL = 0.002
-
-
-class ParticipantId(NamedTuple):
-    """A place of the pool and which of its users in turn: names one process for ever."""
-
-    place: int
-    incarnation: int
-
-    @property
-    def word(self) -> int:
-        """As it stands in records and leases; 0 is nobody."""
-        return self.incarnation << _PLACE_BITS | self.place
-
-    @classmethod
-    def of(cls, word: int) -> ParticipantId:
-        """The participant that a word names."""
-        return cls(word & ((1 << _PLACE_BITS) - 1), word >> _PLACE_BITS)
-
-
-class ParticipantInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one participant.
-
-    `pid` is its pid in the pid namespace with the inode number `pid_namespace`; `age` is seconds
-    since it attached; `has_device_memory`: it has the pool's CUDA memory open; `pinned_bytes`: how
-    much of the segment it has registered with CUDA.
-    """
-
-    place: int
-    incarnation: int
-    pid: int
-    pid_namespace: int
-    is_alive: bool
-    is_self: bool
-    is_creator: bool
-    age: float
-    role: str
-    uses_gpu: bool = False
-    has_device_memory: bool = False
-    pinned_bytes: int = 0
-
-    def __str__(self) -> str:
-        role = f", {self.role}" if self.role else ""
-        dead = "" if self.is_alive else ", dead"
-        return f"participant {self.place} (pid {self.pid}{role}{dead})"
 
 
 def utf8_prefix(text: str, size: int) -> bytes:
@@ -130,25 +81,28 @@ def utf8_prefix(text: str, size: int) -> bytes:
 
 
 class Participants:
-    """The places of one segment; borrows its memory and locks."""
+    """The slots of one segment; borrows its memory and locks."""
 
     def __init__(
         self,
         memory: memoryview,
         words: memoryview,
-        layout: Layout,
-        places: int,
+        offset: int,
+        slots: int,
         locks: FileLocks,
         journal: Journal,
     ) -> None:
+        """The `slots` records lie at `offset`."""
         self._memory = memory
         self._words = words
-        self._layout = layout
-        self._places = places
+        self._records = offset
+        self._slots = slots
         self._locks = locks
         self._journal = journal
         self.me: ParticipantId | None = None
-        # The place whose byte is ours while a join goes on; kept when it is interrupted, so that
+        # The participant word of `me`, 0 for nobody: each operation asks.
+        self.me_word = 0
+        # The slot whose byte is ours while a join goes on; kept when it is interrupted, so that
         # the next one takes the same.
         self._joining: int | None = None
 
@@ -156,23 +110,23 @@ class Participants:
         """Become a participant. Call with the pool's lock held."""
         if self._joining is not None:
             return self._fill(self._joining, role, is_creator)
-        for place in range(self._places):
-            if self._incarnation(place) == 0 and self._locks.try_lock(PLACE_BYTE + place):
-                self._joining = place
-                return self._fill(place, role, is_creator)
+        for slot in range(self._slots):
+            if self._incarnation(slot) == 0 and self._locks.try_lock(PLACE_BYTE + slot):
+                self._joining = slot
+                return self._fill(slot, role, is_creator)
         living = "\n  ".join(str(info) for info in self.infos())
         raise TooManyParticipantsError(
-            f"all {self._places} participant places are taken by living processes; close some, or "
+            f"all {self._slots} participant slots are taken by living processes; close some, or "
             f"create the pool with a larger PoolConfig(max_participants=...):\n  {living}"
         )
 
-    def _fill(self, place: int, role: str, is_creator: bool) -> ParticipantId:
+    def _fill(self, slot: int, role: str, is_creator: bool) -> ParticipantId:
         incarnation: int = self._words[H_NEXT_INCARNATION]
         record = PARTICIPANT.pack(
             incarnation,
             os.getpid(),
-            _pid_namespace(),
-            _process_start(),
+            pid_namespace(),
+            process_start(),
             time.monotonic_ns(),
             _CREATOR if is_creator else 0,
             0,
@@ -182,48 +136,57 @@ class Participants:
         self._journal.commit(
             [
                 (H_NEXT_INCARNATION * WORD, WORD_STRUCT.pack(incarnation + 1)),
-                (self._offset(place), record),
+                (self._offset(slot), record),
             ]
         )
-        self.me = ParticipantId(place, incarnation)
+        self.me = ParticipantId(slot, incarnation)
+        self.me_word = self.me.word
         self._joining = None
         return self.me
 
     def forget(self) -> None:
         """Be nobody, when the locks are gone or somebody else's."""
         self.me = self._joining = None
+        self.me_word = 0
 
-    def clear(self, place: int) -> None:
-        """Make a place free for the next to join."""
-        self._journal.commit([(self._offset(place), bytes(PARTICIPANT.size))])
+    def clear(self, slot: int) -> None:
+        """Make a slot free for the next to join."""
+        self._journal.commit([(self._offset(slot), bytes(PARTICIPANT.size))])
 
-    def _offset(self, place: int) -> int:
-        return self._layout.participants + place * PARTICIPANT.size
+    def _offset(self, slot: int) -> int:
+        return self._records + slot * PARTICIPANT.size
 
-    def _incarnation(self, place: int) -> int:
-        incarnation: int = self._words[self._layout.participant_word(place)]
+    def _word(self, slot: int) -> int:
+        return self._records // WORD + slot * PARTICIPANT_WORDS
+
+    def wake_offset(self, slot: int) -> int:
+        """Where the word lies that the slot's waiters sleep on, in bytes."""
+        return (self._word(slot) + P_WAKE) * WORD
+
+    def _incarnation(self, slot: int) -> int:
+        incarnation: int = self._words[self._word(slot)]
         return incarnation
 
-    def _byte_is_held(self, place: int) -> bool:
-        if self.me is not None and place == self.me.place:
+    def _byte_is_held(self, slot: int) -> bool:
+        if self.me is not None and slot == self.me.slot:
             return True
-        return self._locks.is_locked_by_others(PLACE_BYTE + place)
+        return self._locks.is_locked_by_others(PLACE_BYTE + slot)
 
     def is_alive(self, who: ParticipantId) -> bool:
         """Whether that process is attached and lives; the kernel answers, at once."""
         if who == self.me:
             return True
-        if who.place >= self._places or self._incarnation(who.place) != who.incarnation:
+        if who.slot >= self._slots or self._incarnation(who.slot) != who.incarnation:
             return False
-        return who.incarnation != 0 and self._byte_is_held(who.place)
+        return who.incarnation != 0 and self._byte_is_held(who.slot)
 
     def is_gone(self, who: ParticipantId) -> bool:
         """Whether it is dead and, if it used a GPU, its last copy is provably over."""
         if self.is_alive(who):
             return False
         if not self.is_recorded(who):
-            return True  # its place was emptied, which comes after all this
-        return not self._locks.is_locked_by_others(GPU_BYTE + who.place)
+            return True  # its slot was emptied, which comes after all this
+        return not self._locks.is_locked_by_others(GPU_BYTE + who.slot)
 
     def becomes_gpu_user(self, mapped_fd: int) -> None:
         """Under the lock: hold the second byte, and say so.
@@ -231,7 +194,7 @@ class Participants:
         `mapped_fd` is of the description that this process has mapped and registers with CUDA.
         """
         me = self.me
-        if me is None or not lock_byte(mapped_fd, GPU_BYTE + me.place):
+        if me is None or not lock_byte(mapped_fd, GPU_BYTE + me.slot):
             raise InvalidStateError(
                 "the GPU cannot be used through this pool object: it was used here before"
             )
@@ -240,34 +203,34 @@ class Participants:
     def was_gpu_user(self, mapped_fd: int) -> None:
         """Give the second byte back: nothing of ours runs on a GPU any more."""
         if self.me is not None and mapped_fd >= 0:
-            unlock_byte(mapped_fd, GPU_BYTE + self.me.place)
+            unlock_byte(mapped_fd, GPU_BYTE + self.me.slot)
 
     def note_flags(self, flags: int) -> None:
         """Under the lock: add flags to our record; one store."""
         if self.me is not None:
-            self._words[self._layout.participant_word(self.me.place) + P_FLAGS] |= flags
+            self._words[self._word(self.me.slot) + P_FLAGS] |= flags
 
     def note_pinned(self, size: int) -> None:
         """Under the lock: say how many bytes of the segment we have registered with CUDA."""
         if self.me is not None:
-            self._words[self._layout.participant_word(self.me.place) + P_PINNED] = size
+            self._words[self._word(self.me.slot) + P_PINNED] = size
 
     def is_recorded(self, who: ParticipantId) -> bool:
         """Whether its record is still there: it lives, or died and was not reaped yet."""
-        return who.place < self._places and 0 < who.incarnation == self._incarnation(who.place)
+        return who.slot < self._slots and 0 < who.incarnation == self._incarnation(who.slot)
 
     def taken(self) -> Iterator[ParticipantId]:
         """Everyone with a record, living or dead."""
-        first = self._layout.participants // WORD
-        end = first + self._places * PARTICIPANT_WORDS
+        first = self._records // WORD
+        end = first + self._slots * PARTICIPANT_WORDS
         incarnations = self._words[first:end:PARTICIPANT_WORDS].tolist()
-        for place, incarnation in enumerate(incarnations):
+        for slot, incarnation in enumerate(incarnations):
             if incarnation:
-                yield ParticipantId(place, incarnation)
+                yield ParticipantId(slot, incarnation)
 
     def dead(self) -> list[ParticipantId]:
         """Those whose record is there and whose process is not."""
-        return [who for who in self.taken() if not self._byte_is_held(who.place)]
+        return [who for who in self.taken() if not self._byte_is_held(who.slot)]
 
     def gone(self) -> list[ParticipantId]:
         """Those of the dead whose last copy is over."""
@@ -278,12 +241,12 @@ class Participants:
         return self._locks.is_locked_by_others(PLACE_BYTE, PLACE_BYTES)
 
     def others_stay(self) -> bool:
-        """Whether anyone but this process is attached and will stay: those are not waited for who
-        are on their way out of life at this moment (`DYING_PATIENCE` seconds at most).
+        """Whether another process will stay attached. Exiting processes don't count: this waits
+        up to `DYING_PATIENCE` seconds for them.
 
-        A process that was killed holds its place until the kernel has closed its descriptors, and
-        what tells others of its death (a closed socket) may come before that. Whoever leaves in
-        between would take it for one who stays, and nobody would remove the pool.
+        A killed process holds its slot until the kernel has closed its descriptors, but others may
+        hear of its death before that (through a closed socket). If the last living process left in
+        between, it would count the dying one as attached, and nobody would remove the pool.
         """
         deadline = time.monotonic() + DYING_PATIENCE
         while self.others_live():
@@ -293,32 +256,32 @@ class Participants:
         return False
 
     def _all_others_are_dying(self) -> bool:
-        namespace = _pid_namespace()
+        namespace = pid_namespace()
         dying = False
         for who in self.taken():
-            if who == self.me or not self._byte_is_held(who.place):
+            if who == self.me or not self._byte_is_held(who.slot):
                 continue
-            record = PARTICIPANT.unpack_from(self._memory, self._offset(who.place))
-            if record[2] != namespace or not _is_dying(record[1], record[3]):
+            record = PARTICIPANT.unpack_from(self._memory, self._offset(who.slot))
+            if record[2] != namespace or not is_dying(record[1], record[3]):
                 return False
             dying = True
         return dying
 
     def info(self, who: ParticipantId) -> ParticipantInfo | None:
-        """What is recorded of a participant; None when its place was given to another since."""
+        """What is recorded of a participant; None when its slot was given to another since."""
         if not self.is_recorded(who):
             return None
-        record = PARTICIPANT.unpack_from(self._memory, self._offset(who.place))
+        record = PARTICIPANT.unpack_from(self._memory, self._offset(who.slot))
         incarnation, pid, namespace, _, attached, flags, _, pinned, role = record
         return ParticipantInfo(
-            place=who.place,
+            slot=who.slot,
             incarnation=incarnation,
             pid=pid,
             pid_namespace=namespace,
             is_alive=self.is_alive(who),
             is_self=who == self.me,
             is_creator=bool(flags & _CREATOR),
-            age=max(0, time.monotonic_ns() - attached) / 1e9,
+            age_seconds=max(0, time.monotonic_ns() - attached) / 1e9,
             role=role.decode("utf-8", "replace"),
             uses_gpu=bool(flags & USES_GPU),
             has_device_memory=bool(flags & HAS_DEVICE_MEMORY),
@@ -332,27 +295,4 @@ class Participants:
     def describe(self, who: ParticipantId) -> str:
         """For messages: `participant 3 (pid 4242, embedding)`."""
         info = self.info(who)
-        return str(info) if info else f"participant {who.place} (gone)"
-
-
-def _pid_namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino
-
-
-def _is_dying(pid: int, start: int) -> bool:
-    """Whether the process that started then has begun to exit (proc_pid_stat(5), fields 3, 9)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    except PermissionError:
-        return False  # another user's (proc mounted with hidepid=1): it is there
-    is_another = int(fields[19]) != start
-    return is_another or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
-
-
-def _process_start() -> int:
-    """Clock ticks after boot at which this process started (proc_pid_stat(5), field 22)."""
-    with open("/proc/self/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[19])
+        return str(info) if info else f"participant {who.slot} (gone)"

@@ -1,73 +1,97 @@
-"""The shared state of one pool: segment, lock, journal, participants, blocks, put together.
+"""The shared state of one pool: one method for each transaction.
 
 Contract
-- `Ledger.create` and `Ledger.open` give a whole one or raise and leave nothing behind.
-- `run(body, ...)` is the only way in: `body` runs under the lock, on a state that is whole.
-- A ledger can be open without being a participant (the inspector): then it keeps nothing alive.
+- A method that `transaction` decorates runs under the pool's lock, on a state that is whole. It is
+  one operation: after a death at any line it has happened or it has not. (`reap`, and what runs it,
+  are several, each done or not.)
+- `PoolState.create` and `attach` give a whole one or raise and leave nothing behind.
+- What an interrupted operation has taken (blocks, a lease, an entry of the wait queue), it has
+  given back when the interrupt reaches the caller. Such a thing is known by its owner and its
+  `stamp`, which no other operation of this process has.
+- A state can be open without being a participant (the inspector): then it keeps nothing alive.
 
-Creating and attaching meet like this:
-
-  creator   1 makes and fills a nameless segment, joins it, so that it is alive from the start
-            2 gives it the name (naming.py)
-  attacher  1 opens the name, checks the bytes, maps
-            2 takes the lock; under it: the pool must live, not be removed, and still have its name
-              (else a creator or the last leaver was faster: it is not found, and looked for again)
-            3 joins
-  leaver    under the lock: gives everything back, empties its place, and if nobody else lives marks
-            the pool as removed and unlinks it
-
-so that nobody joins a pool that is being replaced or removed, and nobody removes one that lives.
-
-What it does not do: know tensors, handles of other pools, or what a block is used for.
+What it does not do: know tensors, handles of other pools, or what a block is used for; or wait for
+anything but the lock.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import secrets
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-from shmblocks._os.futex import Futex
-from shmblocks._os.segment import Identity, create_unnamed, normal_name, open_existing
-from shmblocks._state.blocks import BlockTable
-from shmblocks._state.device import note_creator_left
-from shmblocks._state.journal import Journal
+from shmblocks._os.futex import LONGEST_SLEEP, Futex
+from shmblocks._os.segment import create_unnamed, normal_name, open_existing
+from shmblocks._state import snapshot
+from shmblocks._state.blocks import READS, WRITES, LeaseKey
+from shmblocks._state.check import Evidence, check
+from shmblocks._state.device import Export, note_creator_left, read_export, write_export
+from shmblocks._state.identity import Identity
+from shmblocks._state.info import (
+    AllocationInfo,
+    ParticipantId,
+    PoolSnapshot,
+    PoolStats,
+    ReapReport,
+    Violation,
+    WaiterInfo,
+)
 from shmblocks._state.layout import (
     CONFIG_BYTES,
-    H_CREATED,
+    FAILED,
     H_FREE_BLOCKS,
-    H_LOCK_HOLDER,
     H_NEXT_GENERATION,
     H_NEXT_INCARNATION,
     H_NEXT_TICKET,
-    H_REMOVED,
     H_WAITERS,
     HEADER_BYTES,
     IDENTITY,
     LAYOUT_VERSION,
     MAGIC,
+    UNBOUNDED,
     WORD,
     Layout,
+    Record,
 )
-from shmblocks._state.naming import take_name
-from shmblocks._state.participants import ParticipantId, Participants
-from shmblocks._state.reclaim import ReapReport, reap, reclaim
-from shmblocks._state.shared_segment import SharedSegment
-from shmblocks._state.wait_queue import WaitingLine
+from shmblocks._state.mutex import transaction
+from shmblocks._state.pool_parts import PoolParts
+from shmblocks._state.reclaim import is_due, reap, reclaim
+from shmblocks._state.snapshot import RawState
+from shmblocks._state.states import NUMBER, STATES, State
 from shmblocks.config import PoolConfig
 from shmblocks.errors import (
-    IncompatiblePoolError,
-    PoolNotFoundError,
-    TooManyParticipantsError,
+    DamagedPoolError,
+    InvalidStateError,
+    PoolClosedError,
+    StaleHandleError,
+    TooManyLeasesError,
 )
+from shmblocks.handle import BlockHandle
+
+# Seconds between two polls of a waiter while a stream is to give blocks back. Shorter: more polls.
+# Longer: it waits longer than the stream.
+STREAM_POLL = 1e-3
+
+_FREE = NUMBER[State.FREE]
+_RESERVED = NUMBER[State.RESERVED]
+_PUBLISHED = NUMBER[State.PUBLISHED]
+_LEASED = NUMBER[State.LEASED]
+_DRAINING = NUMBER[State.DRAINING]
+_SETTLING = NUMBER[State.SETTLING]
+
+# The lower bits of a stamp count operations, so that no two of a process are equal.
+_STAMP_BITS = 12
+_counter = itertools.count()
 
 
-class Outside(Protocol):
-    """Something outside of the CPU that works on the segment: a GPU."""
+class DeviceUse(Protocol):
+    """A device that accesses the segment asynchronously: a GPU."""
 
     def finish(self) -> None:
         """Before leaving: end its work. Idempotent."""
@@ -78,40 +102,43 @@ class Outside(Protocol):
         ...
 
 
-class Ledger(SharedSegment):
-    """The shared state of one pool as one process sees it. Owns the mapping and its file locks."""
+class AllocRequest(NamedTuple):
+    """What is to be reserved, and the stamp by which it is known."""
 
-    def __init__(
-        self,
-        fd: int,
-        name: str,
-        config: PoolConfig,
-        pool_id: int,
-        lock_timeout: float | None = None,
-    ) -> None:
-        """Map the segment behind `fd` (which stays the caller's)."""
-        layout = Layout(config)
-        timeout = config.lock_timeout if lock_timeout is None else lock_timeout
-        super().__init__(fd, layout.segment_bytes, name, timeout)
-        self.config = config
-        self.pool_id = pool_id
-        self.layout = layout
-        memory, words = self.segment.memory, self.segment.words
-        self.journal = Journal(
-            memory, words, layout.journal, layout.journal_bytes, layout.ledger_bytes
-        )
-        self.participants = Participants(
-            memory, words, layout, config.max_participants, self.locks, self.journal
-        )
-        self.line = WaitingLine(memory, words, layout, self.journal)
-        self.blocks = BlockTable(
-            memory, words, layout, config.block_size, config.max_leases, pool_id, self.journal
-        )
-        self.blocks.is_over = lambda who: self.participants.is_gone(ParticipantId.of(who))
-        self.outside: Outside | None = None
-        self._was_last = False
+    num_blocks: int
+    num_tokens: int
+    req_id: bytes
+    stamp: int
 
-    # ---- making and finding --------------------------------------------------------------------
+
+class Poll(NamedTuple):
+    """What a waiter found: a handle, or else the word to sleep on, and for how long at most."""
+
+    handle: BlockHandle | None
+    slot: int
+    seen: int
+    longest_sleep: float
+
+
+class Opened(NamedTuple):
+    """A new lease, and whether what it is on is complete."""
+
+    key: LeaseKey
+    is_ready: bool
+
+
+def stamp() -> int:
+    """A moment of the monotonic clock, in ns, that no other operation of this process has."""
+    now = time.monotonic_ns()
+    return now - (now & ((1 << _STAMP_BITS) - 1)) | next(_counter) & ((1 << _STAMP_BITS) - 1)
+
+
+class PoolState(PoolParts):
+    """The shared state of one pool as one process sees it."""
+
+    device_use: DeviceUse | None = None
+
+    # ---- making and finding ------------------------------------------------------------------
 
     @classmethod
     def create(
@@ -119,28 +146,22 @@ class Ledger(SharedSegment):
         name: str,
         config: PoolConfig,
         role: str,
-        made: list[Ledger],
-        prepare: Callable[[Ledger], object] | None = None,
-    ) -> None:
+        prepare: Callable[[PoolState], object] | None = None,
+    ) -> PoolState:
         """A new pool of that name with this process as its first participant.
 
-        `made` gets it before anybody can see it: a caller that is interrupted leaves what is there.
-        `prepare` fills what others will find.
+        `prepare` fills what others will find, before they can.
         """
         name = normal_name(name)
         with create_unnamed(Layout(config).segment_bytes, name, config.group) as file:
             fd = file.fileno()
             pool_id = secrets.randbits(64) or 1
             _write_header(fd, config, pool_id)
-            ledger = cls(fd, name, config, pool_id)
-            made.append(ledger)
-            ledger.run(ledger.join, role, True)
-            if prepare is not None:
-                prepare(ledger)
-            take_name(fd, name, config.lock_timeout)
+            state = cls(fd, name, config, pool_id)
+            return state.publish_name(fd, role, lambda: prepare(state) if prepare else None)
 
     @classmethod
-    def open(cls, name: str, lock_timeout: float | None = None) -> Ledger:
+    def open_unjoined(cls, name: str, lock_timeout: float | None = None) -> PoolState:
         """The pool of that name, without becoming a participant.
 
         `lock_timeout` in seconds instead of the config's.
@@ -151,128 +172,450 @@ class Ledger(SharedSegment):
             identity = Identity(fd, name)
             config = _read_config(fd, name)
             if Layout(config).segment_bytes != identity.size_bytes:
-                raise IncompatiblePoolError(
+                raise DamagedPoolError(
                     f"pool {name}: its config needs {Layout(config).segment_bytes} bytes, the "
                     f"segment has {identity.size_bytes}: the header is damaged"
                 )
             return cls(fd, name, config, identity.pool_id, lock_timeout)
 
     @classmethod
-    def attach(cls, name: str, role: str, made: list[Ledger]) -> None:
-        """The living pool of that name, with this process as a participant; `made` as above."""
-        ledger = cls.open(name)
-        made.append(ledger)
-        ledger.run(ledger.join, role, False)
+    def attach(cls, name: str, role: str) -> PoolState:
+        """The living pool of that name, with this process as a participant."""
+        return cls.open_unjoined(name).join(role)
 
-    def join(self, role: str, is_creator: bool) -> ParticipantId:
-        """Under the lock: become a participant, if there is still something to join."""
-        if not is_creator:
-            if self.segment.words[H_REMOVED] or not self.segment.has_name:
-                raise PoolNotFoundError(f"pool {self.name}: it was removed just now")
-            if not self.participants.others_live():
-                raise PoolNotFoundError(
-                    f"pool {self.name}: all its processes are dead, what is there is a leftover; "
-                    "the next `create` of that name replaces it (`shmblocks reap --all` removes it)"
-                )
-        return self.take_place(role, is_creator)
+    # ---- reserving ---------------------------------------------------------------------------
 
-    def take_place(self, role: str, is_creator: bool) -> ParticipantId:
-        """Under the lock: join; when every place is taken, the places of the dead are emptied."""
+    def reserve(self, request: AllocRequest) -> BlockHandle | None:
+        """Reserve, if there are free blocks now and nobody waits for them."""
         try:
-            return self.participants.join(role, is_creator=is_creator)
-        except TooManyParticipantsError:
-            if not self.reap().participants:
+            return self._reserve(request)
+        except BaseException:
+            self.take_back(request)
+            raise
+
+    @transaction
+    def _reserve(self, request: AllocRequest) -> BlockHandle | None:
+        if self._others_wait():
+            return None
+        return self._reserve_now(request)
+
+    def _reserve_now(self, request: AllocRequest) -> BlockHandle | None:
+        """In a transaction: reserve, if need be after giving back what nobody needs any more."""
+        handle = self._try(request)
+        if handle is None and self._collect():
+            handle = self._try(request)
+        if handle is None and is_due(self.blocks, self.participants):
+            self._reap()
+            handle = self._try(request)
+        return handle
+
+    def _try(self, request: AllocRequest) -> BlockHandle | None:
+        return self.blocks.reserve(
+            request.num_blocks,
+            request.num_tokens,
+            self.participants.me_word,
+            request.req_id,
+            request.stamp,
+        )
+
+    def _others_wait(self) -> bool:
+        """In a transaction: whether a living process waits for blocks."""
+        if not self.segment.words[H_WAITERS]:
+            return False
+        if self.queue.head(self.participants.is_alive, time.monotonic_ns()) is not None:
+            return True
+        self._reap()
+        return False
+
+    def take_back(self, request: AllocRequest) -> None:
+        """Give back what an interrupted reservation has taken: blocks, its entry in the queue."""
+        with contextlib.suppress(PoolClosedError):
+            self._take_back(request)
+
+    @transaction
+    def _take_back(self, request: AllocRequest) -> None:
+        ticket = self.queue.find(self.participants.me_word, request.stamp)
+        if ticket is not None:
+            self.queue.leave(ticket)
+        for start in self.blocks.live_starts():
+            record = self.blocks.record(start)
+            if (record.state, record.owner, record.created_ns) == (
+                _RESERVED,
+                self.participants.me_word,
+                request.stamp,
+            ):
+                self.blocks.free(start, record)
+                break
+        self._wake_head()
+
+    # ---- the wait queue ----------------------------------------------------------------------
+
+    @transaction
+    def poll_queue(self, request: AllocRequest) -> Poll:
+        """One poll of a waiter, the first of which joins the queue; when it is served it leaves."""
+        now = time.monotonic_ns()
+        me = self.participants.me_word
+        ticket = self.queue.find(me, request.stamp)
+        if ticket is None:
+            if self.queue.is_full:
+                self._reap()
+            ticket = self.queue.join(me, request.num_blocks, request.req_id, request.stamp)
+        elif is_due(self.blocks, self.participants):
+            self._reap()
+        slot = ParticipantId.of(me).slot
+        seen: int = self.segment.words[self.layout.wake_word(slot)]
+        handle = None
+        if self.queue.is_head(ticket, self.participants.is_alive, now):
+            handle = self._reserve_now(request)
+            if handle is not None:
+                self.queue.leave(ticket)
+                self._wake_head()
+        # A CUDA stream cannot wake us: poll faster while one is about to release blocks.
+        longest = STREAM_POLL if self.blocks.waits_for_streams else LONGEST_SLEEP
+        return Poll(handle, slot, seen, longest)
+
+    def wake_futex(self, slot: int) -> Futex:
+        """The word that a participant's waiters sleep on."""
+        return Futex(self.segment.mapping, self.participants.wake_offset(slot))
+
+    def _wake_head(self) -> None:
+        """In a transaction, after blocks came free: wake the head of the wait queue.
+
+        Wake while holding the lock. The woken process may have to retry, but waking after the
+        unlock would add a point where an interrupt could lose the wake-up.
+        """
+        if self.segment.words[H_WAITERS]:
+            slot = self.queue.head_to_wake(self.participants.is_alive, time.monotonic_ns())
+            if slot is not None:
+                self.wake_futex(slot).wake()
+
+    # ---- allocations -------------------------------------------------------------------------
+
+    @transaction
+    def grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
+        """Extend a reservation in place; None when that cannot be served now."""
+        others_wait = self._others_wait()  # first: it may reap
+        record = self.blocks.find_exact(handle)
+        num_blocks = max(self.config.blocks_for(num_tokens), record.num_blocks)
+        start = handle.start_block
+        if others_wait and num_blocks > record.num_blocks:
+            return None
+        if not self.blocks.grow(start, record, num_blocks, num_tokens):
+            return None
+        return BlockHandle(start, num_blocks, num_tokens, handle.generation, handle.pool_id)
+
+    @transaction
+    def publish(
+        self, handle: BlockHandle, num_tokens: int, readers: int, on_stream: bool = False
+    ) -> None:
+        """Make a reservation readable; `on_stream`: a stream will say when it is ready."""
+        record = self.blocks.find_exact(handle)
+        if record.leases and record.state == _RESERVED:
+            raise InvalidStateError(
+                f"{handle}: {record.leases} writer's lease(s) are open; release them, then publish"
+            )
+        now = time.monotonic_ns()
+        until = now + int(self.config.unclaimed_timeout * 1e9)
+        self.blocks.publish(
+            handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
+        )
+
+    @transaction
+    def free(self, handle: BlockHandle) -> None:
+        """Give an allocation back; with open leases, the last one released does."""
+        record = self.blocks.find(handle)
+        self._refuse_freed(handle, record)
+        self.blocks.free(handle.start_block, record)
+        self._wake_head()
+
+    def _refuse_freed(self, handle: BlockHandle, record: Record) -> None:
+        if record.state in (_DRAINING, _SETTLING):
+            raise StaleHandleError(
+                f"{handle}: its blocks were freed; they come back when the last of "
+                f"{record.leases} lease(s) is released"
+                if record.leases
+                else f"{handle}: its blocks were freed; they come back when a stream is through"
+            )
+
+    @transaction
+    def free_behind(self, handle: BlockHandle) -> bool:
+        """Free a reservation of this process when its stream is through; False: it is none."""
+        record = self.blocks.find(handle)
+        if record.state != _RESERVED or record.owner != self.participants.me_word:
+            return False
+        self.blocks.free_behind(handle.start_block, record, time.monotonic_ns())
+        return True
+
+    @transaction
+    def forgo(self, handle: BlockHandle, claims: int) -> None:
+        """So many announced readers will not come."""
+        record = self.blocks.find_exact(handle)
+        self._refuse_freed(handle, record)
+        if record.state not in (_PUBLISHED, _LEASED):
+            raise InvalidStateError(
+                f"{handle}: expected published blocks, they are {STATES[record.state]}"
+            )
+        if record.readers_left >= UNBOUNDED or claims > record.readers_left:
+            raise InvalidStateError(
+                f"{handle}: expected at most the {record.readers_left} reader(s) that are still to "
+                f"come, got {claims}"
+                if record.readers_left < UNBOUNDED
+                else f"{handle}: any number of readers may come; free it instead"
+            )
+        self.blocks.forgo(handle.start_block, record, claims)
+        self._wake_head()
+
+    @transaction
+    def available_blocks(self) -> int:
+        """Blocks in no allocation."""
+        self._collect()
+        return self.blocks.free_blocks
+
+    @transaction
+    def handle_at(self, start_block: int) -> BlockHandle:
+        """The handle of the allocation that starts at a block."""
+        record = self.blocks.record(start_block)
+        if record.state == _FREE:
+            raise StaleHandleError(f"block {start_block}: no allocation starts there")
+        return BlockHandle(
+            start_block, record.num_blocks, record.num_tokens, record.generation, self.pool_id
+        )
+
+    def seems_mine(self, handle: BlockHandle) -> bool:
+        """Lock-free: whether it is a reservation of this process without open leases."""
+        return self.blocks.seems_reserved(handle, self.participants.me_word)
+
+    @transaction
+    def require_mine(self, handle: BlockHandle) -> bool:
+        """Raise when it is no reservation of this process; True: a writer's stream works on it."""
+        record = self.blocks.find_exact(handle)
+        if record.state != _RESERVED or record.owner != self.participants.me_word:
+            owner = self.participants.describe(ParticipantId.of(record.owner))
+            raise InvalidStateError(
+                f"{handle}: expected a reservation of this process, it is {STATES[record.state]} "
+                f"and belongs to {owner}: use `open` to read what is published, `open_for_write` "
+                "for a reservation of another process"
+            )
+        if not record.leases or not self.blocks.waits_for_streams:
+            return False
+        self._collect()
+        return any(
+            lease.pending and lease.generation == handle.generation
+            for _, lease in self.blocks.leases()
+        )
+
+    # ---- leases ------------------------------------------------------------------------------
+
+    def open(self, handle: BlockHandle, *, for_write: bool = False) -> Opened:
+        """A lease of this process on published blocks, or as a writer on a reservation."""
+        moment = stamp()
+        try:
+            return self._open(handle, WRITES if for_write else READS, moment)
+        except BaseException:
+            self._undo_open(moment)
+            raise
+
+    @transaction
+    def _open(self, handle: BlockHandle, kind: int, moment: int) -> Opened:
+        record = self.blocks.find_exact(handle)
+        ready = record.ready
+        if ready & FAILED:
+            raise self.blocks.died(handle)
+        if not record.readers_left and kind == READS and record.state == _LEASED:
+            raise InvalidStateError(
+                f"{handle}: every reader that `publish(readers=...)` announced is there already"
+            )
+        me = self.participants.me_word
+        try:
+            key = self.blocks.open(handle.start_block, record, kind, me, moment)
+        except TooManyLeasesError:
+            if not self._collect() and not self._reap().leases:
                 raise
-            return self.participants.join(role, is_creator=is_creator)
+            record = self.blocks.find_exact(handle)
+            key = self.blocks.open(handle.start_block, record, kind, me, moment)
+        return Opened(key, kind == WRITES or ready == handle.generation)
 
-    @property
-    def created_ns(self) -> int:
-        """When the pool was created, on the system's monotonic clock."""
-        moment: int = self.segment.words[H_CREATED]
-        return moment
+    def _undo_open(self, moment: int) -> None:
+        with contextlib.suppress(PoolClosedError):
+            self._give_back_opened(moment)
 
-    # ---- the way in ----------------------------------------------------------------------------
+    @transaction
+    def _give_back_opened(self, moment: int) -> None:
+        key = self.blocks.find_lease(self.participants.me_word, moment)
+        if key is not None and self.blocks.release_key(key, unread=True):
+            self._wake_head()
 
-    def entered(self) -> None:
-        words = self.segment.words
-        me = self.participants.me
-        words[H_LOCK_HOLDER] = me[0] + 1 if me else 0
-        if words[self.journal.head]:
-            self.journal.replay()
+    def release(self, key: LeaseKey, *, unread: bool = False) -> None:
+        """End a lease now; `unread`: as if it had never been there.
 
-    def describe_holder(self) -> str:
-        place = self.segment.words[H_LOCK_HOLDER] - 1
-        for who in self.participants.taken():
-            if who.place == place:
-                return self.participants.describe(who)
-        return "a process that is not attached (an inspector, or one that has left since)"
+        Nothing happens when the pool was closed (it was given back then), or in a forked child
+        (it is the parent's).
+        """
+        if key.holder == self.participants.me_word:
+            self._release(key, unread)
 
-    # ---- leaving -------------------------------------------------------------------------------
+    @transaction
+    def _release(self, key: LeaseKey, unread: bool) -> None:
+        if self.blocks.release_key(key, unread=unread):
+            self._wake_head()
+
+    @transaction
+    def mark_pending(self, key: LeaseKey) -> None:
+        """The lease ends when a stream has acknowledged it."""
+        self.blocks.mark_pending(key)
+
+    # ---- streams -----------------------------------------------------------------------------
+
+    @transaction
+    def fail(self, handle: BlockHandle) -> None:
+        """What this process published will never be ready."""
+        record = self.blocks.record(handle.start_block)
+        if record.generation == handle.generation:
+            self.blocks.fail(handle.start_block, record)
+
+    @transaction
+    def fail_if_over(self, start_block: int, generation: int, is_believed_dead: bool) -> bool | None:
+        """Whether what a stream waits for is ready or failed; None: its producer is dead.
+
+        A producer that is *gone* has failed. `is_believed_dead`: so has one that was dead for long
+        and whose end cannot be seen.
+        """
+        record = self.blocks.record(start_block)
+        if record.generation != generation or record.ready >= generation:
+            return True
+        owner = ParticipantId.of(record.owner)
+        if self.participants.is_alive(owner):
+            return False
+        if not is_believed_dead and not self.participants.is_gone(owner):
+            return None
+        self.blocks.fail(start_block, record)
+        return True
+
+    def is_ready(self, handle: BlockHandle) -> bool:
+        """Lock-free: whether what this process has open is complete; `PeerDiedError`: never."""
+        word: int = self.segment.words[self.layout.ready_word(handle.start_block)]
+        if word & FAILED:
+            raise self.blocks.died(handle)
+        return word == handle.generation
+
+    # ---- the GPU -----------------------------------------------------------------------------
+
+    @transaction
+    def become_gpu_user(self) -> None:
+        """From now on what this process holds is kept apart until its last DMA is over."""
+        self.participants.becomes_gpu_user(self.segment.mapped_fd)
+
+    @transaction
+    def end_gpu_use(self) -> None:
+        """Nothing of this process runs on a GPU any more."""
+        self.participants.was_gpu_user(self.segment.mapped_fd)
+
+    @transaction
+    def note_flags(self, flags: int) -> None:
+        """Add flags to this process's record."""
+        self.participants.note_flags(flags)
+
+    @transaction
+    def note_pinned(self, size: int) -> None:
+        """Say how many bytes of the segment this process has registered with CUDA."""
+        self.participants.note_pinned(size)
+
+    @transaction
+    def write_export(self, export: Export) -> None:
+        """Say where the pool's CUDA memory is."""
+        write_export(self.segment.memory, export)
+
+    @transaction
+    def read_export(self) -> Export:
+        """Where the pool's CUDA memory is."""
+        return read_export(self.segment.memory)
+
+    # ---- looking -----------------------------------------------------------------------------
+
+    @transaction
+    def _raw(self) -> RawState:
+        self._collect()
+        return RawState(self)
+
+    def stats(self) -> PoolStats:
+        """Counts of blocks by state, allocations, leases and participants."""
+        return snapshot.stats(self._raw())
+
+    def allocations(self) -> list[AllocationInfo]:
+        """Every allocation, by start block."""
+        return snapshot.allocations(self._raw())
+
+    def waiter_infos(self) -> list[WaiterInfo]:
+        """The wait queue, first come first."""
+        return snapshot.waiters(self._raw())
+
+    def snapshot(self) -> PoolSnapshot:
+        """All of it, of one moment."""
+        return snapshot.snapshot(self._raw())
+
+    def who_holds(self) -> str:
+        """For messages: who holds how many blocks, for which request, since when."""
+        return snapshot.who_holds(self._raw())
+
+    def check(self) -> list[Violation]:
+        """Every invariant that does not hold."""
+        return check(self._evidence())
+
+    @transaction
+    def _evidence(self) -> Evidence:
+        return Evidence(self)
+
+    # ---- giving back -------------------------------------------------------------------------
+
+    @transaction
+    def reap(self) -> ReapReport:
+        """Give back what the dead held and what nobody claimed in time."""
+        return self._reap()
+
+    @transaction
+    def reap_if_due(self) -> bool:
+        """`reap`, if somebody died or a deadline passed; whether it did."""
+        if not is_due(self.blocks, self.participants):
+            return False
+        self._reap()
+        return True
+
+    def _reap(self) -> ReapReport:
+        report = reap(self.blocks, self.queue, self.participants, self.config.unclaimed_timeout)
+        self._wake_head()
+        return report
+
+    def _clear_dead(self) -> int:
+        return self._reap().participants
+
+    def _collect(self) -> int:
+        """In a transaction: end what streams have finished since; how many things ended."""
+        ended = self.blocks.collect() if self.blocks.waits_for_streams else 0
+        if ended:
+            self._wake_head()
+        return ended
 
     def leave(self) -> None:
-        outside = self.outside
-        if outside is None:
+        device_use = self.device_use
+        if device_use is None:
             super().leave()
             return
-        outside.finish()
+        device_use.finish()
         try:
             super().leave()
         finally:
             if self.is_closed:
-                outside.has_left(self._was_last)
-
-    def _leave(self) -> None:
-        """Give everything back, as the last one remove the pool, and let go."""
-        if self.participants.me is not None:
-            self._give_back(self.participants.me)
-        # Inside the section: no other thread is in it, or about to lock the descriptor. Our place
-        # falls with it, and not before: until then it is ours, whatever interrupts.
-        self.drop()
-        self.participants.forget()
+                device_use.has_left(self._was_last)
 
     def _give_back(self, me: ParticipantId) -> None:
-        reclaim(self.blocks, self.line, lambda who: who == me, self.config.unclaimed_timeout)
-        note_creator_left(self.segment.memory, me.word)
-        self.participants.clear(me.place)
-        self.ring()
-        self._was_last = not self.participants.others_stay()
-        if self._was_last:
-            self.segment.words[H_REMOVED] = 1
-            self.segment.unlink()
+        word = me.word
+        reclaim(self.blocks, self.queue, word.__eq__, self.config.unclaimed_timeout)
+        note_creator_left(self.segment.memory, word)
+        self._wake_head()
 
-    def reap(self) -> ReapReport:
-        """Under the lock: give back what the dead held and what nobody claimed in time."""
-        report = reap(self.blocks, self.line, self.participants, self.config.unclaimed_timeout)
-        self.ring()
-        return report
-
-    def collect(self) -> int:
-        """Under the lock: end what streams have finished since; how many things ended."""
-        ended = self.blocks.collect() if self.blocks.waits_for_streams else 0
-        if ended:
-            self.ring()
-        return ended
-
-    # ---- the waiting line ----------------------------------------------------------------------
-
-    def doorbell(self, place: int) -> Futex:
-        """The word that a participant's waiters sleep on."""
-        return Futex(self.segment.mapping, self.layout.doorbell_word(place) * WORD)
-
-    def ring(self) -> None:
-        """Under the lock, after blocks came free: wake the first in the line.
-
-        Waking under the lock costs the sleeper one more look at it; waking after it would be one
-        more thing to be interrupted at, and only those who wait pay.
-        """
-        if self.segment.words[H_WAITERS]:
-            place = self.line.turn(self.participants.is_alive, time.monotonic_ns())
-            if place is not None:
-                self.doorbell(place).wake()
-
-    def forget_parent(self) -> None:
-        self.participants.forget()
-        self.outside = None
+    def reset_after_fork(self) -> None:
+        self.device_use = None
+        super().reset_after_fork()
 
 
 def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
@@ -287,7 +630,7 @@ def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
         H_NEXT_GENERATION: 1,
         H_FREE_BLOCKS: config.total_blocks,
         H_NEXT_INCARNATION: 1,
-        H_NEXT_TICKET: 1,  # ticket 0 is a free place in the line
+        H_NEXT_TICKET: 1,  # ticket 0 is a free slot of the queue
     }
     for index, value in first_words.items():
         os.pwrite(fd, value.to_bytes(WORD, "little"), index * WORD)
@@ -301,11 +644,11 @@ def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
 def _read_config(fd: int, name: str) -> PoolConfig:
     length = int.from_bytes(os.pread(fd, WORD, HEADER_BYTES), "little")
     if length > CONFIG_BYTES - WORD:
-        raise IncompatiblePoolError(f"pool {name}: its config is damaged ({length} bytes)")
+        raise DamagedPoolError(f"pool {name}: its config is damaged ({length} bytes)")
     try:
         return _config_decoder.decode(os.pread(fd, length, HEADER_BYTES + WORD))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise IncompatiblePoolError(f"pool {name}: its config is damaged: {error}") from error
+        raise DamagedPoolError(f"pool {name}: its config is damaged: {error}") from error
 
 
 _config_decoder = msgspec.msgpack.Decoder(PoolConfig)

@@ -1,7 +1,7 @@
 """Giving back what belongs to nobody any more.
 
 Runs under the pool's lock, one journal commit per thing given back: killed at any line it is taken
-up by the next, since a dead participant's place is emptied last.
+up by the next, since a dead participant's slot is cleared last.
 
 What the dead hold is taken when they are *gone* (participants.py): a GPU user's last copy is over
 then. What such a one had published and its GPU not finished is failed: streams that wait for it go
@@ -19,56 +19,54 @@ from collections.abc import Callable
 import msgspec
 
 from shmblocks._state.blocks import BlockTable
-from shmblocks._state.layout import FAILED, Record
-from shmblocks._state.participants import ParticipantId, Participants
+from shmblocks._state.info import ParticipantId, ReapReport
+from shmblocks._state.layout import FAILED, UNBOUNDED, Record
+from shmblocks._state.participants import Participants
 from shmblocks._state.states import NUMBER, State
-from shmblocks._state.wait_queue import WaitingLine
+from shmblocks._state.wait_queue import WaitQueue
 
 _RESERVED = NUMBER[State.RESERVED]
 _PUBLISHED = NUMBER[State.PUBLISHED]
 _DRAINING = NUMBER[State.DRAINING]
+_SETTLING = NUMBER[State.SETTLING]
 
-
-class ReapReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `reap()` gave back."""
-
-    reservations: int = 0
-    leases: int = 0
-    unclaimed: int = 0
-    blocks: int = 0
-    participants: int = 0
+IsGone = Callable[[int], bool]
 
 
 def reclaim(
-    blocks: BlockTable,
-    line: WaitingLine,
-    is_gone: Callable[[ParticipantId], bool],
-    unclaimed_timeout: float,
+    blocks: BlockTable, queue: WaitQueue, is_gone: IsGone, unclaimed_timeout: float
 ) -> ReapReport:
-    """Take those who are gone out of the line, release their leases, free their reservations.
+    """Take those who are gone out of the queue, release their leases, free their reservations.
 
-    Frees what nobody claimed in time, too.
+    `is_gone` takes a participant word. Frees what nobody claimed in time, too.
     """
-    for ticket, waiter in list(line.waiters()) if line.length else ():
-        if is_gone(ParticipantId.of(waiter.who)):
-            line.leave(ticket)
+    for ticket, waiter in list(queue.waiters()) if queue.length else ():
+        if is_gone(waiter.who):
+            queue.leave(ticket)
     free_before = blocks.free_blocks
     leases = _release_leases(blocks, is_gone)
     now = time.monotonic_ns()
     patience = int(unclaimed_timeout * 1e9)
     reservations = unclaimed = 0
     earliest = 0
-    for start, record in list(blocks.live()):
-        if record.state == _RESERVED and is_gone(ParticipantId.of(record.owner)):
+    for start in blocks.live_starts():
+        record = blocks.record(start)
+        state = record.state
+        if state == _RESERVED and is_gone(record.owner):
             blocks.free(start, record)
             reservations += 1
-        elif _is_unfinished(record) and is_gone(ParticipantId.of(record.owner)):
+        elif _is_unfinished(record) and is_gone(record.owner):
             _end_unfinished(blocks, start, record)
-        elif record.state == _PUBLISHED and record.published_ns + patience <= now:
+        elif (
+            state == _PUBLISHED
+            and record.readers_left < UNBOUNDED
+            and record.published_ns + patience <= now
+        ):
             blocks.free(start, record)
             unclaimed += 1
-        else:
-            earliest = _earlier(earliest, record, patience)
+        elif 0 < record.readers_left < UNBOUNDED:
+            moment = record.published_ns + patience
+            earliest = min(earliest, moment) if earliest else moment
     if blocks.unclaimed_ns != earliest:
         blocks.note_unclaimed(earliest)
     return ReapReport(
@@ -85,39 +83,40 @@ def _is_unfinished(record: Record) -> bool:
 
 
 def _end_unfinished(blocks: BlockTable, start: int, record: Record) -> None:
-    if record.state != _DRAINING:
-        blocks.free_failed(start, record)
-    elif not record.leases:
+    if record.state == _SETTLING:
         blocks.settle(start, record)
+    elif record.state != _DRAINING:
+        blocks.free_failed(start, record)
     elif not record.ready & FAILED:
         blocks.fail(start, record)
 
 
-def _release_leases(blocks: BlockTable, is_gone: Callable[[ParticipantId], bool]) -> int:
+def _release_leases(blocks: BlockTable, is_gone: IsGone) -> int:
     released = 0
     for slot, lease in list(blocks.leases()):
-        if is_gone(ParticipantId.of(lease.holder)):
+        if is_gone(lease.holder):
             blocks.release(slot, lease)
             released += 1
     return released
 
 
-def _earlier(earliest: int, record: Record, patience: int) -> int:
-    """The earlier of two moments at which something may be unclaimed (0: never)."""
-    if record.readers_left == 0:
-        return earliest
-    moment = record.published_ns + patience
-    return min(earliest, moment) if earliest else moment
-
-
 def reap(
-    blocks: BlockTable, line: WaitingLine, participants: Participants, unclaimed_timeout: float
+    blocks: BlockTable, queue: WaitQueue, participants: Participants, unclaimed_timeout: float
 ) -> ReapReport:
-    """`reclaim` for all who are gone, then empty their places."""
+    """`reclaim` for all who are gone, then clear their slots."""
     gone = participants.gone()
-    report = reclaim(blocks, line, participants.is_gone, unclaimed_timeout)
+    known: dict[int, bool] = {}
+
+    def is_gone(word: int) -> bool:
+        # One question to the kernel for each process, however many blocks it holds.
+        answer = known.get(word)
+        if answer is None:
+            answer = known[word] = participants.is_gone(ParticipantId.of(word))
+        return answer
+
+    report = reclaim(blocks, queue, is_gone, unclaimed_timeout)
     for who in gone:
-        participants.clear(who.place)
+        participants.clear(who.slot)
     return msgspec.structs.replace(report, participants=len(gone))
 
 

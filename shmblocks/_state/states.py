@@ -4,6 +4,7 @@
     published   complete; waits for readers
     leased      at least one reader has it open
     draining    given back while leases are open; the last lease released frees it
+    settling    given back while a stream of its owner still works on it; free when that is over
 
 What it does not do: touch shared memory, or know who asks.
 """
@@ -23,6 +24,7 @@ class State(str, enum.Enum):
     PUBLISHED = "published"
     LEASED = "leased"
     DRAINING = "draining"
+    SETTLING = "settling"
 
     __str__ = str.__str__
     # Enum's own is a Python function, and the table is looked up in each operation.
@@ -38,9 +40,9 @@ class Event(str, enum.Enum):
     WRITE = "write"
     RELEASE = "release"
     FREE = "free"
+    SETTLE = "settle"
 
     __str__ = str.__str__
-    # Enum's own is a Python function, and the table is looked up in each operation.
     __hash__ = str.__hash__
 
 
@@ -62,6 +64,7 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, State]] = {
     (State.LEASED, Event.RELEASE): (State.LEASED, State.PUBLISHED),
     (State.LEASED, Event.FREE): (State.DRAINING, State.FREE),
     (State.DRAINING, Event.RELEASE): (State.DRAINING, State.FREE),
+    (State.SETTLING, Event.SETTLE): (State.SETTLING, State.FREE),
 }
 
 
@@ -76,11 +79,15 @@ _AFTER: tuple[dict[Event, tuple[int, int]], ...] = tuple(
 )
 _FREE = NUMBER[State.FREE]
 _PUBLISHED = NUMBER[State.PUBLISHED]
+_SETTLING = NUMBER[State.SETTLING]
 
 
-def transition(state: int, event: Event, leases: int, readers_left: int) -> int:
+def transition(
+    state: int, event: Event, leases: int, readers_left: int, in_flight: bool = False
+) -> int:
     """The state after `event`, given what is open and still expected *after* it; by number.
 
+    `in_flight`: a stream of the owner still works on the blocks, so that they cannot be free yet.
     Raises `InvalidStateError` when the event is not allowed.
     """
     after = _AFTER[state].get(event)
@@ -92,5 +99,7 @@ def transition(state: int, event: Event, leases: int, readers_left: int) -> int:
         )
     following = after[0] if leases else after[1]
     if following == _PUBLISHED and event is Event.RELEASE and readers_left == 0:
-        return _FREE
+        following = _FREE
+    if following == _FREE and in_flight:
+        return _SETTLING
     return following

@@ -1,13 +1,15 @@
-"""The waiting line: who waits for blocks, first come, first served.
+"""The wait queue: who waits for blocks, first come, first served.
 
 Contract
 - Every method runs under the pool's lock; joining and leaving are one commit of the journal each.
-- Only the first in the line is served, and while anyone is in it, nobody else is: a request for
+- Only the head of the queue is served, and while anyone is in it, nobody else is: a request for
   many blocks is not starved by small ones.
-- The dead are passed over. So is one that has not looked for `PATIENCE` (a stopped process); it
-  keeps its place and is served when it goes on.
-- Whoever frees blocks rings the first one's doorbell (`turn`); everyone in the line also looks by
-  themselves every `futex.LONGEST_SLEEP`, since the dead ring no bells.
+- The dead are passed over. So is one that has not polled for `PATIENCE_NS` (a stopped process); it
+  keeps its slot and is served when it goes on.
+- Whoever frees blocks wakes the head (`wake_head`). Waiters also poll every `futex.LONGEST_SLEEP`,
+  because a process may die between freeing blocks and waking them.
+- A waiter is known by who waits and since when: no two waits of one process begin at the same
+  moment (`PoolState.stamp`).
 
 What it does not do: sleep, allocate, or know who lives (it is told).
 """
@@ -18,39 +20,38 @@ from collections.abc import Callable, Iterator
 from itertools import compress
 from typing import NamedTuple
 
+from shmblocks._state.info import ParticipantId
 from shmblocks._state.journal import Journal
 from shmblocks._state.layout import (
     H_NEXT_TICKET,
     H_WAITERS,
-    MAX_WAITERS,
-    W_LOOKED,
+    W_POLLED,
     WAITER,
+    WAITER_REQUEST_ID_BYTES,
     WAITER_WORDS,
     WORD,
     WORD_STRUCT,
     Layout,
     WaiterRecord,
 )
-from shmblocks._state.participants import ParticipantId
-from shmblocks.errors import ShmBlocksError
+from shmblocks.errors import TooManyWaitersError
 
-# Nanoseconds; several times `futex.LONGEST_SLEEP`, after which everyone looks. Shorter: a first one
-# that is only slow to wake loses its turn. Longer: a stopped first one holds up the line.
+# Nanoseconds; several times `futex.LONGEST_SLEEP`, after which everyone polls. Shorter: a head that
+# is only slow to wake is passed over. Longer: a stopped head holds up the queue.
 PATIENCE_NS = 1_000_000_000
-REQUEST_ID_BYTES = 15
 
 IsAlive = Callable[[ParticipantId], bool]
 
 
 class Ticket(NamedTuple):
-    """A place in the line."""
+    """An entry of the queue."""
 
     slot: int
     number: int
 
 
-class WaitingLine:
-    """The line of one segment; borrows its memory."""
+class WaitQueue:
+    """The wait queue of one segment; borrows its memory."""
 
     def __init__(
         self, memory: memoryview, words: memoryview, layout: Layout, journal: Journal
@@ -62,21 +63,22 @@ class WaitingLine:
 
     @property
     def length(self) -> int:
-        """How many are in the line, the dead included."""
+        """How many are in the queue, the dead included."""
         count: int = self._words[H_WAITERS]
         return count
 
     @property
     def is_full(self) -> bool:
-        """Whether nobody can join: reap, it may be the dead who stand there."""
-        return self.length >= MAX_WAITERS
+        """Whether nobody can join: reap, the entries may be of the dead."""
+        return self.length >= self._layout.max_waiters
 
     def waiters(self) -> Iterator[tuple[Ticket, WaiterRecord]]:
-        """Everyone in the line, first come first."""
+        """Everyone in the queue, first come first."""
+        slots = self._layout.max_waiters
         first = self._layout.waiters // WORD
-        numbers = self._words[first : first + MAX_WAITERS * WAITER_WORDS : WAITER_WORDS].tolist()
-        places = zip(numbers, range(MAX_WAITERS), strict=True)
-        for number, slot in sorted(compress(places, numbers)):
+        numbers = self._words[first : first + slots * WAITER_WORDS : WAITER_WORDS].tolist()
+        taken = zip(numbers, range(slots), strict=True)
+        for number, slot in sorted(compress(taken, numbers)):
             yield Ticket(slot, number), self._record(slot)
 
     def _record(self, slot: int) -> WaiterRecord:
@@ -85,16 +87,15 @@ class WaitingLine:
     def _offset(self, slot: int) -> int:
         return self._layout.waiters + slot * WAITER.size
 
-    def join(
-        self, who: int, num_blocks: int, req_id: bytes, now_ns: int, joined: list[Ticket]
-    ) -> None:
-        """Become the last in the line; `joined` gets the ticket before the commit."""
+    def join(self, who: int, num_blocks: int, req_id: bytes, since_ns: int) -> Ticket:
+        """Become the last in the queue."""
         words = self._words
         number: int = words[H_NEXT_TICKET]
-        for slot in range(MAX_WAITERS):
+        for slot in range(self._layout.max_waiters):
             if words[self._layout.waiter_word(slot)] == 0:
-                joined.append(Ticket(slot, number))
-                record = WAITER.pack(number, who, num_blocks, 0, now_ns, now_ns, req_id)
+                record = WAITER.pack(
+                    number, who, num_blocks, 0, since_ns, since_ns, req_id[:WAITER_REQUEST_ID_BYTES]
+                )
                 self._journal.commit(
                     (
                         (self._offset(slot), record),
@@ -102,41 +103,50 @@ class WaitingLine:
                         self._counted(+1),
                     )
                 )
-                return
-        raise ShmBlocksError(
-            f"{MAX_WAITERS} threads wait for blocks already: a larger pool, or fewer requests at "
-            "once, would serve them"
+                return Ticket(slot, number)
+        raise TooManyWaitersError(
+            f"{self._layout.max_waiters} threads and coroutines wait for blocks already; create "
+            "the pool with a larger PoolConfig(max_waiters=...), or send fewer requests at once"
         )
 
+    def find(self, who: int, since_ns: int) -> Ticket | None:
+        """The entry of one wait."""
+        if not self.length:
+            return None
+        for ticket, waiter in self.waiters():
+            if waiter.who == who and waiter.since_ns == since_ns:
+                return ticket
+        return None
+
     def leave(self, ticket: Ticket) -> None:
-        """Leave the line; nothing happens when it was left already."""
+        """Leave the queue; nothing happens when it was left already."""
         if self._words[self._layout.waiter_word(ticket.slot)] == ticket.number:
             self._journal.commit(((self._offset(ticket.slot), bytes(WORD)), self._counted(-1)))
 
     def _counted(self, change: int) -> tuple[int, bytes]:
         return (H_WAITERS * WORD, WORD_STRUCT.pack(max(0, self.length + change)))
 
-    def first(self, is_alive: IsAlive, now_ns: int) -> tuple[Ticket, WaiterRecord] | None:
-        """Whose turn it is; None when nobody is there who could take it."""
+    def head(self, is_alive: IsAlive, now_ns: int) -> tuple[Ticket, WaiterRecord] | None:
+        """Who is served next; None when nobody is there who could be."""
         for ticket, waiter in self.waiters():
-            # (A look in the future is none that anyone took who could take a turn now.)
-            looks = 0 <= now_ns - waiter.looked_ns <= PATIENCE_NS
-            if looks and is_alive(ParticipantId.of(waiter.who)):
+            # (Ignore timestamps in the future.)
+            polls = 0 <= now_ns - waiter.polled_ns <= PATIENCE_NS
+            if polls and is_alive(ParticipantId.of(waiter.who)):
                 return ticket, waiter
         return None
 
-    def is_turn_of(self, ticket: Ticket, is_alive: IsAlive, now_ns: int) -> bool:
-        """Whether it is this one's turn; notes that it has looked."""
-        self._words[self._layout.waiter_word(ticket.slot) + W_LOOKED] = now_ns
-        first = self.first(is_alive, now_ns)
-        return first is not None and first[0] == ticket
+    def is_head(self, ticket: Ticket, is_alive: IsAlive, now_ns: int) -> bool:
+        """Whether this one is served next; notes that it has polled."""
+        self._words[self._layout.waiter_word(ticket.slot) + W_POLLED] = now_ns
+        head = self.head(is_alive, now_ns)
+        return head is not None and head[0] == ticket
 
-    def turn(self, is_alive: IsAlive, now_ns: int) -> int | None:
-        """Blocks came free: ring for the first in the line; the place whose doorbell to wake."""
-        first = self.first(is_alive, now_ns)
-        if first is None:
+    def head_to_wake(self, is_alive: IsAlive, now_ns: int) -> int | None:
+        """Blocks came free: change the head's wake word; the slot whose word to wake."""
+        head = self.head(is_alive, now_ns)
+        if head is None:
             return None
-        place = ParticipantId.of(first[1].who).place
-        bell = self._layout.doorbell_word(place)
-        self._words[bell] = (self._words[bell] + 1) & 0xFFFFFFFF
-        return place
+        slot = ParticipantId.of(head[1].who).slot
+        word = self._layout.wake_word(slot)
+        self._words[word] = (self._words[word] + 1) & 0xFFFFFFFF
+        return slot

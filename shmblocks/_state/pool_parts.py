@@ -1,0 +1,46 @@
+"""A pool's segment and the parts of its state, without any transaction.
+
+What it does not do: change anything, or decide what a change is (`pool_state.py`).
+"""
+
+from __future__ import annotations
+
+from shmblocks._state.blocks import BlockTable
+from shmblocks._state.layout import Layout
+from shmblocks._state.shared_segment import SharedSegment
+from shmblocks._state.wait_queue import WaitQueue
+from shmblocks.config import PoolConfig
+
+
+class PoolParts(SharedSegment):
+    """One pool's segment as one process sees it."""
+
+    kind = "pool"
+
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        config: PoolConfig,
+        pool_id: int,
+        lock_timeout: float | None = None,
+    ) -> None:
+        """Map the segment behind `fd` (which stays the caller's)."""
+        layout = Layout(config)
+        timeout = config.lock_timeout if lock_timeout is None else lock_timeout
+        super().__init__(fd, name, layout, config.max_participants, timeout)
+        self.config = config
+        self.pool_id = pool_id
+        self.layout = layout
+        memory, words = self.segment.memory, self.segment.words
+        self.queue = WaitQueue(memory, words, layout, self.journal)
+        self.blocks = BlockTable(
+            memory,
+            words,
+            layout,
+            config.block_size,
+            config.max_leases,
+            pool_id,
+            self.journal,
+            self.participants,
+        )
