@@ -49,7 +49,7 @@ from shmblocks._os.filelock import (
     lock_byte,
     unlock_byte,
 )
-from shmblocks._os.process import is_dying, pid_namespace, process_start
+from shmblocks._os.process import is_exiting, pid_namespace, start_ticks
 from shmblocks._state.info import ParticipantId, ParticipantInfo
 from shmblocks._state.journal import Journal
 from shmblocks._state.layout import (
@@ -126,7 +126,7 @@ class Participants:
             incarnation,
             os.getpid(),
             pid_namespace(),
-            process_start(),
+            start_ticks(),
             time.monotonic_ns(),
             _CREATOR if is_creator else 0,
             0,
@@ -262,7 +262,7 @@ class Participants:
             if who == self.me or not self._byte_is_held(who.slot):
                 continue
             record = PARTICIPANT.unpack_from(self._memory, self._offset(who.slot))
-            if record[2] != namespace or not is_dying(record[1], record[3]):
+            if record[2] != namespace or not is_exiting(record[1], record[3]):
                 return False
             dying = True
         return dying
