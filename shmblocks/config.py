@@ -44,6 +44,11 @@ MAX_BLOCK_SIZE = 1 << 20
 MAX_PARTICIPANTS = 1024
 # Smaller: fewer readers at once. Larger: finding the leases of one allocation takes longer.
 MAX_LEASES = 1 << 16
+# Smaller: fewer threads and coroutines can wait at once. Larger: each poll searches a longer queue.
+MAX_WAITERS = 1 << 14
+MAX_CHANNELS = 256
+MAX_CHANNEL_SLOTS = 1 << 20
+MAX_CLAIMS = 1 << 14
 # Of every element a field has per token, in bytes; a bound for untrusted headers again.
 MAX_TOKEN_BYTES = 1 << 26
 # 31 years; nanoseconds since boot plus this many still fit a word.
@@ -173,6 +178,11 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_leases          leases that can be open at once, over all allocations
     unclaimed_timeout   seconds after which published blocks that nobody opened are reclaimed
     lock_timeout        seconds to wait for the pool's lock before `PoolTimeoutError`
+    stream_timeout      seconds that a CPU waits for a CUDA stream before `PoolTimeoutError`
+    max_waiters         threads and coroutines that can wait for blocks at once, over all processes
+    channels            message channels that the pool has room for
+    channel_slots       messages of all channels together
+    max_claims          keys that can be claimed (being encoded) at once
     device              where the fields lie: `cpu` (shared memory) or `cuda:N`, as the creator
                         counts its devices
     group               name of the Unix group that may use the pool too (mode 0660); None: 0600
@@ -186,6 +196,11 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_leases: int = 1024
     unclaimed_timeout: float = 300.0
     lock_timeout: float = 30.0
+    stream_timeout: float = 300.0
+    max_waiters: int = 1024
+    channels: int = 8
+    channel_slots: int = 4096
+    max_claims: int = 256
     group: str | None = None
     device: str = "cpu"
 
@@ -202,6 +217,11 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _in_range("max_leases", self.max_leases, MAX_LEASES)
         _positive_seconds("unclaimed_timeout", self.unclaimed_timeout)
         _positive_seconds("lock_timeout", self.lock_timeout)
+        _positive_seconds("stream_timeout", self.stream_timeout)
+        _in_range("max_waiters", self.max_waiters, MAX_WAITERS)
+        _in_range("channels", self.channels, MAX_CHANNELS)
+        _in_range("channel_slots", self.channel_slots, MAX_CHANNEL_SLOTS)
+        _in_range("max_claims", self.max_claims, MAX_CLAIMS)
         if not _DEVICE.fullmatch(self.device):
             raise ValueError(f"device: expected 'cpu' or 'cuda:N', got {self.device!r}")
         names = [field.name for field in self.fields]
@@ -223,6 +243,14 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def token_bytes(self) -> int:
         """Bytes per token over all fields."""
         return sum(field.token_bytes for field in self.fields)
+
+    def difference_to(self, other: PoolConfig) -> str:
+        """What differs, for messages; empty when both are the same."""
+        return "; ".join(
+            f"{name} is {getattr(self, name)!r}, not {getattr(other, name)!r}"
+            for name in self.__struct_fields__
+            if getattr(self, name) != getattr(other, name)
+        )
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""

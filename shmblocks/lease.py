@@ -1,31 +1,26 @@
-"""Leases: claims on blocks, as one process takes and ends them.
-
-    take       under the lock: the record says one lease more
-    release    under the lock, at once; or on a stream: when that has come here
-    dropped    by the collector, without a release: the pool's next call does it
+"""What a process holds: leases on published blocks, and reservations that it writes.
 
 Contract
 - A lease ends once, however often it is released; after its pool was closed, or in a forked child,
-  releasing it does nothing.
-- A lease keeps its view, and with it the pool, alive.
+  releasing it does nothing. A reservation is published once, or freed.
+- Both keep their pool alive, and end when they are dropped, with a ResourceWarning: at once, or
+  from a helper thread when the collector runs inside a transaction.
+- Both own something, so that they refuse to be copied and pickled: two owners would end it twice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import time
+import threading
 import warnings
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from shmblocks._os.wait import Run
-from shmblocks._state.blocks import READS, WRITES, LeaseKey
-from shmblocks._state.layout import FAILED
-from shmblocks._state.pool_state import Ledger
-from shmblocks._state.states import STATES, State
-from shmblocks.cuda.order import Streams
-from shmblocks.errors import InvalidStateError, TooManyLeasesError
+from shmblocks._state.blocks import LeaseKey
+from shmblocks._state.mutex import is_inside
+from shmblocks._state.pool_state import PoolState
+from shmblocks.errors import InvalidStateError, ShmBlocksError
 from shmblocks.handle import BlockHandle
 from shmblocks.view import BlockView
 
@@ -33,141 +28,99 @@ if TYPE_CHECKING:
     import torch
 
     from shmblocks.cuda.use import Order, Stream
+    from shmblocks.pool import BlockPool
 
 
-class Leases:
-    """What one process does with leases of one pool; borrows the ledger."""
+class _Owner(Mapping[str, "torch.Tensor"]):
+    """A claim of this process that cannot be copied; gives the fields of its allocation."""
 
-    def __init__(self, ledger: Ledger, run: Run, streams: Streams) -> None:
-        """`run` runs an operation under the lock, as a participant."""
-        self._ledger = ledger
-        self._run = run
-        self.streams = streams
-        # Leases that were dropped without release where it could not be done at once.
-        self.dropped: list[LeaseKey] = []
-        # The streams of those among them that have one.
-        self.dropped_on: dict[LeaseKey, Order] = {}
+    __slots__ = ("__weakref__",)
 
     @property
-    def is_closed(self) -> bool:
-        """Whether this process has left the pool."""
-        return self._ledger.is_closed
-
-    def take(self, handle: BlockHandle, kind: int, made: list[LeaseKey]) -> tuple[LeaseKey, bool]:
-        """Under the lock: the lease, and whether the blocks are ready for it."""
-        blocks = self._ledger.blocks
-        record = blocks.find_exact(handle)
-        ready = record.ready
-        if ready & FAILED:
-            raise blocks.died(handle)
-        is_ready = kind == WRITES or ready == handle.generation
-        if not record.readers_left and kind == READS and STATES[record.state] is State.LEASED:
-            raise InvalidStateError(
-                f"{handle}: every reader that `publish(readers=...)` announced is there already"
-            )
-        now = time.monotonic_ns()
-        me = self._ledger.participants.me
-        who = me.word if me else 0
-        try:
-            return blocks.open(handle.start_block, record, kind, who, now, made), is_ready
-        except TooManyLeasesError:
-            if not self._ledger.collect() and not self._ledger.reap().leases:
-                raise
-            record = blocks.find_exact(handle)
-            return blocks.open(handle.start_block, record, kind, who, now, made), is_ready
-
-    def release(self, key: LeaseKey, unread: bool = False) -> None:
-        """End it now; `unread`: as if it had never been there."""
-        me = self._ledger.participants.me
-        if me is None or key.holder != me.word:
-            # Closed: given back already. Forked: it is the parent's.
-            return
-        self._run(self._end, key, unread)
-
-    def _end(self, key: LeaseKey, unread: bool) -> None:
-        if self._ledger.blocks.release_key(key, unread=unread):
-            self._ledger.ring()
-
-    def release_on(self, key: LeaseKey, order: Order) -> None:
-        """The stream says when the lease has ended.
-
-        Enqueued first, marked second: killed or interrupted between the two, it is an open lease,
-        which ends with its holder or is released again. The other way round it could stay pending
-        for ever.
-        """
-        me = self._ledger.participants.me
-        if me is not None and key.holder == me.word:
-            order.write(self._ledger.layout.acknowledged_word(key.slot), key.generation)
-            self._run(self._ledger.blocks.mark_pending, key)
-
-    def release_dropped(self) -> None:
-        """Before an operation of the pool: what the collector could not release."""
-        ledger = self._ledger
-        while self.dropped:
-            key = self.dropped[0]
-            me = ledger.participants.me
-            if me is not None and key.holder == me.word:
-                order = self.dropped_on.get(key)
-                if order is not None:
-                    order.write(ledger.layout.acknowledged_word(key.slot), key.generation)
-                    ledger.run(ledger.blocks.mark_pending, key)
-                else:
-                    ledger.run(self._end, key, False)
-            self.dropped_on.pop(key, None)
-            # Only now: an interrupt before this releases it again, to no effect.
-            with contextlib.suppress(ValueError):
-                self.dropped.remove(key)
-
-
-class Lease:
-    """A claim on blocks of a pool; release it, or use it in a `with` statement.
-
-    Owns the claim, keeps the pool alive. `lease[name]` is a field as in `lease.view[name]`.
-    """
-
-    __slots__ = ("__weakref__", "_is_ready", "_key", "_leases", "_order", "view")
-
-    def __init__(
-        self,
-        leases: Leases,
-        view: BlockView,
-        key: LeaseKey,
-        order: Order | None,
-        is_ready: bool,
-    ) -> None:
-        self._leases = leases
-        self.view = view
-        self._order = order
-        # The CPU waits before there is a lease; a stream waits by itself.
-        self._is_ready = is_ready or order is None
-        # Last: whoever has a key is whole, for `__del__`.
-        self._key: LeaseKey | None = key
-
-    @property
-    def handle(self) -> BlockHandle:
-        """The handle of the allocation."""
-        return self.view.handle
-
-    @property
-    def is_released(self) -> bool:
-        """Whether it was released, or its pool closed in this process."""
-        return self._key is None or self._leases.is_closed
+    def view(self) -> BlockView:
+        """The fields of the allocation, in place."""
+        raise NotImplementedError
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._open_view[name]
+        return self.view[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.view)
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
 
     @property
     def aux(self) -> torch.Tensor:
         """int32[16] of the allocation."""
-        return self._open_view.aux
+        return self.view.aux
+
+    def memory(self, name: str) -> memoryview:
+        """The bytes of a field's rows, in place; see `BlockView.memory`."""
+        return self.view.memory(name)
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(f"{self!r}: it is owned and cannot be copied; {self._instead}")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(f"{self!r}: it is owned and cannot be copied; {self._instead}")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r}: it is owned and cannot be pickled; {self._instead}")
+
+    _instead = "send its `handle`, which the other process opens"
+
+
+class Lease(_Owner):
+    """A claim on blocks of a pool; release it, or use it in a `with` statement.
+
+    It is a mapping of field names to tensors, `lease["input_embeddings"]`, in place. On a host pool
+    that was attached with `read_only_leases` (the default) writing to such a tensor is a
+    segmentation fault: other readers see the same memory. Owns the claim, keeps the pool alive.
+    """
+
+    __slots__ = ("_is_ready", "_key", "_make_view", "_order", "_pool", "handle")
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        handle: BlockHandle,
+        key: LeaseKey,
+        order: Order | None,
+        is_ready: bool,
+        is_writer: bool,
+    ) -> None:
+        """For `BlockPool.open` and `open_for_write`; takes over the claim of `key`."""
+        self._pool = pool
+        self.handle = handle
+        self._make_view = pool.writers_view if is_writer else pool.readers_view
+        self._order = order
+        # The CPU waits before there is a lease; a stream waits by itself.
+        self._is_ready = is_ready or order is None
+        # Set last: `__del__` treats an object with `_key` as fully constructed.
+        self._key: LeaseKey | None = key
 
     @property
-    def _open_view(self) -> BlockView:
-        if self._key is None or self._leases.is_closed:
-            raise InvalidStateError(f"{self.handle}: the lease was released; read within it")
+    def is_released(self) -> bool:
+        """Whether it was released, or its pool closed in this process."""
+        return self._key is None or self._pool.is_closed
+
+    @property
+    def view(self) -> BlockView:
+        """The fields of the allocation; raises `InvalidStateError` after the release."""
+        self._require_open(self.handle)
+        return self._make_view(self.handle, self._require_open)
+
+    def _require_open(self, handle: BlockHandle) -> None:
+        if self._key is None or self._pool.is_closed:
+            raise InvalidStateError(f"{handle}: the lease was released; read within it")
         if not self._is_ready:
-            self._is_ready = self._leases.streams.has_arrived(self.handle)
-        return self.view
+            self._is_ready = self._pool.state.is_ready(handle)
 
     @property
     def is_ready(self) -> bool:
@@ -176,7 +129,7 @@ class Lease:
         False: what is enqueued on the lease's stream waits for it. Raises `PeerDiedError` when the
         producer died before.
         """
-        _ = self._open_view
+        self._require_open(self.handle)
         return self._is_ready
 
     def release(self, stream: Stream | None = None) -> None:
@@ -186,17 +139,24 @@ class Lease:
         opened on); this returns at once.
         """
         key = self._key
-        leases = self._leases
-        if key is not None and not leases.is_closed:
+        pool = self._pool
+        if key is not None and not pool.is_closed:
             order = self._order
             if stream is not None:
-                order = leases.streams.order(stream)
+                order = pool.streams.order(stream)
             elif order is not None:
                 order.refuse_capture()
-            if order is None:
-                leases.release(key)
-            else:
-                leases.release_on(key, order)
+            _end(pool.state, key, order)
+        self._key = None
+
+    def give_back(self) -> None:
+        """End the claim as if it had never been opened: its reader is still to come. Idempotent.
+
+        For one who could not pass on what it read. Nothing may read the blocks on a stream.
+        """
+        key = self._key
+        if key is not None and not self._pool.is_closed:
+            self._pool.state.release(key, unread=True)
         self._key = None
 
     def __enter__(self) -> Lease:
@@ -212,14 +172,171 @@ class Lease:
 
     def __del__(self) -> None:
         key = getattr(self, "_key", None)
-        if key is None or sys.is_finalizing() or self._leases.is_closed:
+        if key is None or sys.is_finalizing():
             return
-        # Not released here: the collector may run in the middle of an operation on the same pool.
-        # The pool's next call does it.
-        if self._order is not None:
-            self._leases.dropped_on[key] = self._order
-        self._leases.dropped.append(key)
+        state = self._pool.state
+        if state.is_closed or key.holder != state.participants.me_word:
+            return  # given back already; in a forked child: it is the parent's
+        _end_dropped(state, key, self._order)
         warnings.warn(f"{self.handle}: lease was not released", ResourceWarning, stacklevel=2)
 
     def __repr__(self) -> str:
         return f"Lease({self.handle}, {'released' if self.is_released else 'open'})"
+
+
+def _end(state: PoolState, key: LeaseKey, order: Order | None) -> None:
+    """End a lease now, or when a stream has come here.
+
+    On a stream it is enqueued first and marked second: killed or interrupted between the two, it is
+    an open lease, which ends with its holder or is released again. The other way round it could
+    stay pending for ever.
+    """
+    if order is None:
+        state.release(key)
+    elif key.holder == state.participants.me_word:
+        order.write(state.layout.acknowledged_word(key.slot), key.generation)
+        state.mark_pending(key)
+
+
+def _end_dropped(state: PoolState, key: LeaseKey, order: Order | None) -> None:
+    """The collector can run while its own thread holds the lock: a helper thread ends it then."""
+    if not is_inside():
+        _end_quietly(state, key, order)
+        return
+    helper = threading.Thread(
+        target=_end_quietly, args=(state, key, order), name="shmblocks-releasing", daemon=True
+    )
+    try:
+        helper.start()
+    except RuntimeError:
+        return  # no thread is to be had: it ends with the pool
+
+
+def _end_quietly(state: PoolState, key: LeaseKey, order: Order | None) -> None:
+    try:
+        _end(state, key, order)
+    except ShmBlocksError:
+        return  # closed meanwhile, or its lock is held by a stopped process: it ends with the pool
+
+
+class Reservation(_Owner):
+    """Blocks that this process writes: publish them, or they are freed when the `with` block ends.
+
+    It is a mapping of field names to tensors, `r["input_embeddings"]`, in place. Owns the blocks,
+    keeps the pool alive.
+    """
+
+    __slots__ = ("_handle", "_is_over", "_pool")
+
+    def __init__(self, pool: BlockPool, handle: BlockHandle) -> None:
+        """For `BlockPool.reserve`; takes over the reservation."""
+        self._pool = pool
+        self._handle = handle
+        self._is_over = False
+
+    @property
+    def handle(self) -> BlockHandle:
+        """The handle of the blocks; another one after `grow`."""
+        return self._handle
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was published or freed."""
+        return self._is_over
+
+    @property
+    def view(self) -> BlockView:
+        """The fields of the reservation; raises `InvalidStateError` once it is over."""
+        self._require_open()
+        return self._pool.view(self._handle)
+
+    def _require_open(self) -> None:
+        if self._is_over:
+            raise InvalidStateError(
+                f"{self._handle}: the reservation was published or freed; write within it"
+            )
+
+    def grow(self, num_tokens: int) -> bool:
+        """Extend it in place to `num_tokens` tokens; False: the blocks behind it are taken.
+
+        The content stays. Views that were taken before are stale.
+        """
+        self._require_open()
+        grown = self._pool.grow(self._handle, num_tokens)
+        if grown is None:
+            return False
+        self._handle = grown
+        return True
+
+    def publish(
+        self, *, readers: int = 1, num_tokens: int | None = None, stream: Stream | None = None
+    ) -> BlockHandle:
+        """Make it readable; see `BlockPool.publish`. The handle that this returns is to travel."""
+        self._require_open()
+        handle = self._pool.publish(
+            self._handle, readers=readers, num_tokens=num_tokens, stream=stream
+        )
+        self._is_over = True
+        return handle
+
+    def free(self) -> None:
+        """Give the blocks back, unless it is over; idempotent."""
+        if not self._is_over and not self._pool.is_closed:
+            self._pool.free_own(self._handle)
+        self._is_over = True
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.free()
+
+    async def __aenter__(self) -> Reservation:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.free()
+
+    def __del__(self) -> None:
+        if getattr(self, "_is_over", True) or sys.is_finalizing():
+            return
+        pool = self._pool
+        if pool.is_closed or not pool.state.is_mine(self._handle):
+            return  # given back already; published behind our back; in a fork: the parent's
+        if is_inside():
+            helper = threading.Thread(
+                target=_free_quietly, args=(self._pool, self._handle), daemon=True
+            )
+            try:
+                helper.start()
+            except RuntimeError:
+                return
+        else:
+            _free_quietly(self._pool, self._handle)
+        warnings.warn(
+            f"{self._handle}: reservation was neither published nor freed",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
+    def __repr__(self) -> str:
+        return f"Reservation({self._handle}, {'over' if self._is_over else 'open'})"
+
+
+def _free_quietly(pool: BlockPool, handle: BlockHandle) -> None:
+    try:
+        pool.free_own(handle)
+    except ShmBlocksError:
+        return  # closed meanwhile: it was given back
+
+

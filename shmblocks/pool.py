@@ -1,8 +1,15 @@
 """`BlockPool`: one pool of blocks in POSIX shared memory, as one process uses it.
 
-    writer:   handle = pool.alloc(n) -> pool.view(handle) -> pool.publish(handle, readers=r)
-    queue:    handle.encode() ... BlockHandle.decode(data)
-    reader:   with pool.open(handle) as lease: lease["input_embeddings"]   # the last one frees
+    copy in    handle = pool.put({"input_embeddings": tensor, ...})
+    copy out   tensors = pool.take(handle)
+
+    in place   with pool.reserve(num_tokens) as r:
+                   encoder(out=r["input_embeddings"])
+                   handle = r.publish(readers=2)
+               with pool.open(handle) as lease:          # the last of the two readers frees it
+                   lease["input_embeddings"]
+
+    the handle travels over any queue:  handle.encode() ... BlockHandle.decode(data)
 
 Contract
 - Every method may be called from any thread and from any attached process, at any time.
@@ -11,87 +18,90 @@ Contract
 - What a process holds (its reservations and leases) comes back when it closes the pool or dies.
 - After `fork` the child may go on using the pool: it becomes a participant of its own at its first
   call. It holds nothing of what its parent holds.
+- A process is one participant of a pool, however often the pool is unpickled in it.
 
 GPU users (`shmblocks.cuda`)
 - In a pool created with `device="cuda:0"` the fields lie in CUDA memory; `pin` lets a GPU read and
   write a pool in host memory at full speed. Everything else is the same for both.
 - `publish`, `open`, `release`, `free` take a `stream` (in a CUDA pool: torch's current one) and
   order what follows on it, without waiting for anything.
-- A process without a GPU can do everything with a CUDA pool but look at its fields.
+- A process without a GPU can do everything with a CUDA pool but read and write its fields.
 
 What it does not do: carry handles (any queue does), or keep a tensor's content after its lease.
 """
 
 from __future__ import annotations
 
-import contextlib
 import operator
-import struct
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
-from shmblocks._alloc_wait import Reservations, Want
+from shmblocks._alloc_wait import AllocWaiters
 from shmblocks._os.wait import deadline_of, seconds_left
-from shmblocks._state import check as inspection
-from shmblocks._state.blocks import READS, WRITES, LeaseKey, ReservationKey
-from shmblocks._state.check import AllocationInfo, PoolStats, Violation
-from shmblocks._state.layout import REQUEST_ID_BYTES
-from shmblocks._state.lifetime import leave_at_exit
-from shmblocks._state.participants import ParticipantId, ParticipantInfo, utf8_prefix
-from shmblocks._state.pool_state import Ledger
-from shmblocks._state.reclaim import ReapReport
-from shmblocks._state.states import STATES, State
+from shmblocks._state import lifetime
+from shmblocks._state.info import (
+    AllocationInfo,
+    ParticipantId,
+    ParticipantInfo,
+    PoolStats,
+    ReapReport,
+    Violation,
+    WaiterInfo,
+)
+from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
+from shmblocks._state.participants import utf8_prefix
+from shmblocks._state.pool_state import AllocRequest, PoolState, stamp
+from shmblocks._state.shared_segment import ATTACH_POLL
 from shmblocks.config import MAX_BLOCKS, PoolConfig
-from shmblocks.cuda.order import Streams
-from shmblocks.cuda.placement import allocate_on_gpu, field_tensors, placed
+from shmblocks.cuda.order import StreamOrder
+from shmblocks.cuda.placement import allocate_on_gpu, field_tensors, placed, read_only_tensors
 from shmblocks.errors import (
     ForeignHandleError,
+    IncompatibleConfigError,
     InvalidStateError,
-    PoolClosedError,
+    PoolExistsError,
     PoolNotFoundError,
-    StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
-from shmblocks.lease import Lease, Leases
-from shmblocks.view import BlockView, FieldTensors
+from shmblocks.lease import Lease, Reservation
+from shmblocks.view import AUX, BlockView, FieldTensors, count_tokens, fill
 
 if TYPE_CHECKING:
     import torch
 
     from shmblocks.cuda.use import Stream
 
-T = TypeVar("T")
+Prefault = Literal["background", "now", "off"]
 
-PREFAULT = ("background", "now", "off")
-# Seconds between two looks for a pool that is not there yet.
-ATTACH_POLL = 0.01
 # Tokens or readers.
 _MOST = MAX_BLOCKS << 20
+# Bytes from which an async copy runs in a thread, so that the event loop goes on meanwhile.
+_COPY_IN_THREAD = 1 << 20
 
 
 class BlockPool:
-    """A pool that this process is attached to. Make one with `create` or `attach`."""
+    """A pool that this process is attached to. Make one with `create`, `attach` or `ensure`."""
 
-    def __init__(self, ledger: Ledger, role: str, prefault: str) -> None:
-        """For `create` and `attach`; takes over the ledger, whose participant we are."""
-        self._ledger = ledger
+    def __init__(
+        self, state: PoolState, role: str, prefault: Prefault, read_only_leases: bool
+    ) -> None:
+        """For `create` and `attach`; takes over the state, whose participant we are."""
+        # Public for the parts of this package; users have no business with it.
+        self.state = state
         self._role = role
-        self._prefault = prefault
-        self._is_on_gpu = ledger.config.is_on_gpu
-        self._pool_id = ledger.pool_id
-        self._block_size = ledger.config.block_size
-        self._unclaimed_ns = int(ledger.config.unclaimed_timeout * 1e9)
-        self._total_blocks = ledger.config.total_blocks
-        self._tensors: FieldTensors | None = field_tensors(ledger)
-        ledger.segment.prefault(prefault)
-        self._reservations = Reservations(ledger, self._run)
-        self._streams = Streams(ledger, self._run)
-        self._leases = Leases(ledger, self._run, self._streams)
-        # The same list: a look at it is part of every call.
-        self._dropped = self._leases.dropped
-        self._finalizer = leave_at_exit(self, ledger)
+        self._prefault: Prefault = prefault
+        self._read_only_leases = read_only_leases and not state.config.is_on_gpu
+        self._is_on_gpu = state.config.is_on_gpu
+        self._tensors: FieldTensors = field_tensors(state)
+        self._read_only: FieldTensors | None = None
+        self._waiters = AllocWaiters(state)
+        self.streams = StreamOrder(state)
+        state.segment.prefault(prefault)
+        self._finalizer = lifetime.leave_when_dropped(self, state)
+        _open_pools[state.pool_id] = self
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -102,57 +112,131 @@ class BlockPool:
         config: PoolConfig,
         *,
         role: str = "",
-        prefault: str = "background",
+        prefault: Prefault = "background",
         device: str | torch.device | None = None,
+        read_only_leases: bool = True,
     ) -> BlockPool:
         """Make a pool and be its first participant.
 
         name      1 to 200 of A-Z a-z 0-9 . _ - ; what other processes attach by
-        role      up to 31 bytes that inspectors and errors show for this process
+        role      up to 63 bytes that inspectors and errors show for this process
         prefault  map all pages `"now"`, in the `"background"` (a thread), or `"off"` as touched
         device    where the fields lie, instead of the config's: `"cpu"` or `"cuda:0"`
+        read_only_leases   tensors of this process's leases cannot be written to (a host pool that
+                           is not pinned): a stray write is a segmentation fault
 
         All memory is allocated before the name appears. The leftover of a dead pool of the same
         name is replaced. Raises `PoolExistsError`, `SharedMemoryFullError`.
         """
-        _known_prefault(prefault)
-        made: list[Ledger] = []
-        try:
-            config = placed(config, device)
-            prepare = allocate_on_gpu if config.is_on_gpu else None
-            Ledger.create(name, config, role, made, prepare)
-            return cls(made[0], role, prefault)
-        except BaseException:
-            _undo(made)
-            raise
+        _require_known(prefault)
+        config = placed(config, device)
+        prepare = allocate_on_gpu if config.is_on_gpu else None
+        state = PoolState.create(name, config, _role(role), prepare)
+        return cls._owning(state, role, prefault, read_only_leases)
 
     @classmethod
     def attach(
-        cls, name: str, *, timeout: float = 0.0, role: str = "", prefault: str = "background"
+        cls,
+        name: str,
+        *,
+        timeout: float = 0.0,
+        role: str = "",
+        prefault: Prefault = "background",
+        read_only_leases: bool = True,
     ) -> BlockPool:
         """Become a participant of an existing pool; wait up to `timeout` seconds for it to appear.
 
-        Raises `PoolNotFoundError`, `IncompatiblePoolError`, `PoolPermissionError`,
+        The other arguments are those of `create`. Raises `PoolNotFoundError`,
+        `IncompatiblePoolError`, `DamagedPoolError`, `PoolPermissionError`,
         `TooManyParticipantsError`.
         """
-        _known_prefault(prefault)
+        _require_known(prefault)
         deadline = deadline_of(timeout)
         while True:
-            made: list[Ledger] = []
             try:
-                Ledger.attach(name, role, made)
-                pool = cls(made[0], role, prefault)
-                pool._streams.open_if_cuda_runs()
-                return pool
+                state = PoolState.attach(name, _role(role))
+                break
             except PoolNotFoundError as error:
-                _undo(made)
                 if seconds_left(deadline) <= 0:
-                    waited = f" (waited {timeout:g} s)" if timeout else ""
-                    raise PoolNotFoundError(f"{error}{waited}") from None
-                time.sleep(ATTACH_POLL)
-            except BaseException:
-                _undo(made)
-                raise
+                    raise _waited(error, timeout) from None
+            time.sleep(ATTACH_POLL)
+        pool = cls._owning(state, role, prefault, read_only_leases)
+        pool.streams.open_if_cuda_runs()
+        return pool
+
+    @classmethod
+    async def attach_async(
+        cls,
+        name: str,
+        *,
+        timeout: float = 0.0,
+        role: str = "",
+        prefault: Prefault = "background",
+        read_only_leases: bool = True,
+    ) -> BlockPool:
+        """`attach` that waits in asyncio."""
+        import asyncio
+
+        deadline = deadline_of(timeout)
+        while True:
+            try:
+                return cls.attach(
+                    name, role=role, prefault=prefault, read_only_leases=read_only_leases
+                )
+            except PoolNotFoundError as error:
+                if seconds_left(deadline) <= 0:
+                    raise _waited(error, timeout) from None
+            await asyncio.sleep(ATTACH_POLL)
+
+    @classmethod
+    def ensure(
+        cls,
+        name: str,
+        config: PoolConfig,
+        *,
+        role: str = "",
+        prefault: Prefault = "background",
+        read_only_leases: bool = True,
+    ) -> BlockPool:
+        """Attach to the pool of that name, or create it; whoever comes first creates.
+
+        Raises `IncompatibleConfigError`, which names the difference, when it exists with another
+        config.
+        """
+        while True:
+            try:
+                pool = cls.attach(
+                    name, role=role, prefault=prefault, read_only_leases=read_only_leases
+                )
+            except PoolNotFoundError:
+                try:
+                    return cls.create(
+                        name,
+                        config,
+                        role=role,
+                        prefault=prefault,
+                        read_only_leases=read_only_leases,
+                    )
+                except PoolExistsError:
+                    continue  # another one was faster
+            difference = pool.config.difference_to(config)
+            if difference:
+                pool.close()
+                raise IncompatibleConfigError(
+                    f"pool {pool.name}: it exists with another config: {difference}; use the same "
+                    "config everywhere, or another name"
+                )
+            return pool
+
+    @classmethod
+    def _owning(
+        cls, state: PoolState, role: str, prefault: Prefault, read_only_leases: bool
+    ) -> BlockPool:
+        try:
+            return cls(state, role, prefault, read_only_leases)
+        except BaseException:
+            state.leave()
+            raise
 
     def close(self) -> None:
         """Leave the pool: reservations and leases of this process come back; idempotent.
@@ -160,11 +244,11 @@ class BlockPool:
         The last participant to leave removes the segment. Tensors of views stay readable, but their
         blocks are no longer theirs. A GPU user waits for what it has enqueued.
         """
-        # First: who is woken to look again must find it closed.
-        self._ledger.leave()
-        self._reservations.close()
-        self._tensors = None
-        self._streams.end()
+        # Leave first, so that waiters woken below see a closed pool.
+        self.state.leave()
+        self._waiters.close()
+        self._read_only = None
+        self.streams.end()
         self._finalizer.detach()
 
     def __enter__(self) -> BlockPool:
@@ -178,8 +262,15 @@ class BlockPool:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[..., BlockPool], tuple[str, int, str, str]]:
-        return (_reattach, (self.name, self.pool_id, self._role, self._prefault))
+    def __reduce__(self) -> tuple[Callable[..., BlockPool], tuple[object, ...]]:
+        how = (self._role, self._prefault, self._read_only_leases)
+        return (_reattach, (self.name, self.pool_id, *how))
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(f"{self!r}: it cannot be copied; attach the pool again, or share this one")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else f"{self.participant or 'not joined yet'}"
@@ -193,26 +284,26 @@ class BlockPool:
     @property
     def name(self) -> str:
         """With its leading slash."""
-        return self._ledger.name
+        return self.state.name
 
     @property
     def config(self) -> PoolConfig:
-        return self._ledger.config
+        return self.state.config
 
     @property
     def pool_id(self) -> int:
         """A random 64-bit number; handles carry it."""
-        return self._ledger.pool_id
+        return self.state.pool_id
 
     @property
     def participant(self) -> ParticipantId | None:
         """This process in the pool; None when closed, or forked and not used yet."""
-        return self._ledger.participants.me
+        return self.state.participants.me
 
     @property
     def is_closed(self) -> bool:
         """Whether this process has left the pool."""
-        return self._ledger.is_closed
+        return self.state.is_closed
 
     # ---- the GPU -----------------------------------------------------------------------------
 
@@ -220,10 +311,11 @@ class BlockPool:
         """Register the segment with CUDA in this process, once: copies between it and a GPU then
         run at full speed, and streams may be given to `publish` and `open`.
 
-        Each process does it for itself. Raises `CudaUnavailableError`. (A CUDA pool registers what
-        it needs by itself.)
+        Each process does it for itself. Leases of a pinned pool lie in the registered mapping,
+        which can be written to. Raises `CudaUnavailableError`. (A CUDA pool registers what it needs
+        by itself.)
         """
-        self._streams.use().register()
+        self.streams.use().register()
 
     @property
     def is_pinned(self) -> bool:
@@ -233,9 +325,102 @@ class BlockPool:
     @property
     def pinned_bytes(self) -> int:
         """How many bytes of the segment this process has registered with CUDA."""
-        return 0 if self.is_closed else self._streams.pinned_bytes
+        return 0 if self.is_closed else self.streams.pinned_bytes
+
+    # ---- copying in and out ------------------------------------------------------------------
+
+    def put(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        readers: int = 1,
+        req_id: str | None = None,
+        timeout: float | None = None,
+        stream: Stream | None = None,
+    ) -> BlockHandle:
+        """Copy tensors into new blocks and publish them.
+
+        `tensors` has every field, of its dtype, `[num_tokens, *shape]` (a transposed field
+        `[k, num_tokens]`), on any device and with any strides; `"aux"`, int32[16], may be among
+        them (else `aux[0]` is the number of tokens). Waits up to `timeout` seconds for blocks
+        (None: for ever), then raises `PoolTimeoutError`. Raises TypeError or ValueError, which
+        name the field, when a tensor does not fit.
+        """
+        num_tokens = count_tokens(self.config, tensors)
+        with self.reserve(num_tokens, req_id=req_id, timeout=timeout) as reservation:
+            fill(reservation.view, tensors, num_tokens)
+            return reservation.publish(readers=readers, stream=stream)
+
+    async def put_async(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        readers: int = 1,
+        req_id: str | None = None,
+        timeout: float | None = None,
+        stream: Stream | None = None,
+    ) -> BlockHandle:
+        """`put` that waits in asyncio, and copies large tensors in a thread."""
+        num_tokens = count_tokens(self.config, tensors)
+        with await self.reserve_async(num_tokens, req_id=req_id, timeout=timeout) as reservation:
+            view = reservation.view
+            if self._is_on_gpu or num_tokens * self.config.token_bytes < _COPY_IN_THREAD:
+                fill(view, tensors, num_tokens)
+            else:
+                import asyncio
+
+                await asyncio.to_thread(fill, view, tensors, num_tokens)
+            return reservation.publish(readers=readers, stream=stream)
+
+    def take(self, handle: BlockHandle, *, stream: Stream | None = None) -> dict[str, torch.Tensor]:
+        """Private copies of all fields and `"aux"` of published blocks; the lease is released.
+
+        Raises what `open` raises.
+        """
+        with self.open(handle, stream) as lease:
+            return _copied(lease.view)
+
+    async def take_async(self, handle: BlockHandle) -> dict[str, torch.Tensor]:
+        """`take` that waits in asyncio, and copies large tensors in a thread."""
+        with await self.open_async(handle) as lease:
+            view = lease.view
+            if self._is_on_gpu or handle.num_tokens * self.config.token_bytes < _COPY_IN_THREAD:
+                return _copied(view)
+            import asyncio
+
+            return await asyncio.to_thread(_copied, view)
 
     # ---- allocation --------------------------------------------------------------------------
+
+    def reserve(
+        self, num_tokens: int, *, req_id: str | None = None, timeout: float | None = None
+    ) -> Reservation:
+        """Reserve ceil(num_tokens / block_size) consecutive blocks, to be used in a `with` block.
+
+        What was not published when the block ends is freed. Waits in the pool's wait queue, first
+        come, first served over all processes, up to `timeout` seconds (None: for ever), then raises
+        `PoolTimeoutError`, which names those who hold the blocks. `req_id`: 63 bytes that
+        inspectors show.
+        """
+        request = self._request(num_tokens, req_id)
+        deadline = deadline_of(timeout)
+        handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
+        return self._owned(handle, request)
+
+    async def reserve_async(
+        self, num_tokens: int, *, req_id: str | None = None, timeout: float | None = None
+    ) -> Reservation:
+        """`reserve` that waits its turn in asyncio; cancelling it leaves no trace."""
+        request = self._request(num_tokens, req_id)
+        handle = await self._waiters.wait_async(request, deadline_of(timeout))
+        return self._owned(handle, request)
+
+    def _owned(self, handle: BlockHandle, request: AllocRequest) -> Reservation:
+        try:
+            return Reservation(self, handle)
+        except BaseException:
+            self.state.take_back(request)
+            raise
 
     def alloc(
         self,
@@ -244,7 +429,7 @@ class BlockPool:
         fake: bool = False,
         timeout: float | None = 0.0,
     ) -> BlockHandle | None:
-        """Reserve ceil(num_tokens / block_size) consecutive blocks; None: no room now.
+        """Reserve ceil(num_tokens / block_size) consecutive blocks; None: none are free now.
 
         The reservation is this process's until it is published or freed. `req_id` is shown by
         inspectors (63 bytes of it). `fake` gives a handle of no blocks at all, for warm-up
@@ -252,11 +437,10 @@ class BlockPool:
 
         `timeout` > 0 waits so many seconds (None: for ever), first come, first served over all
         processes, then raises `PoolTimeoutError`, which names those who hold the blocks. While
-        somebody waits, calls that don't get None.
+        somebody waits, calls that don't get None. (`reserve` is the same with an owner.)
         """
         num_tokens = _whole("num_tokens", num_tokens)
-        num_blocks = -(-num_tokens // self._block_size)
-        return self._alloc(num_blocks, num_tokens, req_id, fake, timeout)
+        return self._alloc(self.config.blocks_for(num_tokens), num_tokens, req_id, fake, timeout)
 
     def alloc_default(
         self,
@@ -277,7 +461,7 @@ class BlockPool:
         fake: bool = False,
         timeout: float | None = 0.0,
     ) -> BlockHandle | None:
-        """Reserve `num_blocks` consecutive blocks for `num_tokens` tokens; None: no room now.
+        """Reserve `num_blocks` consecutive blocks for `num_tokens` tokens; None: none are free now.
 
         Raises ValueError for what this pool can never serve. `timeout` as in `alloc`.
         """
@@ -293,57 +477,48 @@ class BlockPool:
         fake: bool,
         timeout: float | None,
     ) -> BlockHandle | None:
-        want = self._want(num_blocks, num_tokens, req_id, fake)
         if fake:
+            self._require_capacity(num_blocks, num_tokens)
             return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
+        request = self._request_blocks(num_blocks, num_tokens, req_id)
         deadline = deadline_of(timeout) if timeout else None
-        try:
-            handle = self._reservations.try_reserve(want)
-            if handle is None and timeout != 0.0:
-                return self._reservations.wait(want, deadline)
-            return handle
-        except BaseException:
-            self._take_back(want.made)
-            raise
+        handle = self.state.reserve(request)
+        if handle is None and timeout != 0.0:
+            return self._waiters.wait(request, deadline)
+        return handle
 
     async def alloc_async(
         self, num_tokens: int, req_id: str | None = None, timeout: float | None = None
     ) -> BlockHandle:
         """`alloc` that waits its turn in asyncio; cancelling it leaves no trace."""
-        num_tokens = _whole("num_tokens", num_tokens)
-        want = self._want(self.config.blocks_for(num_tokens), num_tokens, req_id, fake=False)
-        deadline = deadline_of(timeout)
-        try:
-            return await self._reservations.wait_async(want, deadline)
-        except BaseException:
-            self._take_back(want.made)
-            raise
+        request = self._request(num_tokens, req_id)
+        return await self._waiters.wait_async(request, deadline_of(timeout))
 
-    def _want(self, num_blocks: int, num_tokens: int, req_id: str | None, fake: bool) -> Want:
-        if num_tokens > num_blocks * self._block_size:
+    def _request(self, num_tokens: int, req_id: str | None) -> AllocRequest:
+        num_tokens = _whole("num_tokens", num_tokens)
+        return self._request_blocks(self.config.blocks_for(num_tokens), num_tokens, req_id)
+
+    def _request_blocks(
+        self, num_blocks: int, num_tokens: int, req_id: str | None
+    ) -> AllocRequest:
+        self._require_capacity(num_blocks, num_tokens)
+        total = self.state.layout.total_blocks
+        if num_blocks > total:
             raise ValueError(
-                f"num_tokens: expected at most {num_blocks * self._block_size} for "
-                f"{num_blocks} blocks, got {num_tokens}"
-            )
-        if num_blocks > self._total_blocks and not fake:
-            raise ValueError(
-                f"pool {self.name}: has {self.config.total_blocks} blocks, {num_blocks} can never "
-                "be served: create a larger pool, or send the tokens in several allocations"
+                f"num_tokens: pool {self.name} has {total} blocks, {num_blocks} can never be "
+                "served: create a larger pool, or send the tokens in several allocations"
             )
         if req_id is not None and not isinstance(req_id, str):
             raise TypeError(f"req_id: expected str or None, got {type(req_id).__name__}")
-        request = utf8_prefix(req_id, REQUEST_ID_BYTES) if req_id else b""
-        return Want(num_blocks, num_tokens, request, [])
+        request_id = utf8_prefix(req_id, REQUEST_ID_BYTES) if req_id else b""
+        return AllocRequest(num_blocks, num_tokens, request_id, stamp())
 
-    def _take_back(self, made: list[ReservationKey]) -> None:
-        """Free what an interrupted `alloc` may have reserved."""
-        for key in made:
-            with contextlib.suppress(PoolClosedError):
-                self._run(self._free_key, key)
-
-    def _free_key(self, key: ReservationKey) -> None:
-        if self._ledger.blocks.take_back(key):
-            self._ledger.ring()
+    def _require_capacity(self, num_blocks: int, num_tokens: int) -> None:
+        capacity = num_blocks * self.config.block_size
+        if num_tokens > capacity:
+            raise ValueError(
+                f"num_tokens: expected at most {capacity} for {num_blocks} blocks, got {num_tokens}"
+            )
 
     def grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
         """Extend a reservation in place to `num_tokens` tokens; None: the blocks behind it are
@@ -358,19 +533,7 @@ class BlockPool:
                 f"num_tokens: expected at least the {handle.num_tokens} that the handle has, "
                 f"got {num_tokens}"
             )
-        return self._run(self._grow, real, num_tokens)
-
-    def _grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None:
-        blocks = self._ledger.blocks
-        others_wait = self._reservations.others_wait()  # first: it may reap
-        record = blocks.find_exact(handle)
-        num_blocks = max(self.config.blocks_for(num_tokens), record.num_blocks)
-        start = handle.start_block
-        if others_wait and num_blocks > record.num_blocks:
-            return None
-        if not blocks.grow(start, record, num_blocks, num_tokens):
-            return None
-        return BlockHandle(start, num_blocks, num_tokens, handle.generation, handle.pool_id)
+        return self.state.grow(real, num_tokens)
 
     def free(
         self,
@@ -389,31 +552,28 @@ class BlockPool:
         """
         if fake or _handle(handle).generation == 0:
             return
-        if self._streams.begun is None and stream is None:
-            self._run(self._free, self._real(handle))
-            return
         real = self._real(handle)
-        order = self._streams.order_of_writes(real, stream)
-        if order is None or not self._streams.free_behind(order, real):
-            self._run(self._free, real)
+        if self.streams.begun is not None or stream is not None:
+            order = self.streams.order_of_writes(real, stream)
+            if order is not None and self.streams.free_behind(order, real):
+                return
+        self.state.free(real)
 
-    def _free(self, handle: BlockHandle) -> None:
-        record = self._ledger.blocks.find(handle)
-        if STATES[record.state] is State.DRAINING:
-            raise StaleHandleError(
-                f"{handle}: its blocks were freed; they come back when the last of "
-                f"{record.leases} lease(s) is released"
-            )
-        self._ledger.blocks.free(handle.start_block, record)
-        self._ledger.ring()
+    def free_own(self, handle: BlockHandle) -> None:
+        """Free a reservation of this process; nothing happens when it is none any more."""
+        if self.state.is_mine(handle):
+            self.free(handle)
+
+    def forgo(self, handle: BlockHandle, claims: int = 1) -> None:
+        """End the claims of announced readers who will not come; with the last one it is free.
+
+        Raises `InvalidStateError` when fewer are still to come.
+        """
+        self.state.forgo(self._real(handle), _whole("claims", claims))
 
     def available_blocks(self) -> int:
         """Blocks in no allocation, of this moment."""
-        return self._run(self._available_blocks)
-
-    def _available_blocks(self) -> int:
-        self._ledger.collect()
-        return self._ledger.blocks.free_blocks
+        return self.state.available_blocks()
 
     def handle_at(self, start_block: int) -> BlockHandle:
         """The handle of the allocation that starts at a block, for those who kept only the number.
@@ -421,71 +581,68 @@ class BlockPool:
         Raises `StaleHandleError` when none starts there. It proves nothing: between the reading and
         the use of the number the blocks may have gone to another.
         """
-        return self._run(self._handle_at, start_block)
-
-    def _handle_at(self, start_block: int) -> BlockHandle:
-        if not 0 <= start_block < self.config.total_blocks:
-            raise ValueError(
-                f"start_block: expected 0 to {self.config.total_blocks - 1}, got {start_block}"
-            )
-        record = self._ledger.blocks.record(start_block)
-        if STATES[record.state] is State.FREE:
-            raise StaleHandleError(f"block {start_block}: no allocation starts there")
-        return BlockHandle(
-            start_block, record.num_blocks, record.num_tokens, record.generation, self.pool_id
-        )
+        start_block = operator.index(start_block)
+        total = self.state.layout.total_blocks
+        if not 0 <= start_block < total:
+            raise ValueError(f"start_block: expected 0 to {total - 1}, got {start_block}")
+        return self.state.handle_at(start_block)
 
     def field(self, name: str) -> torch.Tensor:
         """A field of the whole pool, `[total_tokens, *shape]`, as stored; `"aux"`: `[blocks, 16]`.
 
         For engines that register memory; everyone else takes a view of an allocation.
         """
-        tensors = self._open_tensors
-        return tensors.aux() if name == "aux" else tensors.tensor(name)
+        self._require_open()
+        return self._tensors.whole_aux() if name == AUX else self._tensors.whole(name)
 
     # ---- writing and publishing --------------------------------------------------------------
 
     def view(self, handle: BlockHandle) -> BlockView:
         """The fields of a reservation of this process, to write (or, after a landing, to read)."""
         real = self._real(handle)
-        me = self._ledger.participants.me
-        seems_mine = me is not None and self._ledger.blocks.seems_reserved(real, me.word)
-        if not seems_mine and self._run(self._check_mine, real):
-            self._streams.wait_for_writers(real, self._check_mine)
+        if not self.state.seems_mine(real) and self.state.require_mine(real):
+            self.streams.wait_for_writers(real)
         if self._is_on_gpu:
-            self._streams.will_write(real)
-        return self._view(handle)
+            self.streams.will_write(real)
+        return self.writers_view(real, self._require_reserved)
 
-    def _check_mine(self, handle: BlockHandle) -> bool:
-        """Whether a writer's stream still works on it (raises when it is not ours)."""
-        record = self._ledger.blocks.find_exact(handle)
-        owner = ParticipantId.of(record.owner)
-        if STATES[record.state] is not State.RESERVED or owner != self._me:
+    def writers_view(
+        self, handle: BlockHandle, require: Callable[[BlockHandle], None]
+    ) -> BlockView:
+        """A view whose tensors can be written to; for leases and `view`."""
+        start_token = handle.start_block * self.state.config.block_size
+        return BlockView(self._tensors, handle, start_token, require)
+
+    def readers_view(
+        self, handle: BlockHandle, require: Callable[[BlockHandle], None]
+    ) -> BlockView:
+        """A view for reading; for leases."""
+        tensors = self._tensors
+        if self._read_only_leases and self.streams.begun is None:
+            tensors = self._read_only or self._map_read_only()
+        start_token = handle.start_block * self.state.config.block_size
+        return BlockView(tensors, handle, start_token, require)
+
+    def _map_read_only(self) -> FieldTensors:
+        self._read_only = read_only_tensors(self.state)
+        return self._read_only
+
+    def _require_reserved(self, handle: BlockHandle) -> None:
+        """What a view of a reservation checks at each access; lock-free, by two words."""
+        if not self.state.is_mine(handle):
+            self._require_open()
             raise InvalidStateError(
-                f"{handle}: expected a reservation of this process, it is "
-                f"{STATES[record.state]} and belongs to "
-                f"{self._ledger.participants.describe(owner)}: use `open` to read what is "
-                "published, `write` for a reservation of another process"
+                f"{handle}: it was published, freed or grown, so that its blocks cannot be written "
+                "through this view any more; write before, or take a new view"
             )
-        if not record.leases or not self._ledger.blocks.waits_for_streams:
-            return False
-        self._ledger.collect()
-        return any(
-            lease.pending and lease.generation == handle.generation
-            for _, lease in self._ledger.blocks.leases()
-        )
 
-    def _view(self, handle: BlockHandle) -> BlockView:
-        start_token = handle.start_block * self._block_size
-        return BlockView(self._tensors or self._open_tensors, handle, start_token, self)
-
-    def write(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
+    def open_for_write(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
         """A writer's lease on a reservation, whoever owns it (a landing allocation).
 
         While it is open the blocks are not used again, even when their owner frees them. With a
         stream it is open until the stream has come to its release.
         """
-        return self._open(handle, WRITES, stream)
+        return self._open(handle, stream, for_write=True)
 
     def publish(
         self,
@@ -498,43 +655,29 @@ class BlockPool:
         """Make a reservation readable by `readers` leases; the last one released frees the blocks.
 
         `num_tokens` is the length actually written, if it is not the handle's. Give the handle that
-        this returns to the readers. Unopened for the config's `unclaimed_timeout`, it is freed.
+        this returns to the readers. Unopened for the config's `unclaimed_timeout`, it is freed;
+        with `readers=UNBOUNDED` any number may open it, until it is freed.
 
         `stream`: what was enqueued there before is what writes; readers' streams wait for it. This
         returns at once, and the handle may travel at once. In a CUDA pool: torch's current stream.
         In a pool in host memory only when it is given, after `pin`.
         """
         real = self._real(handle)
-        readers = _whole("readers", readers)
+        if readers != UNBOUNDED:
+            readers = _whole("readers", readers)
         length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
-        if length > handle.num_blocks * self._block_size:
-            raise ValueError(
-                f"num_tokens: expected at most {handle.num_blocks * self._block_size} for "
-                f"{handle}, got {length}"
-            )
+        self._require_capacity(handle.num_blocks, length)
         if stream is None and not self._is_on_gpu:
-            self._run(self._publish, real, length, readers, False)
+            self.state.publish(real, length, readers)
         else:
-            order = self._streams.order(stream)
+            order = self.streams.order(stream)
             order.use.writing.discard(handle.generation)
-            self._run(self._publish, real, length, readers, True)
-            self._streams.make_ready(order, real)
+            self.state.publish(real, length, readers, True)
+            self.streams.make_ready(order, real)
         if length == handle.num_tokens:
             return handle
         start, blocks = handle.start_block, handle.num_blocks
         return BlockHandle(start, blocks, length, handle.generation, handle.pool_id)
-
-    def _publish(self, handle: BlockHandle, num_tokens: int, readers: int, on_stream: bool) -> None:
-        blocks = self._ledger.blocks
-        record = blocks.find_exact(handle)
-        if record.leases and STATES[record.state] is State.RESERVED:
-            raise InvalidStateError(
-                f"{handle}: {record.leases} writer's lease(s) are open; release them, then publish"
-            )
-        now = time.monotonic_ns()
-        until = now + self._unclaimed_ns
-        start = handle.start_block
-        blocks.publish(start, record, num_tokens, readers, now, until, on_stream=on_stream)
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -549,107 +692,100 @@ class BlockPool:
         they were freed (all expected readers were there, or nobody came in time),
         `InvalidStateError` when they are not published.
         """
-        return self._open(handle, READS, stream)
+        return self._open(handle, stream)
 
-    def _open(self, handle: BlockHandle, kind: int, stream: Stream | None) -> Lease:
-        made: list[LeaseKey] = []
+    def _open(
+        self, handle: BlockHandle, stream: Stream | None, *, for_write: bool = False
+    ) -> Lease:
         real = self._real(handle)
         order = None
         if stream is not None or self._is_on_gpu:
-            order = self._streams.order(stream)
+            order = self.streams.order(stream)
             if self._is_on_gpu:
                 order.use.memory()
+        opened = self.state.open(real, for_write=for_write)
         try:
-            key, is_ready = self._run(self._leases.take, real, kind, made)
-            if not is_ready:
-                self._streams.wait_ready(real, order)
-            return Lease(self._leases, self._view(handle), key, order, is_ready)
+            if not opened.is_ready:
+                self.streams.wait_ready(real, order)
+            return Lease(self, real, opened.key, order, opened.is_ready, for_write)
         except BaseException:
-            for key in made:
-                with contextlib.suppress(PoolClosedError):
-                    self._leases.release(key, unread=True)
+            self.state.undo_open(opened.key)
+            raise
+
+    async def open_async(self, handle: BlockHandle) -> Lease:
+        """`open` for asyncio: what a producer's stream is to finish is awaited.
+
+        In a CUDA pool torch's current stream waits for it, and this returns at once.
+        """
+        real = self._real(handle)
+        if self._is_on_gpu:
+            return self.open(real)
+        opened = self.state.open(real)
+        try:
+            if not opened.is_ready:
+                await self.streams.wait_ready_async(real)
+            return Lease(self, real, opened.key, None, True, False)
+        except BaseException:
+            self.state.undo_open(opened.key)
             raise
 
     # ---- looking after it --------------------------------------------------------------------
 
     def stats(self) -> PoolStats:
         """Counts of blocks by state, allocations, leases and participants."""
-        return self._run(self._stats)
-
-    def _stats(self) -> PoolStats:
-        self._ledger.collect()
-        return inspection.stats(self._ledger)
+        return self.state.stats()
 
     def allocations(self) -> list[AllocationInfo]:
         """Every allocation: who holds it, for which request, since when, under which leases."""
-        return self._run(inspection.allocations, self._ledger)
+        return self.state.allocations()
 
     def participants(self) -> list[ParticipantInfo]:
         """Everyone attached, and the dead who were not reaped yet."""
-        return self._run(self._ledger.participants.infos)
+        return self.state.participant_infos()
+
+    def waiters(self) -> list[WaiterInfo]:
+        """Everyone in the wait queue for blocks, first come first."""
+        return self.state.waiter_infos()
+
+    def find_participant(self, role: str) -> ParticipantId | None:
+        """A living participant with that role; a role may be an address, of up to 63 bytes."""
+        return self.state.find_participant(role)
 
     def is_alive(self, who: ParticipantId) -> bool:
         """Whether that process is attached and lives."""
-        return self._run(self._ledger.participants.is_alive, who)
+        return self.state.is_alive(who)
 
     def describe(self, who: ParticipantId) -> str:
         """For messages: `participant 3 (pid 4242, embedding)`."""
-        return self._run(self._ledger.participants.describe, who)
+        return self.state.describe(who)
 
     def check(self) -> list[Violation]:
         """Every invariant that does not hold; empty when the pool is right."""
-        return self._run(inspection.check, self._ledger)
+        return self.state.check()
 
     def reap(self) -> ReapReport:
         """Give back what the dead held and what nobody claimed in time.
 
         Runs by itself when an allocation would otherwise fail.
         """
-        return self._run(self._ledger.reap)
+        return self.state.reap()
+
+    def reap_if_due(self) -> bool:
+        """`reap`, if somebody died or a deadline passed; whether it did.
+
+        For processes that live long and allocate nothing.
+        """
+        return self.state.reap_if_due()
 
     # ---- inside ------------------------------------------------------------------------------
 
-    @property
-    def _me(self) -> ParticipantId:
-        me = self._ledger.participants.me
-        if me is None:
-            raise self._closed()
-        return me
-
-    @property
-    def _open_tensors(self) -> FieldTensors:
-        if self._tensors is None:
-            raise self._closed()
-        return self._tensors
-
-    def _closed(self) -> PoolClosedError:
-        return PoolClosedError(f"pool {self.name}: closed in this process; attach it again")
-
-    def _run(self, body: Callable[..., T], *args: object) -> T:
-        ledger = self._ledger
-        if ledger.participants.me is None:
-            self._rejoin()
-        if self._dropped:
-            self._leases.release_dropped()
-        try:
-            return ledger.mutex.run(body, *args)
-        except struct.error as error:
-            raise ledger.too_large(error) from error
-
-    def _rejoin(self) -> None:
-        """In a forked child: become a participant of its own."""
+    def _require_open(self) -> None:
         if self.is_closed:
-            raise self._closed()
-        self._ledger.run(self._join_once)
-        self._finalizer = leave_at_exit(self, self._ledger)
-
-    def _join_once(self) -> None:
-        if self._ledger.participants.me is None:
-            self._ledger.take_place(self._role, is_creator=False)
+            raise self.state.mutex.closed()
 
     def _real(self, handle: BlockHandle) -> BlockHandle:
         """The handle, if it can be one of this pool."""
-        if _handle(handle).pool_id != self._pool_id:
+        if _handle(handle).pool_id != self.state.pool_id:
             raise ForeignHandleError(
                 f"{handle}: it is of pool {handle.pool_id:#x}, this is {self.name} "
                 f"({self.pool_id:#x}): attach the pool that made it"
@@ -661,9 +797,20 @@ class BlockPool:
         return handle
 
 
-def _reattach(name: str, pool_id: int, role: str, prefault: str) -> BlockPool:
-    """Unpickling in another process: attach, and make sure that it is the same pool."""
-    pool = BlockPool.attach(name, role=role, prefault=prefault)
+# The pools of this process, by their ids: one that is unpickled again is the same object.
+_open_pools: weakref.WeakValueDictionary[int, BlockPool] = weakref.WeakValueDictionary()
+
+
+def _reattach(
+    name: str, pool_id: int, role: str, prefault: Prefault, read_only_leases: bool
+) -> BlockPool:
+    """Unpickling: this process's own pool object, or else attach, if it is still the same pool."""
+    there = _open_pools.get(pool_id)
+    if there is not None and not there.is_closed:
+        return there
+    pool = BlockPool.attach(
+        name, role=role, prefault=prefault, read_only_leases=read_only_leases
+    )
     if pool.pool_id != pool_id:
         pool.close()
         raise PoolNotFoundError(
@@ -672,15 +819,31 @@ def _reattach(name: str, pool_id: int, role: str, prefault: str) -> BlockPool:
     return pool
 
 
-def _undo(made: list[Ledger]) -> None:
-    """Leave what an interrupted `create` or `attach` has made, or one that failed."""
-    for ledger in made:
-        ledger.leave()
+def _copied(view: BlockView) -> dict[str, torch.Tensor]:
+    import torch
+
+    with torch.no_grad():
+        copies = {name: view[name].clone() for name in view}
+        copies[AUX] = view.aux.clone()
+        return copies
 
 
-def _known_prefault(prefault: str) -> None:
-    if prefault not in PREFAULT:
-        raise ValueError(f"prefault: expected one of {', '.join(PREFAULT)}, got {prefault!r}")
+def _waited(error: PoolNotFoundError, timeout: float) -> PoolNotFoundError:
+    waited = f" (waited {timeout:g} s)" if timeout else ""
+    return PoolNotFoundError(f"{error}{waited}")
+
+
+def _require_known(prefault: Prefault) -> None:
+    if prefault not in get_args(Prefault):
+        raise ValueError(
+            f"prefault: expected one of {', '.join(get_args(Prefault))}, got {prefault!r}"
+        )
+
+
+def _role(role: str) -> str:
+    if not isinstance(role, str):
+        raise TypeError(f"role: expected str, got {type(role).__name__}")
+    return role
 
 
 def _handle(handle: BlockHandle) -> BlockHandle:
@@ -694,5 +857,5 @@ def _whole(what: str, value: int) -> int:
     """A whole number of at least 1 that no pool's arithmetic can overflow."""
     number = operator.index(value)
     if not 1 <= number <= _MOST:
-        raise ValueError(f"{what}: expected a whole number of at least 1, got {value}")
+        raise ValueError(f"{what}: expected a whole number from 1 to {_MOST}, got {value}")
     return number

@@ -21,54 +21,53 @@ What it does not do: keep a message that was taken by a process that then died, 
 
 from __future__ import annotations
 
-import functools
 import operator
 import queue as standard
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, TypeVar, overload
+from typing import Generic, NoReturn, TypeVar, overload
 
 import msgspec
 
 from shmblocks._os.sleeper import Sleeper
 from shmblocks._os.wait import LONGEST_SPIN, deadline_of, seconds_left
-from shmblocks._state.lifetime import leave_at_exit
-from shmblocks._state.queue_state import (
-    FULL,
-    MAX_CAPACITY,
-    MAX_MESSAGE_BYTES,
-    Ring,
-)
-from shmblocks.errors import MalformedHandleError, PoolClosedError, PoolNotFoundError
+from shmblocks._state import lifetime
+from shmblocks._state.info import ParticipantInfo
+from shmblocks._state.queue_state import FULL, MAX_CAPACITY, MAX_MESSAGE_BYTES, QueueState
+from shmblocks._state.shared_segment import ATTACH_POLL
+from shmblocks.errors import MalformedMessageError, PoolClosedError, PoolNotFoundError
 
 T = TypeVar("T")
 S = TypeVar("S")
-
-# Seconds between two looks for a queue that is not there yet.
-ATTACH_POLL = 0.01
 
 
 class HandleQueue(Generic[T]):
     """A queue that this process takes part in. Make one with `create` or `attach`."""
 
-    def __init__(self, ring: Ring, message_type: type[T] | None, spin: float) -> None:
-        """For `create` and `attach`; takes over the ring."""
-        self._ring = ring
+    def __init__(
+        self, state: QueueState, message_type: type[T] | None, spin: float, role: str
+    ) -> None:
+        """For `create` and `attach`; takes over the state."""
+        # Public for the parts of this package; users have no business with it.
+        self.state = state
         self._message_type = message_type
         self._spin = spin
+        self._role = role
         self._item_type: type = bytes if message_type is None else message_type
         self._decoder = msgspec.msgpack.Decoder(message_type) if message_type else None
         # Told by the next get: there were others with it.
-        self._malformed: deque[MalformedHandleError] = deque()
+        self._malformed: deque[MalformedMessageError] = deque()
         self._getting = Sleeper(
-            self._run, ring.puts, ring.getter_sleeps, ring.getter_gives_up, ring.has_message, spin
+            state.puts, state.getter_sleeps, state.getter_gives_up, state.has_message, spin
         )
         self._putting = Sleeper(
-            self._run, ring.gets, ring.putter_sleeps, ring.putter_gives_up, ring.has_room, spin
+            state.gets, state.putter_sleeps, state.putter_gives_up, state.has_room, spin
         )
-        self._finalizer = leave_at_exit(self, ring)
+        self._finalizer = lifetime.leave_when_dropped(self, state)
+        _open_queues[state.queue_id] = self
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -83,6 +82,7 @@ class HandleQueue(Generic[T]):
         message_type: type[S],
         spin: float = ...,
         group: str | None = ...,
+        role: str = ...,
     ) -> HandleQueue[S]: ...
 
     @overload
@@ -96,6 +96,7 @@ class HandleQueue(Generic[T]):
         message_type: None = ...,
         spin: float = ...,
         group: str | None = ...,
+        role: str = ...,
     ) -> HandleQueue[bytes]: ...
 
     @classmethod
@@ -108,31 +109,44 @@ class HandleQueue(Generic[T]):
         message_type: type[S] | None = None,
         spin: float = LONGEST_SPIN,
         group: str | None = None,
+        role: str = "",
     ) -> HandleQueue[S] | HandleQueue[bytes]:
         """Make a queue of `capacity` messages of up to `message_bytes` bytes each.
 
         message_type  a msgspec Struct that messages are encoded from and decoded to; None: bytes
         spin          seconds to spin for a message before sleeping; 0: never
         group         name of the Unix group that may use it too; None: this user alone
+        role          up to 63 bytes that inspectors and errors show for this process
+
+        Raises `PoolExistsError`, `SharedMemoryFullError`.
         """
         _in_range("capacity", capacity, MAX_CAPACITY)
         _in_range("message_bytes", message_bytes, MAX_MESSAGE_BYTES)
-
-        def create(made: list[Ring]) -> None:
-            Ring.create(name, capacity, message_bytes, group, made)
-
-        return _owning(create, message_type, spin)
+        state = QueueState.create(name, capacity, message_bytes, group, role)
+        return _owning(state, message_type, spin, role)
 
     @overload
     @classmethod
     def attach(
-        cls, name: str, *, timeout: float = ..., message_type: type[S], spin: float = ...
+        cls,
+        name: str,
+        *,
+        timeout: float = ...,
+        message_type: type[S],
+        spin: float = ...,
+        role: str = ...,
     ) -> HandleQueue[S]: ...
 
     @overload
     @classmethod
     def attach(
-        cls, name: str, *, timeout: float = ..., message_type: None = ..., spin: float = ...
+        cls,
+        name: str,
+        *,
+        timeout: float = ...,
+        message_type: None = ...,
+        spin: float = ...,
+        role: str = ...,
     ) -> HandleQueue[bytes]: ...
 
     @classmethod
@@ -143,21 +157,24 @@ class HandleQueue(Generic[T]):
         timeout: float = 0.0,
         message_type: type[S] | None = None,
         spin: float = LONGEST_SPIN,
+        role: str = "",
     ) -> HandleQueue[S] | HandleQueue[bytes]:
         """Take part in an existing queue; wait up to `timeout` seconds for it to appear."""
         deadline = deadline_of(timeout)
         while True:
             try:
-                return _owning(functools.partial(Ring.attach, name), message_type, spin)
+                state = QueueState.attach(name, role)
+                break
             except PoolNotFoundError:
                 if seconds_left(deadline) <= 0:
                     raise
-                time.sleep(ATTACH_POLL)
+            time.sleep(ATTACH_POLL)
+        return _owning(state, message_type, spin, role)
 
     def close(self) -> None:
         """Leave the queue; the last one to leave removes it. Idempotent."""
-        # First: who is told that it is time to look again must find it closed.
-        self._ring.leave()
+        # Leave first, so that waiters woken below see a closed queue.
+        self.state.leave()
         self._getting.close()
         self._putting.close()
         self._finalizer.detach()
@@ -175,8 +192,15 @@ class HandleQueue(Generic[T]):
 
     def __reduce__(
         self,
-    ) -> tuple[Callable[..., object], tuple[str, int, type[T] | None, float]]:
-        return (_reattach, (self.name, self._ring.queue_id, self._message_type, self._spin))
+    ) -> tuple[Callable[..., object], tuple[str, int, type[T] | None, float, str]]:
+        how = (self._message_type, self._spin, self._role)
+        return (_reattach, (self.name, self.state.queue_id, *how))
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(f"{self!r}: it cannot be copied; attach the queue again, or share this one")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
 
     def __repr__(self) -> str:
         try:
@@ -188,30 +212,34 @@ class HandleQueue(Generic[T]):
     @property
     def name(self) -> str:
         """With its leading slash."""
-        return self._ring.name
+        return self.state.name
 
     @property
     def capacity(self) -> int:
         """Messages that it can hold."""
-        return self._ring.capacity
+        return self.state.capacity
 
     @property
     def message_bytes(self) -> int:
         """The longest message, in bytes."""
-        return self._ring.message_bytes
+        return self.state.message_bytes
 
     @property
     def is_closed(self) -> bool:
         """Whether this process has left it."""
-        return self._ring.is_closed
+        return self.state.is_closed
 
     def qsize(self) -> int:
         """Messages in it, of this moment."""
-        return self._ring.messages
+        return self.state.messages
 
     def empty(self) -> bool:
         """Whether no message is in it, of this moment."""
         return self.qsize() == 0
+
+    def participants(self) -> list[ParticipantInfo]:
+        """Everyone attached, and the dead who were not cleared yet."""
+        return self.state.participant_infos()
 
     def full(self) -> bool:
         """Whether it has no room, of this moment."""
@@ -235,16 +263,18 @@ class HandleQueue(Generic[T]):
         """`put` that never waits."""
         self.put(item, block=False)
 
-    async def put_async(self, item: T) -> None:
+    async def put_async(self, item: T, timeout: float | None = None) -> None:
         """`put` for asyncio; cancelling it leaves no trace."""
         message = self._encode(item)
+        deadline = deadline_of(timeout)
         while not self._try_put(message):
-            await self._putting.until_changed_async()
+            if not await self._putting.until_changed_async(deadline):
+                raise standard.Full
 
     def _try_put(self, message: bytes) -> bool:
-        wake = self._run(self._ring.put, message)
+        wake = self.state.put(message)
         if wake > 0:
-            self._ring.puts.wake(wake)
+            self.state.puts.wake(wake)
         return wake != FULL
 
     # ---- getting -----------------------------------------------------------------------------
@@ -262,8 +292,7 @@ class HandleQueue(Generic[T]):
 
         A malformed one among them is the error of the next get.
         """
-        if limit < 1:
-            raise ValueError(f"limit: expected at least 1, got {limit}")
+        _in_range("limit", limit, MAX_CAPACITY)
         messages = self._take(limit, block, timeout)
         if self._decoder is None:
             return messages  # type: ignore[return-value]
@@ -283,35 +312,35 @@ class HandleQueue(Generic[T]):
                 return messages
         raise standard.Empty
 
-    async def get_async(self) -> T:
+    async def get_async(self, timeout: float | None = None) -> T:
         """`get` for asyncio; cancelling it takes no message."""
+        return self._decode((await self._take_async(1, timeout))[0])
+
+    async def get_many_async(self, limit: int, timeout: float | None = None) -> list[T]:
+        """`get_many` for asyncio; cancelling it takes no message."""
+        _in_range("limit", limit, MAX_CAPACITY)
+        messages = await self._take_async(limit, timeout)
+        return messages if self._decoder is None else self._decode_all(messages)  # type: ignore[return-value]
+
+    async def _take_async(self, limit: int, timeout: float | None) -> list[bytes]:
+        deadline = deadline_of(timeout)
         self._tell_malformed()
         while True:
-            messages = self._try_get(1)
+            messages = self._try_get(limit)
             if messages:
-                return self._decode(messages[0])
-            await self._getting.until_changed_async()
+                return messages
+            if not await self._getting.until_changed_async(deadline):
+                raise standard.Empty
 
     def _try_get(self, limit: int) -> list[bytes]:
-        if not self._ring.has_message():
+        if not self.state.has_message():
             # No lock taken to see that. Should the words be stale on this processor, the wait that
             # follows looks again under the lock.
             return []
-        messages, wake = self._run(self._ring.get, limit)
+        messages, wake = self.state.get(limit)
         if wake:
-            self._ring.gets.wake(wake)
+            self.state.gets.wake(wake)
         return messages
-
-    # ---- inside ------------------------------------------------------------------------------
-
-    def _run(self, body: Callable[..., S], *args: object) -> S:
-        ring = self._ring
-        if ring.place < 0:
-            # A forked child: from now on it takes part. The finalizer first: interrupted between
-            # the two, it is one too many, and not one too few.
-            self._finalizer = leave_at_exit(self, ring)
-            ring.run(ring.take_place)
-        return ring.mutex.run(body, *args)
 
     # ---- messages ----------------------------------------------------------------------------
 
@@ -322,9 +351,9 @@ class HandleQueue(Generic[T]):
                 f"got {type(item).__name__}: see `message_type` of create and attach"
             )
         message: bytes = item if self._decoder is None else _encoder.encode(item)  # type: ignore[assignment]
-        if len(message) > self._ring.message_bytes:
+        if len(message) > self.state.message_bytes:
             raise ValueError(
-                f"item: expected at most {self._ring.message_bytes} bytes, got {len(message)}; "
+                f"item: expected at most {self.state.message_bytes} bytes, got {len(message)}; "
                 "create the queue with larger message_bytes"
             )
         return message
@@ -334,7 +363,7 @@ class HandleQueue(Generic[T]):
         for message in messages:
             try:
                 decoded.append(self._decode(message))
-            except MalformedHandleError as error:
+            except MalformedMessageError as error:
                 self._malformed.append(error)
         if not decoded:
             self._tell_malformed()
@@ -350,7 +379,7 @@ class HandleQueue(Generic[T]):
         try:
             return self._decoder.decode(message)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise MalformedHandleError(
+            raise MalformedMessageError(
                 f"queue {self.name}: expected {self._message_type}, got {message!r}: {error}"
             ) from error
 
@@ -358,26 +387,29 @@ class HandleQueue(Generic[T]):
 _encoder = msgspec.msgpack.Encoder()
 
 
+# The queues of this process, by their ids: one that is unpickled again is the same object.
+_open_queues: weakref.WeakValueDictionary[int, HandleQueue[object]] = weakref.WeakValueDictionary()
+
+
 def _owning(
-    make: Callable[[list[Ring]], None], message_type: type[S] | None, spin: float
+    state: QueueState, message_type: type[S] | None, spin: float, role: str
 ) -> HandleQueue[S]:
-    """A queue over what `make` makes; left again when anything interrupts."""
-    made: list[Ring] = []
     try:
-        make(made)
-        return HandleQueue(made[0], message_type, spin)
+        return HandleQueue(state, message_type, spin, role)
     except BaseException:
-        for ring in made:
-            ring.leave()
+        state.leave()
         raise
 
 
 def _reattach(
-    name: str, queue_id: int, message_type: type[S] | None, spin: float
-) -> HandleQueue[S] | HandleQueue[bytes]:
-    """Unpickling in another process: attach, and make sure that it is the same queue."""
-    queue = _owning(functools.partial(Ring.attach, name), message_type, spin)
-    if queue._ring.queue_id != queue_id:
+    name: str, queue_id: int, message_type: type[S] | None, spin: float, role: str
+) -> HandleQueue[object]:
+    """Unpickling: this process's own object, or else attach, if it is still the same queue."""
+    there = _open_queues.get(queue_id)
+    if there is not None and not there.is_closed:
+        return there
+    queue: HandleQueue[object] = _owning(QueueState.attach(name, role), message_type, spin, role)
+    if queue.state.queue_id != queue_id:
         queue.close()
         raise PoolNotFoundError(
             f"queue {name}: the queue that was sent is gone, another has taken its name"

@@ -1,18 +1,26 @@
 """Views: the fields of an allocation as torch tensors over the shared memory, without a copy.
 
 Contract
-- A tensor of a view borrows the pool's mapping and keeps it alive, so that closing the pool under
-  a living tensor is safe: the memory stays mapped until the last tensor is gone.
+- Each tensor that is handed out has a storage of its own, of exactly the rows of its allocation.
+  Nothing that torch does to it (resize, swap of the storage, pickle, autograd, inference mode)
+  reaches the rows of another allocation, or a later view of the same one.
+- A tensor borrows the pool's mapping and keeps it alive, so that closing the pool under a living
+  tensor is safe: the memory stays mapped until the last tensor is gone.
 - What the memory *means* is not kept: after the lease or the allocation ended, another allocation
   may use the blocks. Copy (`tensor.clone()`) what must outlive it.
-- Tensors are made when they are asked for; torch is imported by the first one.
+- Torch is imported by the first tensor.
+
+Read-only memory: tensors of a lease may lie in a second mapping of the fields that the kernel lets
+nobody write to. Torch has no read-only tensors; a stray write is a segmentation fault at the line
+that writes, instead of a silent change of what other readers see.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from shmblocks._state.layout import AUX_BYTES, Layout
 from shmblocks.config import DTYPES, Field, PoolConfig
@@ -21,18 +29,116 @@ from shmblocks.handle import BlockHandle
 if TYPE_CHECKING:
     import torch
 
+AUX = "aux"
+_AUX_ITEMS = AUX_BYTES // 4
+
+
+class _Region(NamedTuple):
+    """One field as tensors need it; offsets and sizes in bytes."""
+
+    offset: int
+    token_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_transposed: bool
+
+
+class FieldMemory(Protocol):
+    """Where fields lie: gives bytes of it as tensors and as memoryviews."""
+
+    def tensor(self, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """One-dimensional, over `size` bytes, with a storage of its own."""
+        ...
+
+    def memory(self, offset: int, size: int) -> memoryview:
+        """The same bytes for the CPU; `InvalidStateError` where it cannot reach them."""
+        ...
+
+
+class HostMemory:
+    """The segment's mapping, or a read-only one of a part of it."""
+
+    def __init__(self, mapping: mmap.mmap, start: int = 0) -> None:
+        """Byte 0 of `mapping` is byte `start` of the segment."""
+        self._start = start
+        self._bytes = memoryview(mapping)
+        self._buffer: mmap.mmap | ctypes.Array[ctypes.c_char] = mapping
+        if self._bytes.readonly:
+            # Torch warns of buffers that are not writable; it is told nothing of that.
+            self._buffer = _window_on(mapping)
+
+    def tensor(self, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        at = offset - self._start
+        try:
+            return torch.frombuffer(
+                self._buffer, dtype=dtype, count=size // dtype.itemsize, offset=at
+            )
+        except (TypeError, ValueError, RuntimeError):
+            # Not every torch version makes every dtype from a buffer; all view bytes as it.
+            return torch.frombuffer(self._buffer, dtype=torch.uint8, count=size, offset=at).view(
+                dtype
+            )
+
+    def memory(self, offset: int, size: int) -> memoryview:
+        at = offset - self._start
+        return self._bytes[at : at + size]
+
+
+class _PyBuffer(ctypes.Structure):
+    """`Py_buffer` of the buffer protocol (docs.python.org/3/c-api/buffer.html)."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def _window_on(mapping: mmap.mmap) -> ctypes.Array[ctypes.c_char]:
+    """An object whose buffer is the mapping's memory; keeps the mapping alive.
+
+    It calls the memory writable. The kernel does not agree.
+    """
+    buffer = _PyBuffer()
+    get, release = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
+    get(ctypes.py_object(mapping), ctypes.byref(buffer), 0)
+    address: int = buffer.buf
+    release(ctypes.byref(buffer))
+    kind: type[ctypes.Array[ctypes.c_char]] = type(
+        "ReadOnlyWindow", (ctypes.c_char * len(mapping),), {}
+    )
+    window = kind.from_address(address)
+    window._mapping = mapping  # type: ignore[attr-defined]
+    return window
+
 
 class FieldTensors:
-    """One tensor per field over the whole pool, `[total_tokens, *shape]`, made once."""
+    """The fields of one pool as tensors, over the memory that they lie in."""
 
-    def __init__(self, mapping: mmap.mmap, config: PoolConfig, layout: Layout) -> None:
-        self._mapping = mapping
+    def __init__(
+        self,
+        config: PoolConfig,
+        layout: Layout,
+        aux: FieldMemory,
+        fields: FieldMemory | None = None,
+    ) -> None:
+        """`aux` always lies in the segment; `fields` elsewhere, if given."""
         self._config = config
         self._layout = layout
+        self._aux = aux
+        self._memory = fields or aux
         self._fields = {field.name: field for field in config.fields}
-        # Names of the fields that users see as `[k, tokens]`.
-        self.transposed = frozenset(field.name for field in config.fields if field.transposed)
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._regions: dict[str, _Region] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,73 +154,83 @@ class FieldTensors:
                 f"got {name!r}"
             ) from None
 
-    def offset(self, name: str) -> int:
-        """Where the field begins in the segment, or in the CUDA allocation, in bytes."""
-        return self._layout.fields[self.field(name).name]
+    def _region(self, name: str) -> _Region:
+        region = self._regions.get(name)
+        if region is None:
+            import torch
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The field of every token of the pool, as stored."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
             field = self.field(name)
-            tensor = self._make(
-                field.dtype,
-                (self._config.total_tokens, *field.shape),
-                self.offset(name),
-                self.field_bytes,
+            region = self._regions[name] = _Region(
+                self._layout.fields[name],
+                field.token_bytes,
+                getattr(torch, DTYPES[field.dtype][1]),
+                field.shape,
+                field.transposed,
             )
-            self._tensors[name] = tensor
-        return tensor
+        return region
 
-    def aux(self) -> torch.Tensor:
+    def rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Tokens `first .. first + count - 1` of a field: `[count, *shape]`; a transposed field:
+        `[k, count]`."""
+        offset, token_bytes, dtype, shape, is_transposed = self._region(name)
+        flat = self._memory.tensor(offset + first * token_bytes, count * token_bytes, dtype)
+        if not shape:
+            return flat
+        rows = flat.view(count, *shape)
+        return rows.t() if is_transposed else rows
+
+    def row_bytes(self, name: str, first: int, count: int) -> memoryview:
+        """The same rows as bytes, as stored."""
+        field = self.field(name)
+        offset = self._layout.fields[name] + first * field.token_bytes
+        return self._memory.memory(offset, count * field.token_bytes)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """The field of every token of the pool, as stored: `[total_tokens, *shape]`."""
+        region = self._region(name)
+        total = self._config.total_tokens
+        flat = self._memory.tensor(region.offset, total * region.token_bytes, region.dtype)
+        return flat.view(total, *region.shape)
+
+    def aux(self, block: int) -> torch.Tensor:
+        """int32 `[16]` of one block."""
+        import torch
+
+        return self._aux.tensor(self._layout.aux + block * AUX_BYTES, AUX_BYTES, torch.int32)
+
+    def whole_aux(self) -> torch.Tensor:
         """int32 `[total_blocks, 16]`."""
-        tensor = self._tensors.get("aux")
-        if tensor is None:
-            shape = (self._config.total_blocks, AUX_BYTES // 4)
-            tensor = self._make("int32", shape, self._layout.aux, self._segment_bytes)
-            self._tensors["aux"] = tensor
-        return tensor
-
-    def _make(
-        self,
-        dtype: str,
-        shape: tuple[int, ...],
-        offset: int,
-        get: Callable[[int, int], torch.Tensor],
-    ) -> torch.Tensor:
         import torch
 
-        size, torch_name = DTYPES[dtype]
-        count = size
-        for length in shape:
-            count *= length
-        # Bytes first: frombuffer does not know every dtype in every torch version, views do.
-        return get(offset, count).view(getattr(torch, torch_name)).view(shape)
+        size = self._config.total_blocks * AUX_BYTES
+        return self._aux.tensor(self._layout.aux, size, torch.int32).view(-1, _AUX_ITEMS)
 
-    def field_bytes(self, offset: int, size: int) -> torch.Tensor:
-        """A part of the memory that fields lie in, as uint8."""
-        return self._segment_bytes(offset, size)
-
-    def _segment_bytes(self, offset: int, size: int) -> torch.Tensor:
-        import torch
-
-        return torch.frombuffer(self._mapping, dtype=torch.uint8, count=size, offset=offset)
+    def aux_bytes(self, block: int) -> memoryview:
+        """The 64 bytes of one block's aux."""
+        return self._aux.memory(self._layout.aux + block * AUX_BYTES, AUX_BYTES)
 
 
 class BlockView(Mapping[str, "torch.Tensor"]):
     """The fields of one allocation. Borrows the memory, keeps the mapping alive, owns no block.
 
     `view["input_embeddings"]` is `[num_tokens, *shape]` of the field's dtype (a transposed field:
-    `[k, num_tokens]`), in place; `view.aux` the allocation's int32[16].
+    `[k, num_tokens]`), in place; `view.aux` the allocation's int32[16]. Each access makes a tensor
+    of its own. When the reservation was published or freed, or the lease released, the next access
+    raises `InvalidStateError`; tensors that were taken before still look at the memory.
     """
 
-    __slots__ = ("_owner", "_tensors", "handle", "start_token")
+    __slots__ = ("_require", "_tensors", "handle", "start_token")
 
     def __init__(
-        self, tensors: FieldTensors, handle: BlockHandle, start_token: int, owner: object
+        self,
+        tensors: FieldTensors,
+        handle: BlockHandle,
+        start_token: int,
+        require: Callable[[BlockHandle], None],
     ) -> None:
-        """`owner` is kept alive: a pool that is dropped under a view must not leave."""
-        self._owner = owner
+        """`require` raises when the blocks may not be used any more. Whatever it is bound to is
+        kept alive: a pool that is dropped under a view must not leave."""
+        self._require = require
         self._tensors = tensors
         self.handle = handle
         self.start_token = start_token
@@ -127,12 +243,22 @@ class BlockView(Mapping[str, "torch.Tensor"]):
     @property
     def aux(self) -> torch.Tensor:
         """int32[16]: `aux[0]` total length in tokens, `aux[1]` mrope position delta."""
-        return self._tensors.aux()[self.handle.start_block]
+        self._require(self.handle)
+        return self._tensors.aux(self.handle.start_block)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        start, tensors = self.start_token, self._tensors
-        rows = tensors.tensor(name)[start : start + self.handle.num_tokens]
-        return rows.t() if name in tensors.transposed else rows
+        self._require(self.handle)
+        return self._tensors.rows(name, self.start_token, self.handle.num_tokens)
+
+    def memory(self, name: str) -> memoryview:
+        """The bytes of a field's rows as they are stored (`"aux"`: its 64 bytes), in place.
+
+        Writable in a view of a reservation, read-only in one of a lease with read-only memory.
+        """
+        self._require(self.handle)
+        if name == AUX:
+            return self._tensors.aux_bytes(self.handle.start_block)
+        return self._tensors.row_bytes(name, self.start_token, self.handle.num_tokens)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors.names)
@@ -147,3 +273,64 @@ class BlockView(Mapping[str, "torch.Tensor"]):
 
     def __repr__(self) -> str:
         return f"BlockView({self.handle}, fields={', '.join(self._tensors.names)})"
+
+
+def fill(view: BlockView, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+    """Copy `tensors` into a view, and say in `aux` how many tokens they are.
+
+    `tensors` has every field, of its dtype, `[num_tokens, *shape]` (a transposed field
+    `[k, num_tokens]`), on any device and with any strides; `"aux"` int32[16] may be among them.
+    """
+    import torch
+
+    with torch.no_grad():
+        aux = tensors.get(AUX)
+        if aux is None:
+            view.aux.zero_()[0] = num_tokens
+        else:
+            view.aux.copy_(aux)
+        for name in view:
+            view[name].copy_(tensors[name])
+
+
+def count_tokens(config: PoolConfig, tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many tokens `tensors` are; TypeError or ValueError when they do not fit the fields."""
+    import torch
+
+    fields = {field.name: field for field in config.fields}
+    unknown = [name for name in tensors if name not in fields and name != AUX]
+    missing = [name for name in fields if name not in tensors]
+    if unknown or missing or not fields:
+        raise ValueError(
+            f"tensors: expected the fields {', '.join(fields) or '(the pool has none)'}, got "
+            f"{', '.join(tensors) or 'none'}"
+        )
+    num_tokens = -1
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensors[{name!r}]: expected a tensor, got {type(tensor).__name__}")
+        if name == AUX:
+            _require_like(name, tensor, torch.int32, (_AUX_ITEMS,))
+            continue
+        field = fields[name]
+        axis = 1 if field.transposed else 0
+        if num_tokens < 0 and tensor.dim() > axis:
+            num_tokens = tensor.shape[axis]
+        shape = (*field.shape, num_tokens) if field.transposed else (num_tokens, *field.shape)
+        _require_like(name, tensor, getattr(torch, DTYPES[field.dtype][1]), shape)
+    if num_tokens < 1:
+        raise ValueError("tensors: expected at least one token, got none")
+    return num_tokens
+
+
+def _require_like(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(
+            f"tensors[{name!r}]: expected {dtype}, got {tensor.dtype}; convert it with `.to(dtype)`"
+        )
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"tensors[{name!r}]: expected the shape {list(shape)}, got {list(tensor.shape)}"
+        )

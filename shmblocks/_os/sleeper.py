@@ -1,7 +1,7 @@
 """Waiting for a word of a segment as `waiting.py` draws it, from a thread or from asyncio.
 
 One `Sleeper` stands for one thing to wait for (a message, room) in one process. What is particular
-to it are three operations, the first two under the segment's lock:
+to it are three operations, of which the first two take the segment's lock:
 
     register() -> seen    count one more asleep and give the word's value; -1: no need to sleep
     give_up(seen)         take that back; True: what is waited for is there, wake another
@@ -13,13 +13,15 @@ may have been its own to the next.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
 
 from shmblocks._os.futex import Futex
 from shmblocks._os.futex_asyncio import LoopWaiters
-from shmblocks._os.wait import Run, Spinner, seconds_left
+from shmblocks._os.wait import Spinner, seconds_left
+from shmblocks.errors import ShmBlocksError
 
 
 class Sleeper:
@@ -27,7 +29,6 @@ class Sleeper:
 
     def __init__(
         self,
-        run: Run,
         futex: Futex,
         register: Callable[[], int],
         give_up: Callable[[int], bool],
@@ -35,7 +36,6 @@ class Sleeper:
         spin: float,
     ) -> None:
         """`spin`: seconds to spin before sleeping."""
-        self._run = run
         self._futex = futex
         self._register = register
         self._give_up = give_up
@@ -54,7 +54,7 @@ class Sleeper:
         if spinner.until_changed(futex, seen, seconds_left(deadline)):
             return True
         if seconds_left(deadline) > 0:
-            seen = self._run(self._register)
+            seen = self._register()
             if seen < 0 or self._sleep(seen, deadline):
                 spinner.slept(began)
                 return True
@@ -71,24 +71,31 @@ class Sleeper:
                 self._futex.wait(seen, left)
                 changed = self._futex.value != seen & 0xFFFFFFFF
         finally:
-            if not changed and self._run(self._give_up, seen):
+            if not changed and self._give_up(seen):
                 self._futex.wake(1)
         return True
 
-    async def until_changed_async(self) -> None:
-        """Return when it is time to look again."""
-        seen = self._run(self._register)
+    async def until_changed_async(self, deadline: float | None = None) -> bool:
+        """As `until_changed`, from asyncio; it never spins."""
+        left = seconds_left(deadline)
+        if left <= 0:
+            return False
+        seen = self._register()
         if seen < 0:
-            return
+            return True
         changed = False
         process = os.getpid()
         try:
-            await self._loops.sleep(seen)
-            changed = True
+            await self._loops.sleep(seen, None if deadline is None else left)
+            changed = self._futex.value != seen & 0xFFFFFFFF
         finally:
-            # (A forked child that drops its parent's coroutines gives up nothing.)
+            # Cancelled, or nothing came in time. (A forked child that drops its parent's
+            # coroutines gives up nothing.) When the queue was closed meanwhile there is nothing to
+            # give up, and what ends the wait must not be replaced by that.
             if not changed and process == os.getpid():
-                self._run(self._give_up, seen)
+                with contextlib.suppress(ShmBlocksError):
+                    self._give_up(seen)
+        return True
 
     def close(self) -> None:
         """End the waits of this process's event loops, once nobody can begin another."""

@@ -385,6 +385,19 @@ class PoolState(PoolParts):
         """Lock-free: whether it is a reservation of this process without open leases."""
         return self.blocks.seems_reserved(handle, self.participants.me_word)
 
+    def is_mine(self, handle: BlockHandle) -> bool:
+        """Lock-free, as `seems_mine`, but whatever leases are open and whatever its length is."""
+        word = self.layout.record_word(handle.start_block)
+        words = self.segment.words
+        try:
+            return bool(
+                words[word] == _RESERVED
+                and words[word + 1] == handle.generation
+                and words[word + 4] == self.participants.me_word
+            )
+        except ValueError:
+            return False  # released memory: the pool was closed
+
     @transaction
     def require_mine(self, handle: BlockHandle) -> bool:
         """Raise when it is no reservation of this process; True: a writer's stream works on it."""
@@ -412,7 +425,8 @@ class PoolState(PoolParts):
         try:
             return self._open(handle, WRITES if for_write else READS, moment)
         except BaseException:
-            self._undo_open(moment)
+            with contextlib.suppress(PoolClosedError):
+                self._give_back_opened(moment)
             raise
 
     @transaction
@@ -435,9 +449,10 @@ class PoolState(PoolParts):
             key = self.blocks.open(handle.start_block, record, kind, me, moment)
         return Opened(key, kind == WRITES or ready == handle.generation)
 
-    def _undo_open(self, moment: int) -> None:
+    def undo_open(self, key: LeaseKey) -> None:
+        """Give back a lease whose opening was interrupted, or failed, after it was taken."""
         with contextlib.suppress(PoolClosedError):
-            self._give_back_opened(moment)
+            self.release(key, unread=True)
 
     @transaction
     def _give_back_opened(self, moment: int) -> None:
@@ -474,7 +489,9 @@ class PoolState(PoolParts):
             self.blocks.fail(handle.start_block, record)
 
     @transaction
-    def fail_if_over(self, start_block: int, generation: int, is_believed_dead: bool) -> bool | None:
+    def fail_if_over(
+        self, start_block: int, generation: int, is_believed_dead: bool
+    ) -> bool | None:
         """Whether what a stream waits for is ready or failed; None: its producer is dead.
 
         A producer that is *gone* has failed. `is_believed_dead`: so has one that was dead for long

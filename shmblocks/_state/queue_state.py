@@ -1,15 +1,9 @@
-"""The shared state of a queue: a ring of fixed slots in a segment of its own.
+"""The shared state of a queue: a message ring of fixed slots in a segment of its own.
 
-    offset
-    0       header, words:  0-4 as in layout.py   8 removed   9 pid of the last lock holder
-                            16 head: messages taken so far    18 getters asleep on `tail`
-                            17 tail: messages put so far      19 putters asleep on `head`
-                            24 capacity                       25 bytes per message
-    4096    slot 0: length (8 bytes), then the message
-            slot 1 ...      slot k holds message number n when n % capacity == k
+The byte layout is `QueueLayout` in layout.py.
 
 Contract
-- Order is FIFO over all putters. Every operation runs under the lock and has one store that commits
+- Order is FIFO over all putters. Every operation is a transaction and has one store that commits
   it: of `tail` for a put, of `head` for a get. Killed before it, nothing happened; after it, a
   getter takes the messages that it had in hand with it, and nobody else notices.
 - Lengths and counts read from the segment are checked before they are used.
@@ -27,27 +21,20 @@ import secrets
 import struct
 import time
 
-from shmblocks._os.filelock import PLACE_BYTE, PLACE_BYTES
 from shmblocks._os.futex import Futex
 from shmblocks._os.segment import create_unnamed, normal_name, open_existing
 from shmblocks._state.identity import Identity
 from shmblocks._state.layout import (
-    H_LOCK_HOLDER,
-    H_REMOVED,
-    HEADER_BYTES,
+    H_NEXT_INCARNATION,
     IDENTITY,
     LAYOUT_VERSION,
     QUEUE_MAGIC,
     WORD,
+    QueueLayout,
 )
-from shmblocks._state.naming import anyone_lives, take_name
+from shmblocks._state.mutex import transaction
 from shmblocks._state.shared_segment import SharedSegment
-from shmblocks.errors import (
-    IncompatiblePoolError,
-    PoolClosedError,
-    PoolNotFoundError,
-    TooManyParticipantsError,
-)
+from shmblocks.errors import DamagedPoolError
 
 Q_HEAD = 16
 Q_TAIL = 17
@@ -58,31 +45,37 @@ _SIZES_OFFSET = 24 * WORD
 
 MAX_CAPACITY = 1 << 24
 MAX_MESSAGE_BYTES = 1 << 20
-LOCK_TIMEOUT = 30.0
+DEFAULT_LOCK_TIMEOUT = 30.0
 
 FULL = -1
 
-# What the counts of sleepers are held to: who wakes by itself and sleeps again is one too many.
-# Larger: more needless system calls when a queue gets busy after it was idle. Smaller: with more
-# threads than that asleep at once, some are woken only by their own clock.
+# What the counts of sleepers are held to: one that wakes by itself and sleeps again is one too
+# many. Larger: more needless system calls when a queue gets busy after it was idle. Smaller: with
+# more threads than that asleep at once, some are woken only by their own clock.
 MOST_ASLEEP = 1 << 12
 
 
-class Ring(SharedSegment):
+class QueueState(SharedSegment):
     """One queue's segment as one process sees it."""
 
+    kind = "queue"
+
     def __init__(
-        self, fd: int, name: str, queue_id: int, capacity: int, message_bytes: int
+        self,
+        fd: int,
+        name: str,
+        queue_id: int,
+        layout: QueueLayout,
+        message_bytes: int,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
     ) -> None:
         """Map the segment behind `fd` (which stays the caller's)."""
-        super().__init__(fd, segment_bytes(capacity, message_bytes), name, LOCK_TIMEOUT)
+        super().__init__(fd, name, layout, layout.PARTICIPANTS, lock_timeout)
         self.queue_id = queue_id
-        self.capacity = capacity
+        self.capacity = layout.capacity
         self.message_bytes = message_bytes
-        self._slot_bytes = _slot_bytes(message_bytes)
-        # Asked once: a section tells who is in it.
-        self._pid = os.getpid()
-        self.place = -1
+        self._slots = layout.slots
+        self._slot_bytes = layout.slot_bytes
         self.puts = Futex(self.segment.mapping, Q_TAIL * WORD)
         self.gets = Futex(self.segment.mapping, Q_HEAD * WORD)
 
@@ -90,80 +83,42 @@ class Ring(SharedSegment):
 
     @classmethod
     def create(
-        cls, name: str, capacity: int, message_bytes: int, group: str | None, made: list[Ring]
-    ) -> None:
-        """A new queue of that name; a dead leftover of the name is replaced.
-
-        `made` gets it before anybody can see it: a caller that is interrupted leaves what is there.
-        """
+        cls, name: str, capacity: int, message_bytes: int, group: str | None, role: str
+    ) -> QueueState:
+        """A new queue of that name; a dead leftover of the name is replaced."""
         name = normal_name(name)
-        size = segment_bytes(capacity, message_bytes)
-        with create_unnamed(size, name, group) as file:
+        layout = QueueLayout(capacity, message_bytes)
+        with create_unnamed(layout.segment_bytes, name, group) as file:
             fd = file.fileno()
             queue_id = secrets.randbits(64)
             identity = IDENTITY.pack(
-                QUEUE_MAGIC, LAYOUT_VERSION, queue_id, size, time.monotonic_ns()
+                QUEUE_MAGIC, LAYOUT_VERSION, queue_id, layout.segment_bytes, time.monotonic_ns()
             )
             os.pwrite(fd, identity, 0)
+            os.pwrite(fd, (1).to_bytes(WORD, "little"), H_NEXT_INCARNATION * WORD)
             os.pwrite(fd, _SIZES.pack(capacity, message_bytes), _SIZES_OFFSET)
-            ring = cls(fd, name, queue_id, capacity, message_bytes)
-            made.append(ring)
-            ring.run(ring.take_place)
-            take_name(fd, name, LOCK_TIMEOUT)
+            state = cls(fd, name, queue_id, layout, message_bytes)
+            return state.publish_name(fd, role, lambda: None)
 
     @classmethod
-    def attach(cls, name: str, made: list[Ring]) -> None:
-        """The living queue of that name; `made` as above."""
+    def open_unjoined(cls, name: str, lock_timeout: float = DEFAULT_LOCK_TIMEOUT) -> QueueState:
+        """The queue of that name, without becoming a participant."""
         name = normal_name(name)
         with open_existing(name) as file:
             fd = file.fileno()
             identity = Identity(fd, name, QUEUE_MAGIC)
             capacity, message_bytes = _SIZES.unpack(os.pread(fd, _SIZES.size, _SIZES_OFFSET))
-            if (
-                not 1 <= capacity <= MAX_CAPACITY
-                or not 1 <= message_bytes <= MAX_MESSAGE_BYTES
-                or segment_bytes(capacity, message_bytes) != identity.size_bytes
-            ):
-                raise IncompatiblePoolError(f"queue {name}: its header is damaged")
-            ring = cls(fd, name, identity.pool_id, capacity, message_bytes)
-            made.append(ring)
-            ring.run(ring.join)
+            if not 1 <= capacity <= MAX_CAPACITY or not 1 <= message_bytes <= MAX_MESSAGE_BYTES:
+                raise _damaged_header(name)
+            layout = QueueLayout(capacity, message_bytes)
+            if layout.segment_bytes != identity.size_bytes:
+                raise _damaged_header(name)
+            return cls(fd, name, identity.pool_id, layout, message_bytes, lock_timeout)
 
-    def join(self) -> None:
-        """Under the lock: take part, if there is still something to take part in."""
-        if self.segment.words[H_REMOVED] or not self.segment.has_name:
-            raise PoolNotFoundError(f"queue {self.name}: it was removed just now")
-        if not anyone_lives(self.locks):
-            raise PoolNotFoundError(
-                f"queue {self.name}: all its processes are dead, what is there is a leftover; the "
-                "next `create` of that name replaces it"
-            )
-        self.take_place()
-
-    def take_place(self) -> None:
-        """Lock a byte that says, for as long as this process lives, that the queue is in use."""
-        for place in range(PLACE_BYTES):
-            if self.locks.try_lock(PLACE_BYTE + place):
-                self.place = place
-                return
-        raise TooManyParticipantsError(f"queue {self.name}: {PLACE_BYTES} processes use it")
-
-    def entered(self) -> None:
-        self.segment.words[H_LOCK_HOLDER] = self._pid
-
-    def describe_holder(self) -> str:
-        return f"a process with pid {self.segment.words[H_LOCK_HOLDER]}"
-
-    def forget_parent(self) -> None:
-        self.place = -1
-        self._pid = os.getpid()
-
-    def _leave(self) -> None:
-        """The last one removes the queue with what is in it."""
-        if self.place >= 0 and not anyone_lives(self.locks):
-            self.segment.words[H_REMOVED] = 1
-            self.segment.unlink()
-        self.drop()
+    @classmethod
+    def attach(cls, name: str, role: str) -> QueueState:
+        """The living queue of that name, with this process as a participant."""
+        return cls.open_unjoined(name).join(role)
 
     def drop(self) -> None:
         super().drop()
@@ -179,9 +134,7 @@ class Ring(SharedSegment):
         try:
             there: int = words[Q_TAIL] - words[Q_HEAD]
         except ValueError:  # released memory
-            raise PoolClosedError(
-                f"queue {self.name}: closed in this process; attach it again"
-            ) from None
+            raise self.mutex.closed() from None
         return min(max(0, there), self.capacity)
 
     def has_message(self) -> bool:
@@ -200,8 +153,9 @@ class Ring(SharedSegment):
         except ValueError:
             return True
 
-    # ---- under the lock ----------------------------------------------------------------------
+    # ---- transactions ------------------------------------------------------------------------
 
+    @transaction
     def put(self, message: bytes) -> int:
         """Append a message; how many sleeping getters must be woken, or `FULL`."""
         words = self.segment.words
@@ -211,7 +165,7 @@ class Ring(SharedSegment):
             return FULL
         if not 0 <= there < self.capacity or tail == _LAST:
             raise self._damaged(f"it counts {there} messages in {self.capacity} slots")
-        offset = HEADER_BYTES + tail % self.capacity * self._slot_bytes
+        offset = self._slots + tail % self.capacity * self._slot_bytes
         slot = len(message).to_bytes(WORD, "little") + message
         self.segment.memory[offset : offset + len(slot)] = slot
         words[Q_TAIL] = tail + 1
@@ -221,6 +175,7 @@ class Ring(SharedSegment):
             return 1
         return 0
 
+    @transaction
     def get(self, limit: int) -> tuple[list[bytes], int]:
         """Take up to `limit` messages, oldest first (none when the queue is empty); and how many
         sleeping putters must be woken."""
@@ -241,24 +196,28 @@ class Ring(SharedSegment):
         return messages, wake
 
     def _message(self, number: int) -> bytes:
-        offset = HEADER_BYTES + number % self.capacity * self._slot_bytes
+        offset = self._slots + number % self.capacity * self._slot_bytes
         length: int = self.segment.words[offset // WORD]
         if length > self.message_bytes:
             raise self._damaged(f"a message claims {length} of {self.message_bytes} bytes")
         return bytes(self.segment.memory[offset + WORD : offset + WORD + length])
 
+    @transaction
     def getter_sleeps(self) -> int:
         """Register as asleep; the value of `tail` to sleep on, or -1 when a message is there."""
         return -1 if self.has_message() else self._sleeps(Q_TAIL, Q_GETTERS_ASLEEP)
 
+    @transaction
     def getter_gives_up(self, seen: int) -> bool:
         """Take back a registration; True: a message is there, so that another must be woken."""
         return self._gives_up(Q_TAIL, Q_GETTERS_ASLEEP, seen, self.has_message())
 
+    @transaction
     def putter_sleeps(self) -> int:
         """Register as asleep; the value of `head` to sleep on, or -1 when there is room."""
         return -1 if self.has_room() else self._sleeps(Q_HEAD, Q_PUTTERS_ASLEEP)
 
+    @transaction
     def putter_gives_up(self, seen: int) -> bool:
         """Take back a registration; True: there is room, so that another must be woken."""
         return self._gives_up(Q_HEAD, Q_PUTTERS_ASLEEP, seen, self.has_room())
@@ -270,19 +229,16 @@ class Ring(SharedSegment):
         return seen
 
     def _gives_up(self, word: int, count: int, seen: int, is_there: bool) -> bool:
-        """Count one off: ourselves, or the next if we were counted off by the change already.
-
-        Nobody is counted off when what changed is gone again: we may have been, and those who are
-        asleep now must stay counted.
-        """
+        """Decrement the sleeper count, unless a put or get already did so for us: then the word
+        changed and the item is gone again."""
         words = self.segment.words
         changed: bool = words[word] != seen
         if words[count] and (is_there or not changed):
             words[count] -= 1
         return changed and is_there
 
-    def _damaged(self, why: str) -> IncompatiblePoolError:
-        return IncompatiblePoolError(
+    def _damaged(self, why: str) -> DamagedPoolError:
+        return DamagedPoolError(
             f"queue {self.name}: {why}: something else wrote into the segment; create it anew"
         )
 
@@ -290,10 +246,5 @@ class Ring(SharedSegment):
 _LAST = (1 << 64) - 1
 
 
-def _slot_bytes(message_bytes: int) -> int:
-    return WORD + -(-message_bytes // WORD) * WORD
-
-
-def segment_bytes(capacity: int, message_bytes: int) -> int:
-    """Size of the segment of a queue."""
-    return HEADER_BYTES + capacity * _slot_bytes(message_bytes)
+def _damaged_header(name: str) -> DamagedPoolError:
+    return DamagedPoolError(f"queue {name}: its header is damaged; create it anew")

@@ -17,9 +17,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from shmblocks.cuda.driver import Gpu
-from shmblocks.errors import CudaUnavailableError
+from shmblocks.errors import CudaUnavailableError, InvalidStateError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DeviceMemory:
@@ -44,6 +48,29 @@ class DeviceMemory:
     def keep_until_exit(self) -> None:
         """Others have it open: never free it."""
         _kept.append(self)
+
+
+class DeviceFields:
+    """Fields in device memory, which the first tensor opens (`view.FieldMemory`)."""
+
+    def __init__(self, open_memory: Callable[[], DeviceMemory]) -> None:
+        self._open = open_memory
+        self._memory: DeviceMemory | None = None
+
+    def tensor(self, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """One-dimensional, over `size` bytes, with a storage of its own."""
+        memory = self._memory
+        if memory is None:
+            memory = self._memory = self._open()
+        data = memory.gpu.bytes_at(
+            memory.device, memory.home, memory.address + offset, size, memory
+        )
+        return data.view(dtype)
+
+    def memory(self, offset: int, size: int) -> memoryview:
+        raise InvalidStateError(
+            "memory: the fields of a CUDA pool are not in host memory; take tensors instead"
+        )
 
 
 _lock = threading.Lock()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from shmblocks._state.pool_state import Ledger
+from shmblocks._state.pool_state import PoolState
 from shmblocks.config import PoolConfig
-from shmblocks.view import FieldTensors
+from shmblocks.view import FieldTensors, HostMemory
 
 if TYPE_CHECKING:
     import torch
@@ -37,28 +37,35 @@ def _device_name(device: str | torch.device) -> str:
     return name
 
 
-def allocate_on_gpu(ledger: Ledger) -> None:
+def allocate_on_gpu(state: PoolState) -> None:
     """As the creator of a CUDA pool: make its device memory, and say where others find it."""
     from shmblocks.cuda.use import GpuUse
 
-    use = GpuUse.start(ledger)
-    use.allocate(int(ledger.config.device.partition(":")[2]), ledger.layout.device_bytes)
+    use = GpuUse.start(state)
+    use.allocate(int(state.config.device.partition(":")[2]), state.layout.device_bytes)
     use.register()
 
 
-def field_tensors(ledger: Ledger) -> FieldTensors:
-    """The fields of a pool as tensors, wherever they lie."""
-    mapping = ledger.segment.mapping
-    if not ledger.config.is_on_gpu:
-        return FieldTensors(mapping, ledger.config, ledger.layout)
-    from shmblocks.cuda.tensors import DeviceTensors
+def field_tensors(state: PoolState) -> FieldTensors:
+    """The fields of a pool as tensors to write to, wherever they lie."""
+    host = HostMemory(state.segment.mapping)
+    if not state.config.is_on_gpu:
+        return FieldTensors(state.config, state.layout, host)
+    from shmblocks.cuda.memory import DeviceFields
 
-    # By the ledger, not by the pool: tensors do not keep a pool from being dropped.
-    open_memory = functools.partial(_open_device_memory, ledger)
-    return DeviceTensors(mapping, ledger.config, ledger.layout, open_memory)
+    # By the state, not by the pool: tensors do not keep a pool from being dropped.
+    device = DeviceFields(functools.partial(_open_device_memory, state))
+    return FieldTensors(state.config, state.layout, host, device)
 
 
-def _open_device_memory(ledger: Ledger) -> DeviceMemory:
+def read_only_tensors(state: PoolState) -> FieldTensors:
+    """The fields and aux of a pool in host memory, through a mapping that cannot be written to."""
+    start = state.layout.aux
+    mapping = state.segment.readonly_mapping(start, state.layout.segment_bytes - start)
+    return FieldTensors(state.config, state.layout, HostMemory(mapping, start))
+
+
+def _open_device_memory(state: PoolState) -> DeviceMemory:
     from shmblocks.cuda.use import GpuUse
 
-    return GpuUse.start(ledger).memory()
+    return GpuUse.start(state).memory()

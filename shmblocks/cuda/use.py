@@ -24,18 +24,18 @@ import logging
 import threading
 from typing import TYPE_CHECKING, NamedTuple, Union
 
-from shmblocks._state.device import CREATOR_LEFT, EXPORTED, Export, read_export, write_export
+from shmblocks._state.device import CREATOR_LEFT, EXPORTED, Export
 from shmblocks._state.layout import WORD
 from shmblocks._state.mutex import is_inside
 from shmblocks._state.participants import HAS_DEVICE_MEMORY, ParticipantId
-from shmblocks._state.pool_state import Ledger
+from shmblocks._state.pool_state import PoolState
 from shmblocks.cuda import driver, memory
 from shmblocks.cuda.driver import Gpu
 from shmblocks.cuda.memory import DeviceMemory
 from shmblocks.cuda.watcher import Watcher
 from shmblocks.errors import (
     CudaUnavailableError,
-    IncompatiblePoolError,
+    DamagedPoolError,
     InvalidStateError,
     PeerDiedError,
     PoolClosedError,
@@ -53,10 +53,10 @@ _log = logging.getLogger("shmblocks")
 
 
 class GpuUse:
-    """The GPU part of a pool in this process. Borrows the ledger; `finish` ends it."""
+    """The GPU part of a pool in this process. Borrows the state; `finish` ends it."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
         self.gpu: Gpu = driver.load()
         self.device = self.gpu.current_device()
         self._memory: DeviceMemory | None = None
@@ -65,7 +65,7 @@ class GpuUse:
         self.words = 0
         self._opening = threading.Lock()
         self._is_finished = False
-        self.watcher = Watcher(ledger)
+        self.watcher = Watcher(state)
         # Generations of reservations that were given out to be written to on a stream.
         self.writing: set[int] = set()
         # The order of torch's current stream, which seldom changes.
@@ -74,19 +74,19 @@ class GpuUse:
         self._current_stream = self.gpu.current_stream
 
     @classmethod
-    def start(cls, ledger: Ledger) -> GpuUse:
+    def start(cls, state: PoolState) -> GpuUse:
         """Begin, and tell the others; what has begun already is given again."""
         with _starting:
-            if isinstance(ledger.outside, GpuUse):
-                return ledger.outside
-            if ledger.segment.mapped_fd < 0:
+            if isinstance(state.device_use, GpuUse):
+                return state.device_use
+            if state.segment.mapped_fd < 0:
                 raise CudaUnavailableError(
-                    f"pool {ledger.name}: this pool object came here through a fork; attach the "
+                    f"pool {state.name}: this pool object came here through a fork; attach the "
                     "pool in this process to use a GPU"
                 )
-            use = cls(ledger)
-            ledger.run(ledger.participants.becomes_gpu_user, ledger.segment.mapped_fd)
-            ledger.outside = use
+            use = cls(state)
+            state.become_gpu_user()
+            state.device_use = use
             return use
 
     # ---- memory ------------------------------------------------------------------------------
@@ -101,32 +101,32 @@ class GpuUse:
         with self._opening:
             if self._registered is not None:
                 return
-            segment = self._ledger.segment
+            segment = self._state.segment
             address = ctypes.addressof(ctypes.c_char.from_buffer(segment.mapping))
             size = segment.size_bytes
             try:
                 there = self.gpu.register(self.device, address, size)
             except CudaUnavailableError as error:
                 raise CudaUnavailableError(
-                    f"pool {self._ledger.name}: {size} bytes of shared memory cannot be registered "
+                    f"pool {self._state.name}: {size} bytes of shared memory cannot be registered "
                     f"with CUDA ({error}): see `ulimit -l` and the container's memory limit, or "
                     "use the pool without `pin`"
                 ) from error
             self._registered = _Registered(address, size)
             self.words = there
-            self._ledger.run(self._ledger.participants.note_pinned, size)
+            self._state.note_pinned(size)
 
     def allocate(self, device: int, size: int) -> None:
         """As the creator: make the pool's device memory and export it."""
-        ledger = self._ledger
+        state = self._state
         self.device = device
-        made = memory.allocate(self.gpu, device, size, ledger.pool_id)
+        made = memory.allocate(self.gpu, device, size, state.pool_id)
         handle = self.gpu.export(device, made.address)
-        me = ledger.participants.me
+        me = state.participants.me
         export = Export(EXPORTED, me.word if me else 0, self.gpu.uuid(device), handle)
-        ledger.run(write_export, ledger.segment.memory, export)
+        state.write_export(export)
         self._memory = made
-        ledger.run(ledger.participants.note_flags, HAS_DEVICE_MEMORY)
+        state.note_flags(HAS_DEVICE_MEMORY)
 
     def memory(self) -> DeviceMemory:
         """The pool's device memory; the first call opens it."""
@@ -135,16 +135,16 @@ class GpuUse:
         with self._opening:
             if self._memory is None:
                 self._memory = self._open()
-                self._ledger.run(self._ledger.participants.note_flags, HAS_DEVICE_MEMORY)
+                self._state.note_flags(HAS_DEVICE_MEMORY)
             return self._memory
 
     def _open(self) -> DeviceMemory:
-        ledger = self._ledger
-        mine = memory.of_pool(ledger.pool_id)
+        state = self._state
+        mine = memory.of_pool(state.pool_id)
         if mine is not None:
             self.device = mine.device
             return mine
-        export = ledger.run(read_export, ledger.segment.memory)
+        export = state.read_export()
         self._require_creator(export)
         try:
             return memory.open_exported(
@@ -152,24 +152,24 @@ class GpuUse:
                 self.device,
                 export.uuid,
                 export.handle,
-                ledger.layout.device_bytes,
-                ledger.pool_id,
+                state.layout.device_bytes,
+                state.pool_id,
             )
         except CudaUnavailableError as error:
             self._require_creator(export)
             raise CudaUnavailableError(
-                f"pool {ledger.name}: its GPU memory cannot be opened on device {self.device} "
+                f"pool {state.name}: its GPU memory cannot be opened on device {self.device} "
                 f"({error}): see `shmblocks doctor`"
             ) from error
 
     def _require_creator(self, export: Export) -> None:
-        ledger = self._ledger
+        state = self._state
         creator = ParticipantId.of(export.creator)
-        lives = ledger.run(ledger.participants.is_alive, creator)
+        lives = state.is_alive(creator)
         if export.state == CREATOR_LEFT or not lives:
             raise PeerDiedError(
-                f"pool {ledger.name}: the process that made its GPU memory "
-                f"({ledger.run(ledger.participants.describe, creator)}) has left; those who have "
+                f"pool {state.name}: the process that made its GPU memory "
+                f"({state.describe(creator)}) has left; those who have "
                 "the memory open go on, nobody else can open it: create the pool anew"
             )
 
@@ -179,10 +179,10 @@ class GpuUse:
         """What is enqueued on this stream (None: torch's current one) is to be ordered."""
         if self._registered is None:
             if self._is_finished:
-                raise PoolClosedError(f"pool {self._ledger.name}: closed in this process")
-            if not self._ledger.config.is_on_gpu:
+                raise PoolClosedError(f"pool {self._state.name}: closed in this process")
+            if not self._state.config.is_on_gpu:
                 raise InvalidStateError(
-                    f"pool {self._ledger.name}: expected a pinned pool where a stream is given: "
+                    f"pool {self._state.name}: expected a pinned pool where a stream is given: "
                     "call `pool.pin()` once in this process"
                 )
             self.register()
@@ -203,14 +203,14 @@ class GpuUse:
         """Raise when the stream is being captured into a graph."""
         if self.gpu.is_capturing(self.device, stream):
             raise InvalidStateError(
-                f"pool {self._ledger.name}: publish, open and release cannot be captured into a "
+                f"pool {self._state.name}: publish, open and release cannot be captured into a "
                 "CUDA graph, since each replay would use the generation of the capture; call them "
                 "outside, before and after the replay"
             )
 
     def ended(self) -> InvalidStateError:
         """What is raised once the words are not registered any more."""
-        return InvalidStateError(f"pool {self._ledger.name}: its GPU use has ended")
+        return InvalidStateError(f"pool {self._state.name}: its GPU use has ended")
 
     # ---- leaving -----------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class GpuUse:
         if is_inside():
             # What follows waits for streams, they for a watcher, and that for the operation.
             raise InvalidStateError(
-                f"pool {self._ledger.name}: closed by a signal handler or finalizer that "
+                f"pool {self._state.name}: closed by a signal handler or finalizer that "
                 "interrupted an operation of the same thread; set a flag there and close it later"
             )
         try:
@@ -234,12 +234,11 @@ class GpuUse:
             registered, self._registered = self._registered, None
             if registered is not None:
                 self.gpu.unregister(self.device, registered.address)
-            participants = self._ledger.participants
-            self._ledger.run(participants.was_gpu_user, self._ledger.segment.mapped_fd)
-        except (CudaUnavailableError, IncompatiblePoolError) as error:
+            self._state.end_gpu_use()
+        except (CudaUnavailableError, DamagedPoolError) as error:
             # A broken context, or a damaged segment: there is nothing left to wait for or to tell.
             # (Its text: a log that kept the error would keep our frames, and so the mapping.)
-            _log.warning("pool %s: leaving after an error: %s", self._ledger.name, str(error))
+            _log.warning("pool %s: leaving after an error: %s", self._state.name, str(error))
         finally:
             self.watcher.stop()
         self._is_finished = True

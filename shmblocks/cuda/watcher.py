@@ -8,7 +8,7 @@ What is written is `FAILED | generation`: it satisfies the wait, and is no gener
 
 When: as soon as the producer is *gone* (its last GPU work is over, see `participants.py`), so that
 nothing it still does can overwrite the mark. Where that cannot be seen (a forked child of it keeps
-its mapping), `PATIENCE` after it was first seen dead.
+its mapping), `DEAD_PATIENCE` after it was first seen dead.
 
 Contract
 - `watch` costs a dictionary's entry; the thread starts with the first and ends when there was
@@ -22,27 +22,24 @@ import logging
 import threading
 import time
 
-from shmblocks._state.participants import ParticipantId
-from shmblocks._state.pool_state import Ledger
+from shmblocks._state.pool_state import PoolState
+from shmblocks.cuda.order import DEAD_PATIENCE
 from shmblocks.errors import PoolClosedError, ShmBlocksError
 
-# Seconds between two looks. Shorter: more wake-ups while streams wait. Longer: streams of the dead
+# Seconds between two polls. Shorter: more wake-ups while streams wait. Longer: streams of the dead
 # wait longer.
 PERIOD = 0.05
 # Seconds. Shorter: busy processes start the thread more often (some 100 us).
 IDLE = 2.0
-# Seconds after which the dead are believed to write nothing more. Measured on an H100: the last
-# byte of a killed process arrived 6 ms after the kill at the latest.
-PATIENCE = 1.0
 
 _log = logging.getLogger("shmblocks")
 
 
 class Watcher:
-    """Watches the allocations that this process's streams wait for; borrows the ledger."""
+    """Watches the allocations that this process's streams wait for; borrows the state."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
         # Taken again by `stop`, when the collector drops the pool in the middle of what holds it.
         self._lock = threading.RLock()
         self._waits: dict[int, int] = {}
@@ -60,11 +57,6 @@ class Watcher:
                 )
                 self._thread.start()
 
-    @property
-    def is_running(self) -> bool:
-        """Whether there is a thread."""
-        return self._thread is not None
-
     def stop(self) -> None:
         """End the thread; nothing is watched any more."""
         self._stopped.set()
@@ -80,7 +72,7 @@ class Watcher:
             if self._waits:
                 idle_since = now
                 try:
-                    self._ledger.run(self.look)
+                    self.poll()
                 except PoolClosedError:
                     return
                 except ShmBlocksError as error:
@@ -95,26 +87,18 @@ class Watcher:
             self._thread = None
             return True
 
-    def look(self) -> None:
-        """Under the pool's lock: forget what was written, write for the dead."""
+    def poll(self) -> None:
+        """Forget what was written, write for the dead."""
         with self._lock:
             waits = list(self._waits.items())
+        now = time.monotonic()
         for generation, start in waits:
-            if self._is_settled(start, generation):
-                with self._lock:
+            dead_since = self._dead_since.get(generation)
+            is_believed_dead = dead_since is not None and now - dead_since > DEAD_PATIENCE
+            is_over = self._state.fail_if_over(start, generation, is_believed_dead)
+            with self._lock:
+                if is_over:
                     self._waits.pop(generation, None)
                     self._dead_since.pop(generation, None)
-
-    def _is_settled(self, start: int, generation: int) -> bool:
-        record = self._ledger.blocks.record(start)
-        if record.generation != generation or record.ready >= generation:
-            return True
-        owner = ParticipantId.of(record.owner)
-        if self._ledger.participants.is_alive(owner):
-            return False
-        since = self._dead_since.setdefault(generation, time.monotonic())
-        gone = self._ledger.participants.is_gone(owner)
-        if not gone and time.monotonic() - since < PATIENCE:
-            return False
-        self._ledger.blocks.fail(start, record)
-        return True
+                elif is_over is None:
+                    self._dead_since.setdefault(generation, now)
