@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from shmblocks._os import process as process
 from shmblocks._state.check import AllocationInfo, LeaseInfo, PoolStats, Violation
+from shmblocks._state.info import PoolSnapshot, PoolSummary
 from shmblocks._state.participants import ParticipantId, ParticipantInfo
 from shmblocks._state.reclaim import ReapReport
 from shmblocks._state.states import State
@@ -34,8 +35,6 @@ from shmblocks.errors import (
 from shmblocks.handle import BlockHandle
 from shmblocks.inspector import (
     PoolInspector,
-    PoolSnapshot,
-    PoolSummary,
     list_pools,
     open_inspector,
     remove_pool,
