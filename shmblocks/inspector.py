@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -315,8 +315,7 @@ class PoolState:
         )
 
     def check(self) -> list[Violation]:
-        found = self._ledger.run(_today.check, self._ledger)
-        return [Violation(each.invariant, each.message) for each in found]
+        return cast("list[Violation]", self._ledger.run(_today.check, self._ledger))
 
     def reap(self) -> ReapReport:
         return ReapReport(**msgspec.structs.asdict(self._ledger.run(self._ledger.reap)))
@@ -394,4 +393,5 @@ def _lease(info: _today.LeaseInfo) -> LeaseInfo:
 
 
 def open_inspector(name: str, *, lock_timeout: float | None = None) -> PoolInspector:
+    """See `PoolInspector`."""
     return PoolInspector(name, lock_timeout)
