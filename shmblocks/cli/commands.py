@@ -17,7 +17,6 @@ from shmblocks._state.info import ParticipantInfo, PoolSummary, ReapReport, Viol
 from shmblocks.cli.render import (
     Document,
     Line,
-    Style,
     Text,
     joined,
     line,
@@ -105,10 +104,10 @@ def _ls(_: Namespace) -> Answer:
 def _summary_row(summary: PoolSummary) -> Line:
     stats = summary.stats
     dead = used = use = "-"
-    dead_style: Style = "plain"
+    dead_style = ""
     if stats:
         dead = str(stats.dead_participants)
-        dead_style = "bad" if stats.dead_participants else "plain"
+        dead_style = "dead" if stats.dead_participants else ""
         used_blocks = stats.total_blocks - stats.free_blocks
         used = f"{used_blocks}/{stats.total_blocks}"
         use = share_text(used_blocks, stats.total_blocks)
@@ -156,11 +155,11 @@ def _check(arguments: Namespace) -> Answer:
     with PoolInspector(arguments.name) as pool:
         report = CheckReport(name=pool.name, violations=pool.check())
     if not report.violations:
-        return Answer(report, [line(f"{report.name}: ", Text("all invariants hold", "good"))])
-    found = Text(count_text(len(report.violations), "violation"), "bad")
+        return Answer(report, [line(f"{report.name}: ", Text("all invariants hold", "ok"))])
+    found = Text(count_text(len(report.violations), "violation"), "fail")
     document = [line(f"{report.name}: ", found)]
     for violation in report.violations:
-        number = Text(f"  invariant {violation.invariant}: ", "bad")
+        number = Text(f"  invariant {violation.invariant}: ", "fail")
         document.append(line(number, violation.message))
     return Answer(report, document, exit_code=1)
 
@@ -347,9 +346,6 @@ class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):
     checks: list[CheckResult]
 
 
-_STATUS_STYLES: dict[str, Style] = {"ok": "good", "warn": "warn", "fail": "bad", "skip": "dim"}
-
-
 def _doctor(_: Namespace) -> Answer:
     checks = list(run_checks())
     report = DoctorReport(healthy=all(check.status != "fail" for check in checks), checks=checks)
@@ -360,11 +356,10 @@ def _doctor(_: Namespace) -> Answer:
 
 
 def _check_lines(check: CheckResult, width: int) -> Document:
-    style = _STATUS_STYLES[check.status]
-    status = Text(f"{check.status:<4}", style)
+    status = Text(f"{check.status:<4}", check.status)
     lines = [line(status, f"  {check.name:<{width}}  {check.found}")]
     if check.advice:
-        lines.append(line(" " * (width + 8), Text(f"-> {check.advice}", style)))
+        lines.append(line(" " * (width + 8), Text(f"-> {check.advice}", check.status)))
     return lines
 
 
@@ -375,8 +370,8 @@ def _verdict(report: DoctorReport) -> Line:
         f"{count_text(found.count('fail'), 'failure')}, {found.count('skip')} skipped: "
     )
     if report.healthy:
-        return line(text, Text("pools work here", "good"))
-    return line(text, Text("see the failures above", "bad"))
+        return line(text, Text("pools work here", "ok"))
+    return line(text, Text("see the failures above", "fail"))
 
 
 DOCTOR = Command(

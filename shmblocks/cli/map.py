@@ -21,30 +21,26 @@ from shmblocks._state.info import AllocationInfo, ParticipantId, PoolSnapshot
 from shmblocks.cli.commands import Answer, Command, add_name
 from shmblocks.cli.render import (
     BLOCK_STATES,
+    OWNER_STYLES,
     Document,
     Line,
-    Style,
     Text,
     account,
     joined,
     line,
     participant_text,
-    state_text,
 )
 from shmblocks.doctor.words import count_text
 from shmblocks.inspector import PoolInspector
 
 # Rows of blocks. Smaller: large pools are shown coarser. Larger: picture and legend scroll away.
 ROWS = 16
-MARKS: dict[str, str] = {state: state[0].upper() for state in BLOCK_STATES if state != "free"}
+MARKS = {state: state[0].upper() for state in BLOCK_STATES if state != "free"}
 FREE_MARK = "."
 CONTINUES = "-"
 SEVERAL = "*"
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NO_LETTER_LEFT = "#"
-_OWNER_STYLES: tuple[Style, ...] = (
-    "owner-1", "owner-2", "owner-3", "owner-4", "owner-5", "owner-6",
-)  # fmt: skip
 
 
 class Span(NamedTuple):
@@ -177,7 +173,7 @@ def _letters(allocations: Sequence[AllocationInfo]) -> dict[ParticipantId, str]:
 
 def _picture_lines(picture: Picture, digits: int) -> Iterator[Line]:
     for first, cells in picture.rows():
-        states = [Text(cell.mark, state_text(cell.state).style) for cell in cells]
+        states = [Text(cell.mark, cell.state) for cell in cells]
         yield line(Text(f"{first:>{digits}}  ", "dim"), *_merged(states))
         owners = [Text(cell.owner_mark, _owner_style(cell.owner)) for cell in cells]
         if any(owner.text != " " for owner in owners):
@@ -190,15 +186,14 @@ def _merged(texts: list[Text]) -> Iterator[Text]:
         yield Text("".join(text.text for text in group), style)
 
 
-def _owner_style(letter: str) -> Style:
-    number = _LETTERS.find(letter) if letter else -1
-    return _OWNER_STYLES[number % len(_OWNER_STYLES)] if number >= 0 else "plain"
+def _owner_style(letter: str) -> str:
+    return f"owner-{_LETTERS.find(letter) % OWNER_STYLES}" if letter else ""
 
 
 def _legend(
     allocations: Sequence[AllocationInfo], letters: dict[ParticipantId, str], *, is_coarse: bool
 ) -> Iterator[Line]:
-    marks = [Text(f"  {mark} {state}", state_text(state).style) for state, mark in MARKS.items()]
+    marks = [Text(f"  {mark} {state}", state) for state, mark in MARKS.items()]
     yield line(
         Text(f"{FREE_MARK} free", "free"), *marks, "  (small: partly free)" if is_coarse else ""
     )

@@ -9,43 +9,40 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TextIO
+from collections.abc import Sequence
+from typing import NamedTuple, TextIO
 
 from shmblocks._state.info import ParticipantId, ParticipantInfo, PoolStats
 
-Style = Literal[
-    "plain", "title", "dim", "good", "warn", "bad",
-    "free", "reserved", "published", "leased", "draining", "settling",
-    "owner-1", "owner-2", "owner-3", "owner-4", "owner-5", "owner-6",
-]  # fmt: skip
+# The states of blocks, in the order in which an account lists them.
+BLOCK_STATES = ("free", "reserved", "published", "leased", "draining", "settling")
 
-# ANSI codes (ECMA-48 SGR). The colours are those of the terminal's own palette, dark or light.
-CODES: dict[Style, str] = {
-    "plain": "",
+# How each style looks, as ANSI codes (ECMA-48 SGR) of the terminal's own palette, dark or light.
+# States and results are styles of the same name; a style that is not here is plain text.
+CODES = {
     "title": "1",
     "dim": "2",
-    "good": "32",
+    "alive": "32",
+    "dead": "1;31",
+    "incompatible": "33",
+    "ok": "32",
     "warn": "33",
-    "bad": "1;31",
+    "fail": "1;31",
+    "skip": "2",
     "free": "2",
     "reserved": "33",
     "published": "36",
     "leased": "32",
     "draining": "35",
     "settling": "34",
-    "owner-1": "94",
-    "owner-2": "93",
-    "owner-3": "92",
-    "owner-4": "95",
-    "owner-5": "96",
-    "owner-6": "91",
+    "owner-0": "94",
+    "owner-1": "93",
+    "owner-2": "92",
+    "owner-3": "95",
+    "owner-4": "96",
+    "owner-5": "91",
 }
-
-# The states of blocks, in the order in which an account lists them.
-BLOCK_STATES: tuple[Style, ...] = (
-    "free", "reserved", "published", "leased", "draining", "settling",
-)  # fmt: skip
+OWNER_STYLES = 6
 _AGE_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
@@ -53,7 +50,7 @@ class Text(NamedTuple):
     """A piece of text in one style."""
 
     text: str
-    style: Style = "plain"
+    style: str = ""
 
 
 Line = tuple[Text, ...]
@@ -77,10 +74,11 @@ def write_text(text: str, file: TextIO) -> None:
 
 
 def _line_text(parts: Line, colours: bool) -> str:
-    texts = [(harmless(text), CODES[style]) for text, style in parts if text]
-    if not colours:
-        return "".join(text for text, _ in texts).rstrip()
-    return "".join(f"\x1b[{code}m{text}\x1b[0m" if code else text for text, code in texts).rstrip()
+    shown = []
+    for text, style in parts:
+        code = CODES.get(style, "") if colours and text else ""
+        shown.append(f"\x1b[{code}m{harmless(text)}\x1b[0m" if code else harmless(text))
+    return "".join(shown).rstrip()
 
 
 def harmless(text: str) -> str:
@@ -179,29 +177,25 @@ def share_text(part: int, whole: int) -> str:
     return f"{percent:.0f}%"
 
 
+def state_text(state: str) -> Text:
+    """The state of a pool, of a process or of blocks, in its colour."""
+    return Text(state, state)
+
+
 def participant_text(who: ParticipantId, info: ParticipantInfo | None) -> Text:
     """`participant 3 (pid 4242, embedding)`, as error messages name it. The dead stand out."""
     if info is None:
         return Text(f"participant {who.slot} (gone)", "dim")
-    return Text(str(info), "plain" if info.is_alive else "bad")
-
-
-def state_text(state: str) -> Text:
-    """The state of a pool, a process, or blocks, in its colour."""
-    styles: dict[str, Style] = {"alive": "good", "dead": "warn", "incompatible": "warn"}
-    styles |= {name: name for name in BLOCK_STATES}
-    return Text(state, styles.get(state, "plain"))
+    return Text(str(info), "" if info.is_alive else "dead")
 
 
 def account(stats: PoolStats) -> Line:
     """`40 free + 8 reserved + ... = 64 blocks`; `!=` where the sum is wrong."""
-    counts = [(state, getattr(stats, f"{state}_blocks")) for state in BLOCK_STATES]
-    total = sum(count for _, count in counts)
-    texts = [Text(f"{count} {state}", state if count else "dim") for state, count in counts]
-    equal = Text(" = ") if total == stats.total_blocks else Text(" != ", "bad")
-    return (*_separated(texts), equal, Text(f"{stats.total_blocks} blocks"))
-
-
-def _separated(texts: Iterable[Text]) -> Line:
-    parts = [part for text in texts for part in (Text(" + "), text)]
-    return tuple(parts[1:])
+    parts: list[Text] = []
+    total = 0
+    for state in BLOCK_STATES:
+        count: int = getattr(stats, f"{state}_blocks")
+        total += count
+        parts += [Text(" + "), Text(f"{count} {state}", state if count else "dim")]
+    equal = Text(" = ") if total == stats.total_blocks else Text(" != ", "fail")
+    return (*parts[1:], equal, Text(f"{stats.total_blocks} blocks"))

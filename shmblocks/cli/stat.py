@@ -153,7 +153,7 @@ def _participant(info: ParticipantInfo) -> Line:
         Text(str(info.pid)),
         Text(str(info.pid_namespace)),
         Text(info.role or "-"),
-        Text("alive", "good") if info.is_alive else Text("dead", "bad"),
+        state_text("alive" if info.is_alive else "dead"),
         Text(f"{age_text(info.age_seconds)} ago"),
         Text(", ".join(marks), "dim"),
     )

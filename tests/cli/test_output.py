@@ -33,11 +33,11 @@ from shmblocks.doctor.words import bytes_text, count_text
 from tests.cli.conftest import Scene
 
 DOCUMENT: Document = joined(
-    facts("/pool", [("size", line("2 MiB")), ("state", line(Text("alive", "good")))]),
+    facts("/pool", [("size", line("2 MiB")), ("state", line(Text("alive", "ok")))]),
     table(
         "people",
         "name | >pid",
-        [(Text("embedding"), Text("7")), (Text("lm", "bad"), Text("4242"))],
+        [(Text("embedding"), Text("7")), (Text("lm", "fail"), Text("4242"))],
         "none",
     ),
     table("leases", "name", [], "none"),
