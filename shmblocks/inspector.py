@@ -1,9 +1,7 @@
-"""The pools of this node: listing them, looking into one without joining it, removing one.
+"""The pools and queues of this node: list them, look into one without joining it, remove one.
 
-Queues are listed and removed too: their leftovers take up shared memory as well.
-
-An inspector is no participant: it keeps no pool alive, and a pool that it looks at is removed by
-its last participant as if nobody looked.
+An inspector is not a participant. It keeps no pool alive: when the last participant leaves, the
+pool is removed even while an inspector has it open.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Literal
 
 import msgspec
 
@@ -23,15 +22,23 @@ from shmblocks._os.segment import (
     open_existing,
     unlink_file,
 )
-from shmblocks._state import check as inspection
-from shmblocks._state.check import AllocationInfo, PoolStats, Violation
 from shmblocks._state.identity import is_ours, is_pool
+from shmblocks._state.info import (
+    AllocationInfo,
+    ParticipantInfo,
+    PoolSnapshot,
+    PoolStats,
+    PoolSummary,
+    ReapReport,
+    Violation,
+    WaiterInfo,
+)
 from shmblocks._state.naming import anyone_lives, unlink_dead
-from shmblocks._state.participants import ParticipantInfo
-from shmblocks._state.pool_state import Ledger
-from shmblocks._state.reclaim import ReapReport
+from shmblocks._state.pool_state import PoolState
+from shmblocks._state.queue_state import QueueState
 from shmblocks.config import PoolConfig
 from shmblocks.errors import (
+    DamagedPoolError,
     IncompatiblePoolError,
     PoolExistsError,
     PoolNotFoundError,
@@ -39,95 +46,87 @@ from shmblocks.errors import (
     ShmBlocksError,
 )
 
-# Seconds that a listing or a removal waits for one pool whose lock a stopped process holds.
+# Seconds that a listing or a removal waits for the lock of each segment. Smaller: a busy pool is
+# listed without its counts. Larger: each stopped process that holds a lock delays the listing.
 LOCK_TIMEOUT = 1.0
 
+Kind = Literal["pool", "queue"]
 
-class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One pool (or queue) in a listing.
 
-    `state`: `alive`, `dead` (all its processes died: a leftover), `incompatible` (of another layout
-    version, or damaged). `stats` is None when they cannot be read; `problem` says why.
-    `is_queue`: it is a `HandleQueue`, which has no stats.
-    """
+class QueueSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to know of a queue, at one moment: `messages` of `capacity` are waiting."""
 
     name: str
     size_bytes: int
-    state: str
-    stats: PoolStats | None = None
-    problem: str = ""
-    is_queue: bool = False
-
-
-class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """All that there is to know of a pool, of one moment."""
-
-    stats: PoolStats
-    allocations: list[AllocationInfo]
+    messages: int
+    capacity: int
+    message_bytes: int
     participants: list[ParticipantInfo]
-    violations: list[Violation]
 
 
 class PoolInspector:
     """Read access to one pool, living or dead. Close it, or use it in a `with` statement."""
 
     def __init__(self, name: str, lock_timeout: float | None = None) -> None:
-        """`lock_timeout`: seconds to wait for a stopped holder of the lock; None: the config's."""
-        self._ledger = Ledger.open(name, lock_timeout)
+        """Open the pool of that name.
+
+        `lock_timeout`: seconds to wait for the pool's lock; None: as long as its config says.
+
+        Raises `PoolNotFoundError`, `IncompatiblePoolError`, `PoolPermissionError`.
+        """
+        self._state = PoolState.open_unjoined(name, lock_timeout)
 
     @property
     def name(self) -> str:
-        return self._ledger.name
+        """With its leading slash."""
+        return self._state.name
 
     @property
     def config(self) -> PoolConfig:
-        return self._ledger.config
+        """As its creator gave it."""
+        return self._state.config
 
     @property
     def pool_id(self) -> int:
-        return self._ledger.pool_id
+        """The random 64-bit number that handles of this pool carry."""
+        return self._state.pool_id
 
     @property
     def is_alive(self) -> bool:
         """Whether any process is attached."""
-        return anyone_lives(self._ledger.locks)
+        return anyone_lives(self._state.locks)
 
     def stats(self) -> PoolStats:
         """As `BlockPool.stats`."""
-        return self._ledger.run(inspection.stats, self._ledger)
+        return self._state.stats()
 
     def allocations(self) -> list[AllocationInfo]:
         """As `BlockPool.allocations`."""
-        return self._ledger.run(inspection.allocations, self._ledger)
+        return self._state.allocations()
 
     def participants(self) -> list[ParticipantInfo]:
         """As `BlockPool.participants`."""
-        return self._ledger.run(self._ledger.participants.infos)
+        return self._state.participant_infos()
+
+    def waiters(self) -> list[WaiterInfo]:
+        """As `BlockPool.waiters`."""
+        return self._state.waiter_infos()
+
+    def snapshot(self) -> PoolSnapshot:
+        """`stats`, `allocations`, `participants` and `waiters` of one and the same moment."""
+        return self._state.snapshot()
 
     def check(self) -> list[Violation]:
         """As `BlockPool.check`."""
-        return self._ledger.run(inspection.check, self._ledger)
-
-    def snapshot(self) -> PoolSnapshot:
-        """`stats`, `allocations`, `participants` and `check` of one and the same moment."""
-        return self._ledger.run(self._snapshot)
-
-    def _snapshot(self) -> PoolSnapshot:
-        ledger = self._ledger
-        return PoolSnapshot(
-            stats=inspection.stats(ledger),
-            allocations=inspection.allocations(ledger),
-            participants=ledger.participants.infos(),
-            violations=inspection.check(ledger),
-        )
+        return self._state.check()
 
     def reap(self) -> ReapReport:
         """As `BlockPool.reap`."""
-        return self._ledger.run(self._ledger.reap)
+        return self._state.reap()
 
     def close(self) -> None:
-        """End the access; the pool goes on as before."""
-        self._ledger.close()
+        """End the access. The pool is not affected."""
+        self._state.close()
 
     def __enter__(self) -> PoolInspector:
         return self
@@ -141,21 +140,32 @@ class PoolInspector:
         self.close()
 
 
-def open_inspector(name: str, *, lock_timeout: float | None = None) -> PoolInspector:
-    """Look into a pool without joining it; see `PoolInspector`."""
-    return PoolInspector(name, lock_timeout)
+def queue_snapshot(name: str) -> QueueSnapshot:
+    """Look into the queue of that name, living or dead, without joining it.
+
+    Raises `PoolNotFoundError`, `IncompatiblePoolError`, `PoolPermissionError`.
+    """
+    with contextlib.closing(QueueState.open_unjoined(name)) as queue:
+        return QueueSnapshot(
+            name=queue.name,
+            size_bytes=queue.segment.size_bytes,
+            messages=queue.messages,
+            capacity=queue.capacity,
+            message_bytes=queue.message_bytes,
+            participants=queue.participant_infos(),
+        )
 
 
 def list_pools() -> list[PoolSummary]:
-    """Every pool of the node that can be seen, by name. Other segments are left out."""
-    return [summary for summary in list_segments() if not summary.is_queue]
+    """Every pool of this node that this user can read, by name."""
+    return [summary for summary in list_segments() if summary.kind == "pool"]
 
 
 def list_segments() -> list[PoolSummary]:
-    """Every pool and every queue of the node that can be seen, by name."""
+    """Every pool and every queue of this node that this user can read, by name."""
     summaries = []
     for entry in sorted(os.listdir(SHM_DIRECTORY)):
-        # A name that no pool can have is no pool, and one that goes while we look is gone.
+        # ValueError: no pool can have that name. Not found: removed since the directory was read.
         with contextlib.suppress(ValueError, PoolNotFoundError):
             summary = _summary(normal_name(entry))
             if summary is not None:
@@ -163,27 +173,54 @@ def list_segments() -> list[PoolSummary]:
     return summaries
 
 
-def _summary(name: str) -> PoolSummary | None:
+def segment_state(name: str) -> tuple[Kind, Literal["alive", "dead"]]:
+    """What the segment of that name is, and whether any process is attached to it.
+
+    Raises `PoolNotFoundError`, `PoolPermissionError`, and `IncompatiblePoolError` for a segment
+    that is neither a pool nor a queue.
+    """
+    name = normal_name(name)
+    with _opened(name) as (fd, locks):
+        return _kind(fd, name), "alive" if anyone_lives(locks) else "dead"
+
+
+def users_of(name: str) -> list[ParticipantInfo]:
+    """The living participants of a pool or a queue; empty when its segment cannot be read.
+
+    Raises `PoolNotFoundError`.
+    """
     try:
-        with _opened(name) as (fd, locks):
-            if not is_ours(fd):
-                return None
-            is_queue = not is_pool(fd)
-            size = os.fstat(fd).st_size
-            state = "alive" if anyone_lives(locks) else "dead"
-    except (PoolPermissionError, IncompatiblePoolError):
-        return None
-    if is_queue:
-        return PoolSummary(
-            name=name, size_bytes=size, state=state, problem="a queue", is_queue=True
-        )
-    try:
-        with open_inspector(name, lock_timeout=LOCK_TIMEOUT) as inspector:
-            return PoolSummary(name=name, size_bytes=size, state=state, stats=inspector.stats())
-    except IncompatiblePoolError as error:
-        return PoolSummary(name=name, size_bytes=size, state="incompatible", problem=str(error))
-    except ShmBlocksError as error:
-        return PoolSummary(name=name, size_bytes=size, state=state, problem=str(error))
+        if segment_state(name)[0] == "queue":
+            infos = queue_snapshot(name).participants
+        else:
+            with PoolInspector(name, LOCK_TIMEOUT) as pool:
+                infos = pool.participants()
+    except PoolNotFoundError:
+        raise
+    except ShmBlocksError:
+        return []
+    return [info for info in infos if info.is_alive]
+
+
+def remove_pool(name: str, force: bool = False) -> None:
+    """Remove the name of a pool or a queue.
+
+    With `force` also while processes use it: they keep their memory, and nobody can join them.
+
+    Raises `PoolExistsError` when a process uses it and `force` is not given, `PoolNotFoundError`,
+    and `IncompatiblePoolError` for a segment that is neither a pool nor a queue.
+    """
+    name = normal_name(name)
+    with _opened(name) as (fd, locks):
+        kind = _kind(fd, name)
+        if force:
+            unlink_file(name, file_identity(fd))
+        elif not unlink_dead(fd, locks, name, LOCK_TIMEOUT):
+            users = ", ".join(map(str, users_of(name))) or "some processes"
+            raise PoolExistsError(
+                f"{kind} {name} is in use by {users}; end them, or remove its name by force "
+                "(`shmblocks rm --force`): they keep the memory, nobody can join them"
+            )
 
 
 @contextlib.contextmanager
@@ -192,29 +229,39 @@ def _opened(name: str) -> Iterator[tuple[int, FileLocks]]:
         yield file.fileno(), locks
 
 
-def remove_pool(name: str, force: bool = False) -> None:
-    """Remove the name of a pool or queue. With `force` even while processes use it: they go on,
-    nobody joins.
-
-    Raises `PoolExistsError` when somebody lives in it, `PoolNotFoundError`, and
-    `IncompatiblePoolError` for a segment that is no pool.
-    """
-    name = normal_name(name)
-    with _opened(name) as (fd, locks):
-        if not is_ours(fd):
-            raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a pool")
-        if force:
-            unlink_file(name, file_identity(fd))
-        elif not unlink_dead(fd, locks, name, LOCK_TIMEOUT):
-            raise PoolExistsError(
-                f"pool {name}: {_who_lives(name)} still use it; end them, or remove it by force"
-            )
+def _kind(fd: int, name: str) -> Kind:
+    if not is_ours(fd):
+        raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a pool")
+    return "pool" if is_pool(fd) else "queue"
 
 
-def _who_lives(name: str) -> str:
+def _summary(name: str) -> PoolSummary | None:
+    """None for a segment that is not of this library, or of another user."""
     try:
-        with open_inspector(name, lock_timeout=LOCK_TIMEOUT) as inspector:
-            living = [str(info) for info in inspector.participants() if info.is_alive]
-    except ShmBlocksError:
-        living = []
-    return ", ".join(living) or "some processes"
+        with _opened(name) as (fd, locks):
+            kind = _kind(fd, name)
+            size = os.fstat(fd).st_size
+            is_alive = anyone_lives(locks)
+    except (PoolPermissionError, IncompatiblePoolError):
+        return None
+    found = PoolSummary(
+        name=name, kind=kind, size_bytes=size, state="alive" if is_alive else "dead"
+    )
+    try:
+        return _with_counts(found)
+    except (IncompatiblePoolError, DamagedPoolError) as error:
+        return msgspec.structs.replace(found, state="incompatible", problem=str(error))
+    except PoolNotFoundError:
+        raise
+    except ShmBlocksError as error:
+        return msgspec.structs.replace(found, problem=str(error))
+
+
+def _with_counts(found: PoolSummary) -> PoolSummary:
+    if found.kind == "queue":
+        participants = queue_snapshot(found.name).participants
+        living = sum(info.is_alive for info in participants)
+        return msgspec.structs.replace(found, participants=living)
+    with PoolInspector(found.name, LOCK_TIMEOUT) as inspector:
+        stats = inspector.stats()
+    return msgspec.structs.replace(found, stats=stats, participants=stats.participants)

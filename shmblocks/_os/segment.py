@@ -71,7 +71,8 @@ class Segment:
     def __init__(self, fd: int, size: int, name: str) -> None:
         self.name = name
         self.size_bytes = size
-        self._file = file_identity(fd)
+        # Which file it is: device and inode number.
+        self.file = file_identity(fd)
         # The mapping keeps a descriptor of its own (Python duplicates it), so that this one can go.
         self.mapping = mmap.mmap(fd, size)
         self.memory = memoryview(self.mapping)
@@ -83,14 +84,14 @@ class Segment:
     @property
     def has_name(self) -> bool:
         """Whether the name still leads to this segment."""
-        return leads_to(self.name, self._file)
+        return leads_to(self.name, self.file)
 
     def unlink(self) -> None:
         """Remove the name, if it is still this segment's and this user may: /dev/shm is sticky,
         what is shared with a group stays as a leftover for its owner. The memory lives on while
         mapped."""
         with contextlib.suppress(PoolPermissionError):
-            unlink_file(self.name, self._file)
+            unlink_file(self.name, self.file)
 
     def prefault(self, how: str) -> None:
         """Map every page now: `"now"`, `"background"` (a thread) or `"off"`."""
@@ -104,6 +105,12 @@ class Segment:
         running, self._prefault = self._prefault, None
         if running is not None:
             running.stop()
+
+    def readonly_mapping(self, offset: int, length: int) -> mmap.mmap:
+        """A second mapping, of a part of it, that the kernel lets nobody write to."""
+        return mmap.mmap(
+            self.mapped_fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=offset
+        )
 
     def drop(self) -> None:
         """Let go of the mapping: it goes at once, or with the last tensor or view that uses it."""
@@ -256,7 +263,7 @@ def link_name(fd: int, name: str) -> bool:
     return True
 
 
-def open_existing(name: str) -> io.FileIO:
+def open_existing(name: str, kind: str = "pool") -> io.FileIO:
     """The segment `name`; the caller closes it."""
     name = normal_name(name)
     try:

@@ -1,14 +1,14 @@
-"""The command `shmblocks`: look at the pools of this node, and clean up after the dead.
+"""The command `shmblocks`: look at the pools and queues of this node, and clean up after the dead.
 
-    main        arguments, exit codes, errors
-    command     what a command is; one file per command: ls, stat, map, check, rm, reap, doctor
-    reports     what the commands found, as data: this is what `--json` prints
-    gather      asks a pool or the node, fills the reports
-    document    what is shown, without saying how; plain and pretty say how
-    blockmap    the picture of `map`
+    main        arguments, exit codes, where output goes
+    commands    what a command is; ls, check, rm, reap, doctor
+    stat, map   the two commands that show everything of one pool
+    render      documents for people: tables, colours, words
+    jsonhelp    the keys of `--json`, for the help
 
-Nothing here joins a pool as a participant: looking at a pool never keeps it alive. Nothing here
-imports torch: the command must be there at once.
+`--json` prints the structs of `shmblocks._state.info` as they are. Nothing here joins a pool as a
+participant, so looking never keeps a pool alive. Nothing here imports torch, which would take
+seconds.
 """
 
 from __future__ import annotations

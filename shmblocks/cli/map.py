@@ -1,119 +1,229 @@
-"""`shmblocks map NAME`: a picture of the blocks, fitted to the terminal."""
+"""`shmblocks map NAME`: a picture of the blocks, fitted to the terminal.
+
+Two rows of marks per row of blocks. The upper one is the state: a capital letter where all of the
+cell's blocks are in use, a small one where some of them are free. The lower one is the owner: its
+letter where an allocation begins, `-` where it continues, `*` where a cell has several owners.
+
+    0   RRRRRRRRPPPPPPPP........LLLL....
+        a-------b-------        a---
+"""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+import shutil
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
-from shmblocks.cli import gather, output
-from shmblocks.cli.blockmap import FREE_MARK, GOES_ON, MARKS, SEVERAL, Cell, Picture, Span, draw
-from shmblocks.cli.command import Command, add_name, count
-from shmblocks.cli.document import OWNER_STYLES, Document, Line, Lines, Style, Text, line
-from shmblocks.cli.reports import AllocationRow, Holder, MapReport
-from shmblocks.cli.words import STATE_STYLES, account, who
+from shmblocks._state.info import AllocationInfo, ParticipantId, PoolSnapshot
+from shmblocks.cli.commands import Answer, Command, add_name
+from shmblocks.cli.render import (
+    BLOCK_STATES,
+    OWNER_STYLES,
+    Document,
+    Line,
+    Text,
+    account,
+    joined,
+    line,
+    participant_text,
+)
 from shmblocks.doctor.words import count_text
+from shmblocks.inspector import PoolInspector
 
-# Smaller: large pools are shown coarser. Larger: the picture and its legend leave the screen.
+# Rows of blocks. Smaller: large pools are shown coarser. Larger: picture and legend scroll away.
 ROWS = 16
+MARKS = {state: state[0].upper() for state in BLOCK_STATES if state != "free"}
+FREE_MARK = "."
+CONTINUES = "-"
+SEVERAL = "*"
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NO_LETTER_LEFT = "#"
 
-# (place, incarnation): the place alone would mix up an owner that is gone and its successor.
-_Who = tuple[int, int]
+
+class Span(NamedTuple):
+    """One allocation: consecutive blocks in one state, of one owner (a letter)."""
+
+    start_block: int
+    num_blocks: int
+    state: str
+    owner: str
 
 
-def _add_arguments(parser: ArgumentParser) -> None:
-    add_name(parser)
-    parser.add_argument("--width", type=count, help="columns to use (default: the terminal's)")
-    parser.add_argument(
-        "--rows", type=count, default=ROWS, help="rows at most (default: %(default)s)"
+class _Piece(NamedTuple):
+    """The part of a span that lies in one cell; `begins`: with the span's first block."""
+
+    num_blocks: int
+    state: str
+    owner: str
+    begins: bool
+
+
+class Cell(NamedTuple):
+    """One character of the picture and the one below it; `state` and `owner` give the colours."""
+
+    mark: str
+    state: str
+    owner_mark: str
+    owner: str
+
+
+class Picture(NamedTuple):
+    """Cells in the order of their blocks; the last row may be shorter."""
+
+    blocks_per_cell: int
+    cells_per_row: int
+    cells: list[Cell]
+
+    def rows(self) -> Iterator[tuple[int, list[Cell]]]:
+        """(first block, cells) of each row."""
+        for start in range(0, len(self.cells), self.cells_per_row):
+            yield start * self.blocks_per_cell, self.cells[start : start + self.cells_per_row]
+
+
+def draw(total_blocks: int, spans: Sequence[Span], columns: int, rows: int) -> Picture:
+    """Fit `total_blocks` into at most `rows` rows of at most `columns` cells.
+
+    A cell stands for a power of two of blocks: for one, as long as that fits.
+    """
+    cells_per_row = round_width(columns)
+    per_cell = 1
+    while -(-total_blocks // per_cell) > cells_per_row * rows:
+        per_cell *= 2
+    pieces = _pieces(total_blocks, spans, per_cell)
+    sizes = (min(per_cell, total_blocks - first) for first in range(0, total_blocks, per_cell))
+    cells = [_cell(pieces.get(number, ()), size) for number, size in enumerate(sizes)]
+    return Picture(per_cell, cells_per_row, cells)
+
+
+def round_width(columns: int) -> int:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, 16, 24 .. that fits: rows start at round numbers."""
+    width = 1 << (max(columns, 1).bit_length() - 1)
+    return width * 3 // 2 if width > 1 and width * 3 // 2 <= columns else width
+
+
+def _pieces(total_blocks: int, spans: Sequence[Span], per_cell: int) -> dict[int, list[_Piece]]:
+    """By the number of the cell; empty cells are left out."""
+    pieces: dict[int, list[_Piece]] = {}
+    for span in spans:
+        start, end = span.start_block, min(span.start_block + span.num_blocks, total_blocks)
+        for number in range(start // per_cell, -(-end // per_cell)):
+            first = max(start, number * per_cell)
+            size = min(end, (number + 1) * per_cell) - first
+            piece = _Piece(size, span.state, span.owner, first == start)
+            pieces.setdefault(number, []).append(piece)
+    return pieces
+
+
+def _cell(pieces: Sequence[_Piece], size: int) -> Cell:
+    if not pieces:
+        return Cell(FREE_MARK, "free", " ", "")
+    blocks: Counter[str] = Counter()
+    for piece in pieces:
+        blocks[piece.state] += piece.num_blocks
+    state = max(blocks, key=lambda name: blocks[name])
+    mark = MARKS.get(state, "?")
+    if blocks.total() < size:
+        mark = mark.lower()
+    owners = {piece.owner for piece in pieces}
+    if len(owners) > 1:
+        return Cell(mark, state, SEVERAL, "")
+    (owner,) = owners
+    begins = any(piece.begins for piece in pieces)
+    return Cell(mark, state, owner if begins else CONTINUES, owner)
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def _map(arguments: Namespace) -> Answer:
+    with PoolInspector(arguments.name) as pool:
+        snapshot = pool.snapshot()
+    columns = arguments.width or shutil.get_terminal_size().columns
+    return Answer(snapshot, _show(snapshot, columns, arguments.rows))
+
+
+def _show(snapshot: PoolSnapshot, columns: int, rows: int) -> Document:
+    stats, allocations = snapshot.stats, snapshot.allocations
+    letters = _letters(allocations)
+    spans = [
+        Span(info.start_block, info.num_blocks, str(info.state), letters[info.owner_id])
+        for info in allocations
+    ]
+    digits = len(str(stats.total_blocks))
+    picture = draw(stats.total_blocks, spans, columns - digits - 2, rows)
+    per_block = count_text(stats.block_size, "token")
+    per_cell = count_text(picture.blocks_per_cell, "block")
+    heading = line(Text(stats.name, "title"), f": blocks of {per_block}, {per_cell} per character")
+    return joined(
+        [heading, account(stats)],
+        list(_picture_lines(picture, digits)),
+        list(_legend(allocations, letters, is_coarse=picture.blocks_per_cell > 1)),
     )
 
 
-def _gather(arguments: Namespace) -> MapReport:
-    return gather.block_map(arguments.name)
-
-
-def _show(report: MapReport, arguments: Namespace) -> Document:
-    letters = _letters(report)
-    spans = [_span(row, letters) for row in report.allocations]
-    digits = len(str(report.blocks.all))
-    columns = (arguments.width or output.width()) - digits - 2
-    picture = draw(report.blocks.all, spans, columns, arguments.rows)
-    return (
-        Lines((_heading(report, picture), account(report.blocks))),
-        Lines(tuple(_picture(picture, digits))),
-        Lines(tuple(_legend(report, letters, picture))),
-    )
-
-
-def _letters(report: MapReport) -> dict[_Who, str]:
+def _letters(allocations: Sequence[AllocationInfo]) -> dict[ParticipantId, str]:
     """A letter for each owner, in the order of their first blocks."""
-    owners = dict.fromkeys(_key(row.owner) for row in report.allocations)
+    owners = dict.fromkeys(info.owner_id for info in allocations)
     letters = _LETTERS[: len(owners)].ljust(len(owners), _NO_LETTER_LEFT)
     return dict(zip(owners, letters, strict=True))
 
 
-def _key(owner: Holder) -> _Who:
-    return owner.place, owner.incarnation
-
-
-def _span(row: AllocationRow, letters: dict[_Who, str]) -> Span:
-    return Span(row.start_block, row.num_blocks, row.state, letters[_key(row.owner)])
-
-
-def _heading(report: MapReport, picture: Picture) -> Line:
-    per_cell = count_text(picture.blocks_per_cell, "block")
-    per_block = count_text(report.block_size, "token")
-    text = f": blocks of {per_block}, {per_cell} a character"
-    return line(Text(report.name, "title"), text)
-
-
-def _picture(picture: Picture, digits: int) -> Iterator[Line]:
+def _picture_lines(picture: Picture, digits: int) -> Iterator[Line]:
     for first, cells in picture.rows():
-        yield line(Text(f"{first:>{digits}}  ", "dim"), *_runs(cells, _state_text))
-        if any(cell.owner_mark != " " for cell in cells):
-            yield line(" " * (digits + 2), *_runs(cells, _owner_text))
+        states = [Text(cell.mark, cell.state) for cell in cells]
+        yield line(Text(f"{first:>{digits}}  ", "dim"), *_merged(states))
+        owners = [Text(cell.owner_mark, _owner_style(cell.owner)) for cell in cells]
+        if any(owner.text != " " for owner in owners):
+            yield line(" " * (digits + 2), *_merged(owners))
 
 
-def _runs(cells: tuple[Cell, ...], text_of: Callable[[Cell], Text]) -> Iterator[Text]:
-    """Cells side by side; neighbours of one style become one piece of text."""
-    for style, group in groupby(map(text_of, cells), key=lambda text: text.style):
+def _merged(texts: list[Text]) -> Iterator[Text]:
+    """Neighbours of one style become one piece of text."""
+    for style, group in groupby(texts, key=lambda text: text.style):
         yield Text("".join(text.text for text in group), style)
 
 
-def _state_text(cell: Cell) -> Text:
-    return Text(cell.mark, STATE_STYLES.get(cell.state, "plain"))
+def _owner_style(letter: str) -> str:
+    return f"owner-{_LETTERS.find(letter) % OWNER_STYLES}" if letter else ""
 
 
-def _owner_text(cell: Cell) -> Text:
-    return Text(cell.owner_mark, _owner_style(cell.owner))
+def _legend(
+    allocations: Sequence[AllocationInfo], letters: dict[ParticipantId, str], *, is_coarse: bool
+) -> Iterator[Line]:
+    marks = [Text(f"  {mark} {state}", state) for state, mark in MARKS.items()]
+    yield line(
+        Text(f"{FREE_MARK} free", "free"), *marks, "  (small: partly free)" if is_coarse else ""
+    )
+    if letters:
+        several = f", {SEVERAL} several owners" if is_coarse else ""
+        yield line(
+            f"below each row: its owner where an allocation begins, {CONTINUES} continues{several}"
+        )
+    for owner_id, letter in letters.items():
+        owned = [info for info in allocations if info.owner_id == owner_id]
+        blocks = count_text(sum(info.num_blocks for info in owned), "block")
+        yield line(
+            Text(f"{letter} ", _owner_style(letter)),
+            participant_text(owner_id, owned[0].owner),
+            f": {count_text(len(owned), 'allocation')}, {blocks}",
+        )
 
 
-def _owner_style(letter: str) -> Style:
-    place = _LETTERS.find(letter) if letter else -1
-    return OWNER_STYLES[place % len(OWNER_STYLES)] if place >= 0 else "plain"
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
-def _legend(report: MapReport, letters: dict[_Who, str], picture: Picture) -> Iterator[Line]:
-    marks = [Text(f"{FREE_MARK} free", "free")]
-    marks += [Text(f"  {mark} {name}", STATE_STYLES[name]) for name, mark in MARKS.items()]
-    small = "  (small letter: partly free)" if picture.blocks_per_cell > 1 else ""
-    yield line(*marks, small)
-    if not letters:
-        return
-    several = f", {SEVERAL} several owners" if picture.blocks_per_cell > 1 else ""
-    yield line(f"below each row: its owner where an allocation begins, {GOES_ON} goes on{several}")
-    yield from (_owner_line(report, key, letter) for key, letter in letters.items())
-
-
-def _owner_line(report: MapReport, key: _Who, letter: str) -> Line:
-    rows = [row for row in report.allocations if _key(row.owner) == key]
-    owner = rows[0].owner
-    blocks = sum(row.num_blocks for row in rows)
-    text = f"{count_text(len(rows), 'allocation')}, {count_text(blocks, 'block')}"
-    return line(Text(f"{letter} ", _owner_style(letter)), who(owner), f": {text}")
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_name(parser)
+    parser.add_argument("--width", type=_count, help="columns to use (default: the terminal's)")
+    parser.add_argument(
+        "--rows", type=_count, default=ROWS, help="rows at most (default: %(default)s)"
+    )
 
 
 MAP = Command(
@@ -128,8 +238,7 @@ MAP = Command(
         ("shmblocks map my-pool --width 200 --rows 50", "finer"),
         ("watch -n 1 shmblocks map my-pool", "again and again"),
     ),
-    report=MapReport,
-    gather=_gather,
-    show=_show,
+    reports=(PoolSnapshot,),
+    run=_map,
     add_arguments=_add_arguments,
 )

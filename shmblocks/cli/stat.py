@@ -1,197 +1,223 @@
-"""`shmblocks stat NAME`: what a pool is made of, and who holds which blocks since when."""
+"""`shmblocks stat NAME`: what a pool or queue is made of, and who holds or awaits which blocks."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Literal
 
-from shmblocks.cli import gather
-from shmblocks.cli.command import Command, add_name
-from shmblocks.cli.document import Column, Document, Facts, Line, Table, Text, line
-from shmblocks.cli.reports import AllocationRow, DeviceRow, LeaseRow, ParticipantRow, StatReport
-from shmblocks.cli.words import POOL_STYLES, account, age_text, alive, state, who
-from shmblocks.config import Field
+import msgspec
+
+from shmblocks._state.info import (
+    AllocationInfo,
+    LeaseInfo,
+    ParticipantInfo,
+    PoolSnapshot,
+    PoolStats,
+    WaiterInfo,
+)
+from shmblocks.cli.commands import Answer, Command, add_name
+from shmblocks.cli.render import (
+    Document,
+    Line,
+    Text,
+    account,
+    age_text,
+    facts,
+    joined,
+    line,
+    participant_text,
+    state_text,
+    table,
+)
+from shmblocks.config import Field, PoolConfig
 from shmblocks.doctor.words import bytes_text
-
-_PARTICIPANTS = (
-    Column("place", right=True),
-    Column("pid", right=True),
-    Column("pid namespace", right=True),
-    Column("role"),
-    Column("state"),
-    Column("attached", right=True),
-    Column(""),
-)
-_ALLOCATIONS = (
-    Column("blocks"),
-    Column("tokens", right=True),
-    Column("generation", right=True),
-    Column("state"),
-    Column("age", right=True),
-    Column("request"),
-    Column("owner"),
-    Column("leases"),
-)
-_LEASES = (
-    Column("blocks"),
-    Column("generation", right=True),
-    Column("kind"),
-    Column("age", right=True),
-    Column("holder"),
-)
-_FIELDS = (
-    Column("name"),
-    Column("dtype"),
-    Column("shape"),
-    Column("bytes per token", right=True),
-)
+from shmblocks.inspector import PoolInspector, QueueSnapshot, queue_snapshot, segment_state
 
 
-def _gather(arguments: Namespace) -> StatReport:
-    return gather.stat(arguments.name)
+class PoolReport(PoolSnapshot, frozen=True, kw_only=True):
+    """Answer of `shmblocks stat` for a pool: one moment of it."""
+
+    kind: Literal["pool"] = "pool"
+    state: Literal["alive", "dead"]
+    config: PoolConfig
 
 
-def _show(report: StatReport, _: Namespace) -> Document:
-    return (
-        Facts(Text(report.name, "title"), _facts(report)),
-        Table(Text("fields", "title"), _FIELDS, _fields(report), "none"),
-        Table(
-            Text("participants", "title"),
-            _PARTICIPANTS,
-            tuple(_participant(row) for row in report.participants),
-            "none",
-        ),
-        Table(
-            Text("allocations", "title"),
-            _ALLOCATIONS,
-            tuple(_allocation(row) for row in report.allocations),
-            "none",
-        ),
-        Table(
-            Text("leases", "title"),
-            _LEASES,
-            tuple(_lease(row, lease) for row in report.allocations for lease in row.leases),
-            "none",
-        ),
-    )
+class QueueReport(QueueSnapshot, frozen=True, kw_only=True):
+    """Answer of `shmblocks stat` for a queue."""
+
+    kind: Literal["queue"] = "queue"
+    state: Literal["alive", "dead"]
 
 
-def _facts(report: StatReport) -> tuple[tuple[str, Line], ...]:
-    config = report.config
-    return (
-        ("state", line(Text(report.state, POOL_STYLES.get(report.state, "plain")))),
-        ("pool id", line(report.pool_id)),
+_FIELDS = "name | dtype | shape | >bytes per token"
+_PARTICIPANTS = ">slot | >pid | >pid namespace | role | state | >attached | "
+_ALLOCATIONS = "blocks | >tokens | >generation | state | >age | request | owner | leases"
+_LEASES = "blocks | >generation | kind | >age | holder | "
+_WAITERS = "> | >blocks | >waits | >last poll | request | who"
+
+
+def _stat(arguments: Namespace) -> Answer:
+    kind, state = segment_state(arguments.name)
+    if kind == "queue":
+        queue = queue_snapshot(arguments.name)
+        report = QueueReport(state=state, **msgspec.structs.asdict(queue))
+        return Answer(report, _show_queue(report))
+    with PoolInspector(arguments.name) as pool:
+        snapshot = msgspec.structs.asdict(pool.snapshot())
+        config = pool.config
+    pool_report = PoolReport(state=state, config=config, **snapshot)
+    return Answer(pool_report, _show_pool(pool_report))
+
+
+def _show_queue(report: QueueReport) -> Document:
+    rows = [
+        ("kind", line("queue")),
+        ("state", line(state_text(report.state))),
         ("size", line(bytes_text(report.size_bytes))),
-        (
-            "tokens",
-            line(f"{config.total_tokens} in {config.total_blocks} blocks of {config.block_size}"),
-        ),
-        ("landing", line(f"{config.default_num_blocks} blocks")),
-        (
-            "limits",
-            line(f"{config.max_participants} participants, {config.max_leases} leases"),
-        ),
-        (
-            "timeouts",
-            line(f"unclaimed {config.unclaimed_timeout:g} s, lock {config.lock_timeout:g} s"),
-        ),
-        ("group", line(config.group or "none: its user only")),
-        *_device(report.device),
-        ("blocks", account(report.blocks)),
+        ("messages", line(f"{report.messages} of at most {report.capacity}")),
+        ("message size", line(f"at most {bytes_text(report.message_bytes)}")),
+    ]
+    return joined(facts(report.name, rows), _participants(report.participants))
+
+
+def _show_pool(report: PoolReport) -> Document:
+    allocations = report.allocations
+    leases = [_lease(each, lease) for each in allocations for lease in each.leases]
+    waiters = [_waiter(number, each) for number, each in enumerate(report.waiters, 1)]
+    return joined(
+        facts(report.stats.name, _facts(report)),
+        table("fields", _FIELDS, _fields(report.config), "none"),
+        _participants(report.participants),
+        table("allocations", _ALLOCATIONS, list(map(_allocation, allocations)), "none"),
+        table("leases", _LEASES, leases, "none"),
+        table("waiting for blocks, in order of arrival", _WAITERS, waiters, "nobody"),
     )
 
 
-def _device(row: DeviceRow | None) -> tuple[tuple[str, Line], ...]:
-    """Only for a pool that has to do with a GPU."""
-    if row is None or not (row.device_bytes or row.gpu_users):
-        return ()
-    memory: tuple[tuple[str, Line], ...] = ()
-    if row.device_bytes:
-        text = f"{bytes_text(row.device_bytes)}, {row.state}, open in {row.openers}"
-        memory = (("device", line(f"{row.device}: {text}")),)
-    pinned = f"{row.gpu_users} processes, {bytes_text(row.pinned_bytes)} pinned"
-    waits = f"{row.pending_leases} leases, {row.settling_allocations} allocations"
-    return (*memory, ("GPU users", line(pinned)), ("wait for streams", line(waits)))
+def _facts(report: PoolReport) -> list[tuple[str, Line]]:
+    config, stats = report.config, report.stats
+    tokens = f"{config.total_tokens} in {config.total_blocks} blocks of {config.block_size}"
+    limits = f"{config.max_participants} participants, {config.max_leases} leases"
+    timeouts = f"unclaimed {config.unclaimed_timeout:g} s, lock {config.lock_timeout:g} s"
+    return [
+        ("kind", line("pool")),
+        ("state", line(state_text(report.state))),
+        ("pool id", line(f"{stats.pool_id:016x}")),
+        ("size", line(bytes_text(stats.size_bytes))),
+        ("tokens", line(tokens)),
+        ("landing", line(f"{config.default_num_blocks} blocks")),
+        ("limits", line(limits)),
+        ("timeouts", line(timeouts)),
+        ("group", line(config.group or "none: its user only")),
+        *_device(stats),
+        ("blocks", account(stats)),
+    ]
 
 
-def _fields(report: StatReport) -> tuple[Line, ...]:
-    aux = line("aux", "int32", "[16] per block", "-")
-    return (*(_field(field) for field in report.config.fields), aux)
+def _device(stats: PoolStats) -> list[tuple[str, Line]]:
+    """Nothing for a pool in host memory that no GPU uses."""
+    rows: list[tuple[str, Line]] = []
+    if stats.device_bytes:
+        size = f"{bytes_text(stats.device_bytes)}, {stats.device_state}"
+        rows.append(
+            ("device", line(f"{stats.device}: {size}, open in {stats.device_openers} processes"))
+        )
+    if stats.device_bytes or stats.gpu_users:
+        pinned = f"{stats.gpu_users} processes, {bytes_text(stats.pinned_bytes)} pinned"
+        waits = f"{stats.pending_leases} leases, {stats.settling_allocations} allocations"
+        rows += [("GPU users", line(pinned)), ("wait for streams", line(waits))]
+    return rows
+
+
+def _fields(config: PoolConfig) -> list[Line]:
+    return [*map(_field, config.fields), line("aux", "int32", "[16] per block", "-")]
 
 
 def _field(field: Field) -> Line:
-    shape = ", ".join(("tokens", *map(str, field.shape)))
-    if field.transposed:
-        shape = ", ".join((*map(str, field.shape), "tokens"))
-    return line(field.name, field.dtype, f"[{shape}]", str(field.token_bytes))
+    sizes = [str(size) for size in field.shape]
+    sizes.insert(len(sizes) if field.transposed else 0, "tokens")
+    return line(field.name, field.dtype, f"[{', '.join(sizes)}]", str(field.token_bytes))
 
 
-def _participant(row: ParticipantRow) -> Line:
+def _participants(infos: list[ParticipantInfo]) -> Document:
+    return table("participants", _PARTICIPANTS, list(map(_participant, infos)), "none")
+
+
+def _participant(info: ParticipantInfo) -> Line:
+    marks = ["creator"] if info.is_creator else []
+    marks += ["GPU"] if info.uses_gpu else []
+    marks += ["CUDA memory open"] if info.has_device_memory else []
+    marks += [f"{bytes_text(info.pinned_bytes)} pinned"] if info.pinned_bytes else []
     return (
-        Text(str(row.place)),
-        Text(str(row.pid)),
-        Text(str(row.pid_namespace)),
-        Text(row.role or "-"),
-        alive(row.alive),
-        Text(f"{age_text(row.age_seconds)} ago"),
-        Text(_marks(row), "dim"),
+        Text(str(info.slot)),
+        Text(str(info.pid)),
+        Text(str(info.pid_namespace)),
+        Text(info.role or "-"),
+        state_text("alive" if info.is_alive else "dead"),
+        Text(f"{age_text(info.age_seconds)} ago"),
+        Text(", ".join(marks), "dim"),
     )
 
 
-def _marks(row: ParticipantRow) -> str:
-    marks = ["creator"] if row.creator else []
-    marks += ["GPU"] if row.uses_gpu else []
-    marks += ["CUDA memory open"] if row.has_device_memory else []
-    marks += [f"{bytes_text(row.pinned_bytes)} pinned"] if row.pinned_bytes else []
-    return ", ".join(marks)
-
-
-def _allocation(row: AllocationRow) -> Line:
+def _allocation(info: AllocationInfo) -> Line:
+    pending = sum(lease.is_pending for lease in info.leases)
+    leases = [f"{len(info.leases) - pending} open"] if len(info.leases) > pending else []
+    leases += [f"{pending} pending"] if pending else []
+    leases += [f"{info.readers_left} to come"] if info.readers_left else []
     return (
-        Text(_blocks_text(row)),
-        Text(str(row.num_tokens)),
-        Text(str(row.generation)),
-        state(row.state),
-        Text(age_text(row.age_seconds)),
-        Text(row.request_id or "-"),
-        who(row.owner),
-        Text(_leases_text(row)),
+        Text(_blocks_text(info)),
+        Text(str(info.num_tokens)),
+        Text(str(info.generation)),
+        state_text(str(info.state)),
+        Text(age_text(info.age_seconds)),
+        Text(info.req_id or "-"),
+        participant_text(info.owner_id, info.owner),
+        Text(", ".join(leases) or "-"),
     )
 
 
-def _leases_text(row: AllocationRow) -> str:
-    parts = [f"{len(row.leases)} open"] if row.leases else []
-    parts += [f"{row.readers_left} to come"] if row.readers_left else []
-    return ", ".join(parts) or "-"
-
-
-def _lease(row: AllocationRow, lease: LeaseRow) -> Line:
+def _lease(allocation: AllocationInfo, lease: LeaseInfo) -> Line:
+    pending = "pending: released, its stream is still at work"
     return (
-        Text(_blocks_text(row)),
-        Text(str(row.generation)),
+        Text(_blocks_text(allocation)),
+        Text(str(allocation.generation)),
         Text(lease.kind),
         Text(age_text(lease.age_seconds)),
-        who(lease.holder),
+        participant_text(lease.holder_id, lease.holder),
+        Text(pending if lease.is_pending else "", "dim"),
     )
 
 
-def _blocks_text(row: AllocationRow) -> str:
-    return f"{row.start_block}-{row.start_block + row.num_blocks - 1}"
+def _waiter(number: int, info: WaiterInfo) -> Line:
+    return (
+        Text(f"{number}."),
+        Text(str(info.num_blocks)),
+        Text(age_text(info.age_seconds)),
+        Text(f"{age_text(info.seconds_since_poll)} ago"),
+        Text(info.req_id or "-"),
+        participant_text(info.participant_id, info.participant),
+    )
+
+
+def _blocks_text(info: AllocationInfo) -> str:
+    return f"{info.start_block}-{info.start_block + info.num_blocks - 1}"
 
 
 STAT = Command(
     name="stat",
-    summary="one pool: config, participants, who holds which blocks since when",
+    summary="one pool or queue: participants, who holds or awaits which blocks since when",
     description=(
         "Show one pool: its config and fields, the account of its blocks, the attached processes\n"
-        "(pids as their own pid namespace counts them), and every allocation with its owner,\n"
-        "request id, state, age and open leases. Looking does not keep the pool alive."
+        "(pids as their own pid namespace counts them), every allocation with its owner, request\n"
+        "id, state, age and leases, and those who wait for blocks. Of a queue: its messages and\n"
+        "the attached processes. Looking does not keep a pool alive."
     ),
     examples=(
         ("shmblocks stat my-pool", "everything"),
-        ("shmblocks stat my-pool --json | jq .blocks", "the account only"),
+        ("shmblocks stat my-pool --json | jq .stats", "the counts only"),
+        ("shmblocks stat my-pool --json | jq .waiters", "who waits for blocks"),
     ),
-    report=StatReport,
-    gather=_gather,
-    show=_show,
+    reports=(PoolReport, QueueReport),
+    run=_stat,
     add_arguments=add_name,
 )

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig, PoolSummary
-from shmblocks.cli import gather
+from shmblocks.cli import commands
 from shmblocks.cli.main import main
 from shmblocks.inspector import list_segments
 from tests.support.children import Channel, Child, fork
@@ -62,7 +62,7 @@ def _only_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def mine() -> list[PoolSummary]:
         return [each for each in list_segments() if worker_prefix() in each.name]
 
-    monkeypatch.setattr(gather, "list_segments", mine)
+    monkeypatch.setattr(commands, "list_segments", mine)
 
 
 @dataclass

@@ -8,24 +8,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from shmblocks import BlockPool, HandleQueue, PoolConfig
+from shmblocks import BlockPool, HandleQueue, PoolConfig, PoolInspector
 from shmblocks._os.segment import path_of
+from shmblocks._state.info import AllocationInfo, PoolSnapshot
 from shmblocks._state.layout import H_FREE_BLOCKS, H_VERSION, WORD
-from shmblocks.cli import doctor as doctor_command
-from shmblocks.cli.main import COMMANDS
-from shmblocks.cli.reports import (
+from shmblocks.cli import commands
+from shmblocks.cli.commands import (
     CheckReport,
     DoctorReport,
-    LsReport,
-    MapReport,
-    ReapAnswer,
-    RmReport,
-    StatReport,
+    ListReport,
+    ReapAllReport,
+    RemoveReport,
 )
+from shmblocks.cli.main import COMMANDS
+from shmblocks.cli.stat import PoolReport, QueueReport
 from shmblocks.doctor import CheckResult
 from tests.cli.conftest import CONFIG, Run, Scene
-from tests.support.children import Channel, fork
+from tests.support.children import Channel, Child, fork, wait_until
 
 
 def create_and_wait(channel: Channel, name: str) -> None:
@@ -59,41 +60,48 @@ def write_word(name: str, word: int, value: int) -> None:
         file.write(value.to_bytes(WORD, "little"))
 
 
+def role(row: AllocationInfo) -> str:
+    assert row.owner is not None
+    return row.owner.role
+
+
 # ---- ls ----------------------------------------------------------------------------------------
 
 
 def test_ls_shows_a_living_pool_and_its_use(scene: Scene, run: Run) -> None:
     answer = run("ls")
     (row,) = (line.split() for line in answer.out.splitlines() if scene.name in line)
-    assert row[:2] == [scene.name, "alive"]
+    assert row[:3] == [scene.name, "pool", "alive"]
     assert row[-4:] == ["2", "0", "17/32", "53%"]
     assert answer.code == 0
 
 
 def test_ls_json_has_the_same_facts(scene: Scene, run: Run) -> None:
-    pools = run("ls", "--json").report(LsReport).pools
+    pools = run("ls", "--json").report(ListReport).pools
     (row,) = (pool for pool in pools if pool.name == scene.name)
     assert row.state == "alive"
     assert row.size_bytes == os.path.getsize(path_of(scene.name))
-    assert (row.participants, row.dead_participants) == (2, 0)
-    assert (row.block_size, row.total_blocks, row.free_blocks) == (4, 32, 15)
+    assert row.stats is not None
+    assert (row.participants, row.stats.dead_participants) == (2, 0)
+    assert (row.stats.block_size, row.stats.total_blocks, row.stats.free_blocks) == (4, 32, 15)
 
 
 def test_ls_shows_a_dead_pool_as_dead(dead_pool: str, run: Run) -> None:
-    pools = run("ls", "--json").report(LsReport).pools
+    pools = run("ls", "--json").report(ListReport).pools
     (row,) = (pool for pool in pools if pool.name == dead_pool)
     assert row.state == "dead"
-    assert (row.participants, row.dead_participants) == (0, 1)
+    assert row.stats is not None
+    assert (row.participants, row.stats.dead_participants) == (0, 1)
 
 
 def test_ls_shows_a_pool_of_another_version_with_the_reason(scene: Scene, run: Run) -> None:
     write_word(scene.name, H_VERSION, 99)
-    pools = run("ls", "--json").report(LsReport).pools
+    pools = run("ls", "--json").report(ListReport).pools
     text = run("ls").out
     write_word(scene.name, H_VERSION, 1)
     (row,) = (pool for pool in pools if pool.name == scene.name)
     assert row.state == "incompatible"
-    assert row.total_blocks is None
+    assert row.stats is None
     assert "99" in row.problem
     assert row.problem in text
 
@@ -101,7 +109,7 @@ def test_ls_shows_a_pool_of_another_version_with_the_reason(scene: Scene, run: R
 @pytest.mark.usefixtures("_only_this_run")
 def test_ls_of_an_empty_node_says_so(run: Run) -> None:
     assert run("ls").out == "  no pools on this node\n"
-    assert run("ls", "--json").report(LsReport).pools == ()
+    assert run("ls", "--json").report(ListReport).pools == []
 
 
 # ---- stat --------------------------------------------------------------------------------------
@@ -109,39 +117,42 @@ def test_ls_of_an_empty_node_says_so(run: Run) -> None:
 
 def test_stat_accounts_for_every_block(scene: Scene, run: Run) -> None:
     answer = run("stat", scene.name)
-    account = "15 free + 6 reserved + 2 published + 8 leased + 1 draining = 32 blocks"
+    account = "15 free + 6 reserved + 2 published + 8 leased + 1 draining + 0 settling = 32 blocks"
     assert f"blocks    {account}" in answer.out
     assert answer.code == 0
-    blocks = run("stat", scene.name, "--json").report(StatReport).blocks
-    assert blocks.balanced
-    assert blocks.free + blocks.reserved + blocks.published + blocks.leased + blocks.draining == 32
+    stats = run("stat", scene.name, "--json").report(PoolReport).stats
+    assert (stats.free_blocks, stats.reserved_blocks, stats.published_blocks) == (15, 6, 2)
+    assert (stats.leased_blocks, stats.draining_blocks, stats.settling_blocks) == (8, 1, 0)
 
 
 def test_stat_tells_who_holds_what_for_which_request(scene: Scene, run: Run) -> None:
-    report = run("stat", scene.name, "--json").report(StatReport)
+    report = run("stat", scene.name, "--json").report(PoolReport)
     rows = [
-        (row.start_block, row.num_blocks, row.num_tokens, row.state, row.request_id, row.owner.role)
+        (row.start_block, row.num_blocks, row.num_tokens, str(row.state), row.req_id, role(row))
         for row in report.allocations
     ]
     assert rows == [
         (0, 4, 16, "reserved", "req-1", "embedding"),
         (4, 8, 30, "leased", "req-2", "embedding"),
-        (12, 2, 8, "published", None, "embedding"),
-        (14, 1, 4, "draining", None, "embedding"),
+        (12, 2, 8, "published", "", "embedding"),
+        (14, 1, 4, "draining", "", "embedding"),
         (15, 2, 8, "reserved", "img-7", "language-0"),
     ]
     leased = report.allocations[1]
     assert leased.readers_left == 1
     (lease,) = leased.leases
-    assert (lease.kind, lease.holder.pid, lease.holder.alive) == ("reads", scene.child.pid, True)
+    assert lease.holder is not None
+    assert (lease.kind, lease.holder.pid, lease.holder.is_alive) == ("reads", scene.child.pid, True)
+    assert not lease.is_pending
     assert report.config == CONFIG
-    assert report.pool_id == f"{scene.pool.pool_id:016x}"
+    assert (report.kind, report.stats.pool_id) == ("pool", scene.pool.pool_id)
+    assert f"{scene.pool.pool_id:016x}" in run("stat", scene.name).out
 
 
 def test_stat_shows_participants_with_pid_namespace_and_role(scene: Scene, run: Run) -> None:
     namespace = os.stat("/proc/self/ns/pid").st_ino
-    rows = run("stat", scene.name, "--json").report(StatReport).participants
-    assert [(row.place, row.pid, row.pid_namespace, row.role, row.alive) for row in rows] == [
+    rows = run("stat", scene.name, "--json").report(PoolReport).participants
+    assert [(row.slot, row.pid, row.pid_namespace, row.role, row.is_alive) for row in rows] == [
         (0, os.getpid(), namespace, "embedding", True),
         (1, scene.child.pid, namespace, "language-0", True),
     ]
@@ -153,15 +164,17 @@ def test_stat_shows_participants_with_pid_namespace_and_role(scene: Scene, run: 
 
 def test_stat_marks_the_dead(scene: Scene, run: Run) -> None:
     scene.child.kill()
-    report = run("stat", scene.name, "--json").report(StatReport)
-    assert [row.alive for row in report.participants] == [True, False]
-    assert not report.allocations[4].owner.alive
+    report = run("stat", scene.name, "--json").report(PoolReport)
+    assert [row.is_alive for row in report.participants] == [True, False]
+    owner = report.allocations[4].owner
+    assert owner is not None
+    assert not owner.is_alive
     assert f"participant 1 (pid {scene.child.pid}, language-0, dead)" in run("stat", scene.name).out
 
 
 def test_stat_works_on_a_dead_pool_and_does_not_revive_it(dead_pool: str, run: Run) -> None:
-    assert run("stat", dead_pool, "--json").report(StatReport).state == "dead"
-    assert run("stat", dead_pool, "--json").report(StatReport).state == "dead"
+    assert run("stat", dead_pool, "--json").report(PoolReport).state == "dead"
+    assert run("stat", dead_pool, "--json").report(PoolReport).state == "dead"
 
 
 def test_looking_at_a_pool_does_not_keep_it_alive(pool_name: str, run: Run) -> None:
@@ -175,24 +188,100 @@ def test_names_are_taken_with_and_without_a_slash(scene: Scene, run: Run) -> Non
     assert run("check", bare) == run("check", "/" + bare)
 
 
+@pytest.fixture
+def waiter(scene: Scene) -> Iterator[Child]:
+    """A process that waits for more blocks than are free."""
+    with fork(wait_for_blocks, scene.name) as child:
+        wait_until(lambda: scene.pool.stats().waiters == 1, "it waits")
+        yield child
+        child.kill()
+
+
+def wait_for_blocks(channel: Channel, name: str) -> None:
+    BlockPool.attach(name, role="prefetch", prefault="off").alloc(80, "req-9", timeout=600.0)
+
+
+def test_stat_shows_who_waits_for_how_many_blocks_and_since_when(
+    scene: Scene, waiter: Child, run: Run
+) -> None:
+    report = run("stat", scene.name, "--json").report(PoolReport)
+    (row,) = report.waiters
+    assert row.participant is not None
+    assert (row.participant.pid, row.num_blocks, row.req_id) == (waiter.pid, 20, "req-9")
+    assert 0 <= row.seconds_since_poll <= row.age_seconds
+    assert report.stats.waiters == 1
+    section = run("stat", scene.name).out.split("waiting for blocks, in order of arrival\n")[1]
+    assert re.search(
+        rf"^ +1\. +20 +.* s +.* s ago +req-9 +participant 2 \(pid {waiter.pid}, prefetch\)$",
+        section,
+        re.MULTILINE,
+    )
+
+
+def test_stat_and_map_show_one_moment(
+    scene: Scene, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: each asked three times, so that the account and the allocations could disagree."""
+    for question in ("stats", "allocations", "participants", "waiters"):
+        monkeypatch.delattr(PoolInspector, question)
+    assert run("stat", scene.name).code == 0
+    assert run("map", scene.name).code == 0
+
+
+def test_stat_shows_leases_that_wait_for_a_stream(
+    scene: Scene, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PoolInspector(scene.name) as pool:
+        snapshot = pool.snapshot()
+    leased = snapshot.allocations[1]
+    (lease,) = leased.leases
+    leased = replace(leased, leases=[lease, replace(lease, is_pending=True)], readers_left=0)
+    snapshot = replace(snapshot, allocations=[leased])
+    monkeypatch.setattr(PoolInspector, "snapshot", lambda _: snapshot)
+    text = run("stat", scene.name).out
+    assert text.count("1 open, 1 pending") == 1
+    assert text.count("pending: released, its stream is still at work") == 1
+
+
+def test_stat_of_a_queue_shows_its_messages(pool_name: str, run: Run) -> None:
+    """Found: errors of queues advise `shmblocks stat`, which refused queues."""
+    with HandleQueue.create(pool_name, 4, message_bytes=512) as queue:
+        queue.put(b"one")
+        report = run("stat", pool_name, "--json").report(QueueReport)
+        text = run("stat", pool_name).out
+    assert (report.name, report.kind, report.state) == (queue.name, "queue", "alive")
+    assert (report.messages, report.capacity, report.message_bytes) == (1, 4, 512)
+    assert re.search(r"^  messages +1 of at most 4$", text, re.MULTILINE)
+
+
+@pytest.mark.xfail(reason="queues have no participant records yet", strict=True)
+def test_stat_of_a_queue_shows_its_participants(pool_name: str, run: Run) -> None:
+    with HandleQueue.create(pool_name, 4):
+        (row,) = run("stat", pool_name, "--json").report(QueueReport).participants
+        refusal = run("rm", pool_name).err
+    assert (row.pid, row.is_alive) == (os.getpid(), True)
+    assert f"(pid {os.getpid()})" in refusal
+
+
 def test_stat_of_a_pool_that_owns_nothing_says_none(pool_name: str, run: Run) -> None:
     with BlockPool.create(pool_name, PoolConfig(total_tokens=8, block_size=4), prefault="off"):
         text = run("stat", pool_name).out
     assert "allocations\n  none\n" in text
     assert "leases\n  none\n" in text
+    assert text.endswith("waiting for blocks, in order of arrival\n  nobody\n")
 
 
 # ---- map ---------------------------------------------------------------------------------------
 
 MAP = """\
-{name}: blocks of 4 tokens, 1 block a character
-15 free + 6 reserved + 2 published + 8 leased + 1 draining = 32 blocks
+{name}: blocks of 4 tokens, 1 block per character
+15 free + 6 reserved + 2 published + 8 leased + 1 draining + 0 settling = 32 blocks
 
  0  RRRRLLLLLLLLPPDRR...............
     a---a-------a-ab-
 
-. free  R reserved  P published  L leased  D draining
-below each row: its owner where an allocation begins, - goes on
+. free  R reserved  P published  L leased  D draining  S settling
+below each row: its owner where an allocation begins, - continues
 a participant 0 (pid {parent}, embedding): 4 allocations, 15 blocks
 b participant 1 (pid {child}, language-0{dead}): 1 allocation, 2 blocks
 """
@@ -201,8 +290,8 @@ COARSE = """\
  0  RLLPr...
     aa-*-
 
-. free  R reserved  P published  L leased  D draining  (small letter: partly free)
-below each row: its owner where an allocation begins, - goes on, * several owners
+. free  R reserved  P published  L leased  D draining  S settling  (small: partly free)
+below each row: its owner where an allocation begins, - continues, * several owners
 """
 
 
@@ -225,12 +314,12 @@ def test_the_map_fits_the_width_and_the_rows(
         "    -",
     ]
     coarse = run("map", scene.name, "--width", "12", "--rows", "1").out
-    assert "4 blocks a character" in coarse
+    assert "4 blocks per character" in coarse
     assert coarse.split("\n\n", 1)[1].startswith(COARSE)
 
 
 def test_map_json_is_what_the_picture_is_drawn_from(scene: Scene, run: Run) -> None:
-    report = run("map", scene.name, "--json").report(MapReport)
+    report = run("map", scene.name, "--json").report(PoolSnapshot)
     assert [(row.start_block, row.num_blocks) for row in report.allocations] == [
         (0, 4),
         (4, 8),
@@ -238,7 +327,7 @@ def test_map_json_is_what_the_picture_is_drawn_from(scene: Scene, run: Run) -> N
         (14, 1),
         (15, 2),
     ]
-    assert report.blocks.all == 32
+    assert report.stats.total_blocks == 32
 
 
 # ---- check -------------------------------------------------------------------------------------
@@ -246,7 +335,7 @@ def test_map_json_is_what_the_picture_is_drawn_from(scene: Scene, run: Run) -> N
 
 def test_check_of_a_whole_pool_ends_with_0(scene: Scene, run: Run) -> None:
     assert run("check", scene.name) == (0, f"{scene.name}: all invariants hold\n", "")
-    assert run("check", scene.name, "--json").report(CheckReport).whole
+    assert run("check", scene.name, "--json").report(CheckReport).violations == []
 
 
 def test_check_prints_each_violation_and_ends_with_1(scene: Scene, run: Run) -> None:
@@ -275,7 +364,7 @@ def test_rm_refuses_while_somebody_lives_and_names_them(scene: Scene, run: Run) 
 def test_a_refusal_has_its_json_too(scene: Scene, run: Run) -> None:
     answer = run("rm", scene.name, "--json")
     assert answer.code == 1
-    report = answer._replace(err="").report(RmReport)
+    report = answer._replace(err="").report(RemoveReport)
     assert not report.removed
     assert [row.role for row in report.participants] == ["embedding", "language-0"]
 
@@ -316,7 +405,7 @@ def test_reap_gives_back_what_the_dead_held(scene: Scene, run: Run) -> None:
     assert run("reap", scene.name).out == f"{scene.name}: nothing to reap\n"
     scene.child.kill()
     assert run("reap", scene.name).out == (
-        f"{scene.name}: gave back 2 blocks: 1 dead participant, 1 reservation of the dead, "
+        f"{scene.name}: freed 2 blocks: 1 dead participant, 1 reservation of the dead, "
         "1 lease of the dead\n"
     )
     assert scene.pool.available_blocks() == 17
@@ -331,9 +420,10 @@ def test_reap_all_reaps_the_living_and_removes_the_dead(
         child.kill()
     size = os.path.getsize(path_of(dead))
     scene.child.kill()
-    rows = {row.name: row for row in run("reap", "--all", "--json").report(ReapAnswer).pools}
-    assert rows[scene.name].participants == 1
-    assert rows[scene.name].blocks == 2
+    rows = {row.name: row for row in run("reap", "--all", "--json").report(ReapAllReport).pools}
+    reaped = rows[scene.name].report
+    assert reaped is not None
+    assert (reaped.participants, reaped.blocks) == (1, 2)
     assert rows["/" + dead].removed
     assert rows["/" + dead].freed_bytes == size
     assert not os.path.exists(path_of(dead))
@@ -358,12 +448,12 @@ def test_a_dead_queue_is_shown_and_removed_and_a_living_one_left_alone(
         child.hear("ready")
         child.kill()
     with HandleQueue.create(new_pool_name(), 4) as queue:
-        listed = {row.name: row for row in run("ls", "--json").report(LsReport).pools}
-        assert (listed[f"/{dead}"].state, listed[f"/{dead}"].problem) == ("dead", "a queue")
+        listed = {row.name: row for row in run("ls", "--json").report(ListReport).pools}
+        assert (listed[f"/{dead}"].state, listed[f"/{dead}"].kind) == ("dead", "queue")
         assert listed[queue.name].state == "alive"
-        rows = {row.name: row for row in run("reap", "--all", "--json").report(ReapAnswer).pools}
+        rows = {row.name: row for row in run("reap", "--all", "--json").report(ReapAllReport).pools}
         assert rows[f"/{dead}"].removed
-        assert (rows[queue.name].removed, rows[queue.name].skipped) == (False, "a queue")
+        assert (rows[queue.name].removed, rows[queue.name].skipped) == (False, "a queue in use")
         assert not os.path.exists(path_of(dead))
         assert run("rm", queue.name).code == 1
         queue.put(b"still there")
@@ -396,12 +486,12 @@ FAILED = CheckResult("futex", "fail", "refused", "newer kernel")
 def test_doctor_shows_advice_and_ends_with_0_unless_a_check_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_command, "run_checks", lambda: CHECKS)
+    monkeypatch.setattr(commands, "run_checks", lambda: CHECKS)
     assert run("doctor") == (0, DOCTOR, "")
 
 
 def test_doctor_ends_with_1_when_a_check_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_command, "run_checks", lambda: [*CHECKS, FAILED])
+    monkeypatch.setattr(commands, "run_checks", lambda: [*CHECKS, FAILED])
     answer = run("doctor", "--json")
     report = answer.report(DoctorReport)
     assert answer.code == 1

@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shmblocks.cli.reports import DoctorReport, StatReport
+from shmblocks.cli.commands import DoctorReport
+from shmblocks.cli.stat import PoolReport
 from shmblocks.doctor import CheckResult
 from tests.cli.conftest import Scene
 from tests.support.children import run_program
@@ -26,7 +27,7 @@ def test_the_installed_command_is_main() -> None:
 
 def test_the_command_answers_as_a_program(scene: Scene) -> None:
     done = run_program([*COMMAND, "stat", scene.name, "--json"])
-    assert msgspec.json.decode(done.stdout, type=StatReport).name == scene.name
+    assert msgspec.json.decode(done.stdout, type=PoolReport).stats.name == scene.name
     refused = run_program([*COMMAND, "rm", scene.name], returncode=1)
     assert refused.stderr.startswith("shmblocks: ")
 

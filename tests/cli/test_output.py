@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
-from importlib.machinery import ModuleSpec
+import sys
 
 import msgspec
 import pytest
 
-from shmblocks.cli import output, plain
-from shmblocks.cli.document import Column, Document, Facts, Lines, Table, Text, harmless, line
+from shmblocks import PoolInspector
+from shmblocks._state.info import PoolSnapshot, PoolStats
+from shmblocks.cli.commands import ListReport
 from shmblocks.cli.jsonhelp import keys_text
-from shmblocks.cli.reports import Blocks, LsReport, StatReport
-from shmblocks.cli.words import account, age_text, share_text
+from shmblocks.cli.main import main, write_error
+from shmblocks.cli.render import (
+    Document,
+    Text,
+    account,
+    age_text,
+    facts,
+    harmless,
+    joined,
+    line,
+    share_text,
+    table,
+    write_document,
+    write_text,
+)
+from shmblocks.cli.stat import PoolReport
 from shmblocks.doctor.words import bytes_text, count_text
+from tests.cli.conftest import Scene
 
-DOCUMENT: Document = (
-    Facts(
-        Text("/pool", "title"), (("size", line("2 MiB")), ("state", line(Text("alive", "good"))))
-    ),
-    Table(
-        Text("people", "title"),
-        (Column("name"), Column("pid", right=True)),
-        ((Text("embedding"), Text("7")), (Text("lm", "bad"), Text("4242"))),
+DOCUMENT: Document = joined(
+    facts("/pool", [("size", line("2 MiB")), ("state", line(Text("alive", "ok")))]),
+    table(
+        "people",
+        "name | >pid",
+        [(Text("embedding"), Text("7")), (Text("lm", "fail"), Text("4242"))],
         "none",
     ),
-    Table(Text("leases"), (Column("name"),), (), "none"),
-    Lines((line("RR", Text("..", "free")),)),
+    table("leases", "name", [], "none"),
+    [line("RR", Text("..", "free"))],
 )
 
 PLAIN = """\
@@ -65,88 +78,91 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal()
 
 
-def without_rich(name: str, package: str | None = None) -> ModuleSpec | None:
-    return None
+def shown_in(file: io.StringIO) -> str:
+    write_document(DOCUMENT, file)
+    return file.getvalue()
 
 
-def test_plain_text_is_aligned_and_has_no_escapes() -> None:
-    assert plain.render(DOCUMENT) == PLAIN
+def test_a_file_gets_aligned_text_without_escapes() -> None:
+    assert shown_in(io.StringIO()) == PLAIN
 
 
-def test_a_pipe_gets_plain_text_even_where_rich_is_installed() -> None:
+def test_a_terminal_gets_colours_and_the_same_text(terminal: Terminal) -> None:
+    shown = shown_in(terminal)
+    assert "\x1b[1;31mlm\x1b[0m" in shown
+    assert ESCAPE.sub("", shown) == PLAIN
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_that_wants_no_colours_gets_plain_text(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert shown_in(terminal) == PLAIN
+
+
+def test_an_empty_no_color_is_as_good_as_none(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "")
+    assert ESCAPE.search(shown_in(terminal))
+
+
+def test_characters_of_two_columns_are_aligned_too() -> None:
+    rows = [line("模型", "1"), line("lm", "22")]
     file = io.StringIO()
-    output.write_document(DOCUMENT, file)
-    assert file.getvalue() == PLAIN
+    write_document(table("", "role | >pid", rows, "none"), file)
+    assert file.getvalue() == "  role  pid\n  模型    1\n  lm     22\n"
 
 
-def test_a_terminal_gets_colours_and_the_same_facts(terminal: Terminal) -> None:
-    pytest.importorskip("rich")
-    output.write_document(DOCUMENT, terminal)
-    shown = terminal.getvalue()
-    assert ESCAPE.search(shown)
-    words = ESCAPE.sub("", shown).split()
-    assert [word for word in words if word.strip("─━")] == PLAIN.split()
-
-
-def test_no_color_leaves_out_every_colour(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["ls", "stat", "map"])
+def test_a_terminal_that_knows_only_ascii_is_no_error(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setenv("NO_COLOR", "1")
-    output.write_document(DOCUMENT, terminal)
-    numbers = {
-        int(number)
-        for escape in ESCAPE.findall(terminal.getvalue())
-        for number in escape[2:-1].split(";")
-        if number
-    }
-    assert not {number for number in numbers if number >= 30}, "30 and above are colours"
-
-
-def test_a_terminal_without_rich_gets_plain_text(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", without_rich)
-    output.write_document(DOCUMENT, terminal)
-    assert terminal.getvalue() == PLAIN
-
-
-def test_markup_in_foreign_text_is_shown_and_not_obeyed(terminal: Terminal) -> None:
-    pytest.importorskip("rich")
-    output.write_document((Lines((line("[red]role[/red] :smile:"),)),), terminal)
-    assert ESCAPE.sub("", terminal.getvalue()) == "[red]role[/red] :smile:\n"
+    """Found: `stat` and `map` ended with a UnicodeEncodeError there."""
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii")
+    monkeypatch.setattr(file, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", file)
+    scene.pool.alloc(4, "模型")
+    assert main([command] if command == "ls" else [command, scene.name]) == 0
+    file.flush()
+    assert scene.name in raw.getvalue().decode("ascii")
+    assert (r"\u6a21\u578b" in raw.getvalue().decode()) == (command == "stat")
 
 
 def test_escape_sequences_in_foreign_text_reach_no_terminal(terminal: Terminal) -> None:
     evil = "req\x1b]0;owned\x07\n\u202e\u009b"
     for file in (terminal, io.StringIO()):
-        output.write_document((Lines((line(evil),)),), file)
-        shown = ESCAPE.sub("", file.getvalue()).rstrip("\n")
-        assert shown == r"req\x1b]0;owned\x07\n\u202e\x9b"
+        write_document([line(evil), *table(evil, evil, [line(evil)], evil)], file)
+        shown = ESCAPE.sub("", file.getvalue())
+        assert {text.strip() for text in shown.splitlines()} == {r"req\x1b]0;owned\x07\n\u202e\x9b"}
     assert harmless("Grüße, 模型") == "Grüße, 模型"
 
 
 def test_an_error_is_one_line_whatever_its_text() -> None:
     file = io.StringIO()
-    output.write_error("two\nlines\x1b[2J", file)
+    write_error("two\nlines\x1b[2J", file)
     assert file.getvalue() == "shmblocks: two lines\\x1b[2J\n"
 
 
 def test_letters_that_the_encoding_lacks_are_escaped() -> None:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    output.write_text("Grüße\n", file)
+    write_text("Grüße\n", file)
     file.flush()
     assert raw.getvalue() == b"Gr\\xfc\\xdfe\n"
 
 
 def test_every_json_key_is_in_the_help() -> None:
-    text = keys_text(StatReport)
-    for struct in (StatReport, Blocks):
+    text = keys_text((PoolReport,))
+    for struct in (PoolReport, PoolStats, PoolSnapshot):
         for field in msgspec.structs.fields(struct):
-            assert re.search(rf"^ +{field.encode_name}(\[\])?\b", text, re.MULTILINE), field.name
-    assert "  pools[]" in keys_text(LsReport)
-    assert "free_blocks" in keys_text(LsReport)
+            assert re.search(rf"^ +{field.encode_name} ", text, re.MULTILINE), field.name
+    assert re.search(r"^ +owner +ParticipantInfo or null$", text, re.MULTILINE)
+    assert re.search(r"^ +owner_id +\[slot, incarnation\]$", text, re.MULTILINE)
+    assert text.count("  ParticipantInfo\n") == 1, "each struct is explained once"
+    assert re.search(r"^ +pools +list of PoolSummary$", keys_text((ListReport,)), re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -191,10 +207,11 @@ def test_counts_agree_with_their_noun() -> None:
     assert count_text(0, "lease of the dead", "leases of the dead") == "0 leases of the dead"
 
 
-def test_an_account_that_does_not_add_up_shows_it() -> None:
-    right = Blocks(free=3, reserved=1, published=0, leased=0, draining=0, all=4, balanced=True)
-    wrong = msgspec.structs.replace(right, free=2, balanced=False)
+def test_an_account_that_does_not_add_up_shows_it(scene: Scene) -> None:
+    with PoolInspector(scene.name) as pool:
+        right = pool.stats()
+    wrong = msgspec.structs.replace(right, free_blocks=14)
     assert "".join(part.text for part in account(right)) == (
-        "3 free + 1 reserved + 0 published + 0 leased + 0 draining = 4 blocks"
+        "15 free + 6 reserved + 2 published + 8 leased + 1 draining + 0 settling = 32 blocks"
     )
-    assert " != 4 blocks" in "".join(part.text for part in account(wrong))
+    assert " != 32 blocks" in "".join(part.text for part in account(wrong))

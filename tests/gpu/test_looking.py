@@ -10,8 +10,9 @@ import msgspec
 import torch
 
 from shmblocks import BlockHandle, BlockPool
+from shmblocks.cli.commands import DoctorReport
 from shmblocks.cli.main import main
-from shmblocks.cli.reports import DoctorReport, StatReport
+from shmblocks.cli.stat import PoolReport
 from tests.gpu import kit
 from tests.support.children import Channel, spawn
 
@@ -66,19 +67,18 @@ def test_stat_says_who_has_the_memory_open_and_what_is_pinned(pool_name: str) ->
         reader.say(pool.publish(handle).encode())
         reader.hear("reading", 120)
         carrier.hear("attached", 120)
-        report = msgspec.json.decode(said("stat", pool_name, "--json"), type=StatReport)
+        report = msgspec.json.decode(said("stat", pool_name, "--json"), type=PoolReport)
         text = said("stat", pool_name)
         for child in (reader, carrier):
             child.say("end")
             child.result(120)
         torch.cuda.synchronize()
     print(text)
-    device = report.device
-    assert device is not None
-    assert (device.device, device.state) == ("cuda:0", "exported")
-    assert (device.openers, device.gpu_users) == (2, 2)
-    assert device.device_bytes == pool.config.total_tokens * pool.config.token_bytes
-    assert device.pinned_bytes == 2 * report.size_bytes
+    stats = report.stats
+    assert (stats.device, stats.device_state) == ("cuda:0", "exported")
+    assert (stats.device_openers, stats.gpu_users) == (2, 2)
+    assert stats.device_bytes == pool.config.total_tokens * pool.config.token_bytes
+    assert stats.pinned_bytes == 2 * stats.size_bytes
     open_in = {row.role: row.has_device_memory for row in report.participants}
     assert open_in == {"": True, "reader": True, "carrier": False}
     assert text.count("CUDA memory open") == 2

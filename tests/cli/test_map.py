@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from shmblocks.cli.blockmap import MARKS, Picture, Span, draw, round_width
+from shmblocks.cli.map import MARKS, Picture, Span, draw, round_width
 
 
 def drawn(picture: Picture) -> list[tuple[int, str, str]]:
@@ -91,8 +91,8 @@ def _random_pool(chance: random.Random) -> tuple[int, list[Span], list[str]]:
 
 def _check_coarse(picture: Picture, blocks: list[str]) -> None:
     size = picture.blocks_per_cell
-    for place, cell in enumerate(picture.cells):
-        group = blocks[place * size : (place + 1) * size]
+    for number, cell in enumerate(picture.cells):
+        group = blocks[number * size : (number + 1) * size]
         assert (cell.mark == ".") == (set(group) == {"."})
         assert cell.mark.isupper() == ("." not in group)
         assert cell.mark.upper() in group
