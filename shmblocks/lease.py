@@ -338,5 +338,3 @@ def _free_quietly(pool: BlockPool, handle: BlockHandle) -> None:
         pool.free_own(handle)
     except ShmBlocksError:
         return  # closed meanwhile: it was given back
-
-

@@ -155,14 +155,13 @@ class BlockPool:
         while True:
             try:
                 state = PoolState.attach(name, _role(role))
-                break
+                pool = cls._owning(state, role, prefault, read_only_leases)
+                pool.streams.open_if_cuda_runs()
+                return pool
             except PoolNotFoundError as error:
                 if seconds_left(deadline) <= 0:
                     raise _waited(error, timeout) from None
             time.sleep(ATTACH_POLL)
-        pool = cls._owning(state, role, prefault, read_only_leases)
-        pool.streams.open_if_cuda_runs()
-        return pool
 
     @classmethod
     async def attach_async(
@@ -498,9 +497,7 @@ class BlockPool:
         num_tokens = _whole("num_tokens", num_tokens)
         return self._request_blocks(self.config.blocks_for(num_tokens), num_tokens, req_id)
 
-    def _request_blocks(
-        self, num_blocks: int, num_tokens: int, req_id: str | None
-    ) -> AllocRequest:
+    def _request_blocks(self, num_blocks: int, num_tokens: int, req_id: str | None) -> AllocRequest:
         self._require_capacity(num_blocks, num_tokens)
         total = self.state.layout.total_blocks
         if num_blocks > total:
@@ -808,9 +805,7 @@ def _reattach(
     there = _open_pools.get(pool_id)
     if there is not None and not there.is_closed:
         return there
-    pool = BlockPool.attach(
-        name, role=role, prefault=prefault, read_only_leases=read_only_leases
-    )
+    pool = BlockPool.attach(name, role=role, prefault=prefault, read_only_leases=read_only_leases)
     if pool.pool_id != pool_id:
         pool.close()
         raise PoolNotFoundError(

@@ -67,7 +67,7 @@ class HandleQueue(Generic[T]):
             state.gets, state.putter_sleeps, state.putter_gives_up, state.has_room, spin
         )
         self._finalizer = lifetime.leave_when_dropped(self, state)
-        _open_queues[state.queue_id] = self
+        _open_queues[state.queue_id] = self  # type: ignore[assignment]
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -163,13 +163,11 @@ class HandleQueue(Generic[T]):
         deadline = deadline_of(timeout)
         while True:
             try:
-                state = QueueState.attach(name, role)
-                break
+                return _owning(QueueState.attach(name, role), message_type, spin, role)
             except PoolNotFoundError:
                 if seconds_left(deadline) <= 0:
                     raise
             time.sleep(ATTACH_POLL)
-        return _owning(state, message_type, spin, role)
 
     def close(self) -> None:
         """Leave the queue; the last one to leave removes it. Idempotent."""

@@ -79,7 +79,7 @@ def fuzz_living(name: str, inputs: int, chooser: random.Random) -> dict[str, int
 
 
 def _damage(pool: BlockPool, layout: Layout, chooser: random.Random) -> None:
-    memory = pool._ledger.segment.memory
+    memory = pool.state.segment.memory
     data = bytearray(memory[: layout.ledger_bytes])
     identity = bytes(data[:64])
     telling = _telling_words(bytes(data), layout)
@@ -159,7 +159,7 @@ def _image(pool: BlockPool) -> bytes:
         pool.publish(handle, readers=2)
     leases = [pool.open(handle) for handle in kept[2:4]]
     pool.free(kept[3])
-    image = bytes(pool._ledger.segment.memory)
+    image = bytes(pool.state.segment.memory)
     for lease in leases:
         lease.release()
     return image

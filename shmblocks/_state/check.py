@@ -83,9 +83,7 @@ def _check_table(evidence: Evidence, live: list[Allocation]) -> list[Violation]:
     ]
 
 
-def _check_blocks(
-    evidence: Evidence, raw: RawState, live: list[Allocation]
-) -> list[Violation]:
+def _check_blocks(evidence: Evidence, raw: RawState, live: list[Allocation]) -> list[Violation]:
     """Invariants 1 and 2: the table, the bitmap and the free count agree."""
     violations = []
     config, words = raw.parts.config, raw.words
@@ -140,9 +138,7 @@ def _check_owners(raw: RawState, live: list[Allocation]) -> list[Violation]:
                 Violation(3, f"{_name(allocation)} has neither readers to come nor a deadline")
             )
         if state in (State.LEASED, State.DRAINING) and record.leases == 0:
-            violations.append(
-                Violation(3, f"{_name(allocation)} has no lease that would end it")
-            )
+            violations.append(Violation(3, f"{_name(allocation)} has no lease that would end it"))
     return violations
 
 

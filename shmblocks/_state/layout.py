@@ -319,14 +319,14 @@ class Layout:
 class QueueLayout:
     """Offsets in bytes of a queue's segment.
 
-        0        header   words 0-4, 8, 9, 20 as in a pool; and
-                          16 head: messages taken so far    18 getters asleep on `tail`
-                          17 tail: messages put so far      19 putters asleep on `head`
-                          24 capacity                       25 bytes per message
-        4096     journal
-        8192     participants[slot]
-        slots    slot k: length (8 bytes), then the message; it holds message number n when
-                 n % capacity == k
+    0        header   words 0-4, 8, 9, 20 as in a pool; and
+                      16 head: messages taken so far    18 getters asleep on `tail`
+                      17 tail: messages put so far      19 putters asleep on `head`
+                      24 capacity                       25 bytes per message
+    4096     journal
+    8192     participants[slot]
+    slots    slot k: length (8 bytes), then the message; it holds message number n when
+             n % capacity == k
     """
 
     PARTICIPANTS = 256

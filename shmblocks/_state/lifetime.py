@@ -89,9 +89,7 @@ def _leave_dropped(segment: Leaves) -> None:
     if not is_inside():
         _leave(segment)
         return
-    helper = threading.Thread(
-        target=_leave, args=(segment,), name="shmblocks-leaving", daemon=True
-    )
+    helper = threading.Thread(target=_leave, args=(segment,), name="shmblocks-leaving", daemon=True)
     try:
         helper.start()
     except RuntimeError:  # no thread is to be had, or the interpreter is ending

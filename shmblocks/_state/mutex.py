@@ -121,7 +121,7 @@ def transaction(method: Callable[Concatenate[L, P], T]) -> Callable[Concatenate[
             if inside:
                 mutex.leave(token)
 
-    return locked
+    return locked  # type: ignore[return-value]
 
 
 class Mutex:
@@ -233,7 +233,7 @@ class Mutex:
 
 
 # Every transaction of every class runs this one piece of code.
-_SECTION = transaction(Mutex.try_file).__code__  # type: ignore[attr-defined,type-var]
+_SECTION = transaction(Mutex.try_file).__code__  # type: ignore[type-var]
 
 
 def is_inside() -> bool:

@@ -168,9 +168,7 @@ class _CpuWait:
         """Whether it is; `PeerDiedError` when it never will be."""
         handle, now = self._handle, time.monotonic()
         is_believed_dead = bool(self._dead_since) and now - self._dead_since > DEAD_PATIENCE
-        is_over = self._state.fail_if_over(
-            handle.start_block, handle.generation, is_believed_dead
-        )
+        is_over = self._state.fail_if_over(handle.start_block, handle.generation, is_believed_dead)
         if is_over:
             return self._state.is_ready(handle)
         if is_over is None:

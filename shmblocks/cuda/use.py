@@ -25,9 +25,10 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple, Union
 
 from shmblocks._state.device import CREATOR_LEFT, EXPORTED, Export
+from shmblocks._state.info import ParticipantId
 from shmblocks._state.layout import WORD
 from shmblocks._state.mutex import is_inside
-from shmblocks._state.participants import HAS_DEVICE_MEMORY, ParticipantId
+from shmblocks._state.participants import HAS_DEVICE_MEMORY
 from shmblocks._state.pool_state import PoolState
 from shmblocks.cuda import driver, memory
 from shmblocks.cuda.driver import Gpu

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from shmblocks._state.info import PoolSummary
 from shmblocks.config import PoolConfig
 from shmblocks.doctor.child import run_module
 from shmblocks.doctor.host import Host
 from shmblocks.doctor.result import CheckResult
 from shmblocks.doctor.words import bytes_text, count_text
 from shmblocks.errors import ShmBlocksError
-from shmblocks.inspector import PoolSummary, list_segments
+from shmblocks.inspector import list_segments
 from shmblocks.pool import BlockPool
 
 # A Python that starts on a busy machine. Smaller: such machines fail. Larger: a hang holds us up.

@@ -58,7 +58,7 @@ def abandon(pool: BlockPool) -> None:
     they are, for others to reap. The pool is closed in this process afterwards.
     """
     pool._finalizer.detach()
-    pool._ledger.close()
+    pool.state.close()
 
 
 def stop(pid: int, timeout: float = PATIENCE) -> None:

@@ -27,7 +27,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from shmblocks._os.segment import path_of
-from shmblocks._state.check import AllocationInfo
+from shmblocks._state.info import AllocationInfo
 from shmblocks._state.layout import AUX_BYTES
 from shmblocks._state.states import State
 from shmblocks.handle import BlockHandle
@@ -52,15 +52,15 @@ def field_bytes(pool: BlockPool, handle: BlockHandle, name: str) -> memoryview:
 
     It borrows the pool's memory: let go of it before the pool is closed.
     """
-    ledger = pool._ledger
+    state = pool.state
     if name == AUX:
-        start, size = ledger.layout.aux + handle.start_block * AUX_BYTES, AUX_BYTES
+        start, size = state.layout.aux + handle.start_block * AUX_BYTES, AUX_BYTES
     else:
         field = {field.name: field for field in pool.config.fields}[name]
         first = handle.start_block * pool.config.block_size
-        start = ledger.layout.fields[name] + first * field.token_bytes
+        start = state.layout.fields[name] + first * field.token_bytes
         size = handle.num_tokens * field.token_bytes
-    return ledger.segment.memory[start : start + size]
+    return state.segment.memory[start : start + size]
 
 
 def remember(pool: BlockPool, handle: BlockHandle) -> Remembered:

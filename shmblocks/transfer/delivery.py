@@ -68,7 +68,7 @@ class LandingDelivery:
         if handle is None or offset >= handle.num_tokens:
             raise TransferError(f"expected blocks with room to write into, got {grant}")
         num_tokens = min(handle.num_tokens - offset, self._payload.num_tokens - sent)
-        with self._pools.of(handle).write(handle) as lease:
+        with self._pools.of(handle).open_for_write(handle) as lease:
             self._payload.write(lease.view, offset, sent, num_tokens)
             finish_copies(lease.view)
         return Shipped(handle, offset, num_tokens)

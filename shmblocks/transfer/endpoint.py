@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 
-from shmblocks._state.participants import ParticipantId
+from shmblocks._state.info import ParticipantId
 from shmblocks.errors import InvalidStateError, PeerDiedError, PoolTimeoutError
 from shmblocks.transfer.channel import QueueLike
 from shmblocks.transfer.holders import who_holds_blocks

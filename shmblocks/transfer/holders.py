@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shmblocks._state.check import AllocationInfo, LeaseInfo
+    from shmblocks._state.info import AllocationInfo, LeaseInfo
     from shmblocks.pool import BlockPool
 
 # Allocations that are named. Smaller: the one that matters may be left out. Larger: a full pool
@@ -26,15 +26,15 @@ def who_holds_blocks(pool: BlockPool) -> str:
 
 
 def _line(info: AllocationInfo) -> str:
-    owner = info.owner or f"participant {info.owner_place} (gone)"
+    owner = info.owner or f"participant {info.owner_id.slot} (gone)"
     request = f" for request {info.req_id!r}" if info.req_id else ""
     last = info.start_block + info.num_blocks - 1
     return (
         f"{info.num_blocks} blocks ({info.start_block} to {last}, {info.state}) by {owner}"
-        f"{request} since {info.age:.1f} s{''.join(map(_lease, info.leases))}"
+        f"{request} since {info.age_seconds:.1f} s{''.join(map(_lease, info.leases))}"
     )
 
 
 def _lease(lease: LeaseInfo) -> str:
-    holder = lease.holder or f"participant {lease.place} (gone)"
-    return f", {lease.kind} under a lease of {holder} since {lease.age:.1f} s"
+    holder = lease.holder or f"participant {lease.holder_id.slot} (gone)"
+    return f", {lease.kind} under a lease of {holder} since {lease.age_seconds:.1f} s"

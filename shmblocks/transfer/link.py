@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from shmblocks._state.participants import ParticipantId
+from shmblocks._state.info import ParticipantId
 from shmblocks.errors import PeerDiedError, PoolClosedError, ShmBlocksError, TransferError
 from shmblocks.transfer.channel import ChannelBrokenError, Incoming, Outgoing, QueueLike
 from shmblocks.transfer.messages import AnyMessage, Bye, Hello, Origin, decode, encode

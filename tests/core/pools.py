@@ -59,23 +59,23 @@ def take(pool: BlockPool, num_tokens: int = 1, req_id: str | None = None) -> Blo
 def abandon(pool: BlockPool) -> None:
     """Die, as everyone else sees it."""
     pool._finalizer.detach()
-    pool._ledger.close()
+    pool.state.close()
 
 
 def word(pool: BlockPool, index: int) -> int:
     """One word of the segment."""
-    value: int = pool._ledger.segment.words[index]
+    value: int = pool.state.segment.words[index]
     return value
 
 
 def set_word(pool: BlockPool, index: int, value: int) -> None:
     """Write into the segment behind the pool's back."""
-    pool._ledger.segment.words[index] = value
+    pool.state.segment.words[index] = value
 
 
 def state_of(pool: BlockPool) -> bytes:
     """Everything that is under the lock, but for the words that every entry writes."""
-    ledger = pool._ledger
+    ledger = pool.state
     return bytes(ledger.segment.memory[4096 : ledger.layout.ledger_bytes]) + bytes(
         ledger.segment.memory[16 * 8 : 21 * 8]
     )

@@ -32,20 +32,20 @@ def populated(pool_name: str) -> Iterator[BlockPool]:
         leases = [pool.open(leased), pool.write(draining)]
         pool.free(draining)
         assert pool.check() == []
-        before = bytes(pool._ledger.segment.memory)
+        before = bytes(pool.state.segment.memory)
         yield pool
-        pool._ledger.segment.memory[:] = before  # what was planted goes
+        pool.state.segment.memory[:] = before  # what was planted goes
         assert pool.check() == []
         for lease in leases:
             lease.release()
 
 
 def record_word(block: int, field: str) -> Callable[[BlockPool], int]:
-    return lambda pool: pool._ledger.layout.record_word(block) + Record._fields.index(field)
+    return lambda pool: pool.state.layout.record_word(block) + Record._fields.index(field)
 
 
 def lease_word(slot: int, word: int) -> Callable[[BlockPool], int]:
-    return lambda pool: pool._ledger.layout.leases // 8 + slot * LEASE_WORDS + word
+    return lambda pool: pool.state.layout.leases // 8 + slot * LEASE_WORDS + word
 
 
 def header_word(index: int) -> Callable[[BlockPool], int]:
@@ -53,7 +53,7 @@ def header_word(index: int) -> Callable[[BlockPool], int]:
 
 
 def bitmap(pool: BlockPool) -> int:
-    return pool._ledger.layout.bitmap // 8
+    return pool.state.layout.bitmap // 8
 
 
 def plant(where: Callable[[BlockPool], int], value: int) -> Plant:
@@ -69,8 +69,8 @@ def flip(where: Callable[[BlockPool], int], bit: int) -> Plant:
 
 def copy_record(pool: BlockPool) -> None:
     """The allocation of block 0 once more, at block 1."""
-    first = pool._ledger.layout.record_word(0)
-    words = pool._ledger.segment.words
+    first = pool.state.layout.record_word(0)
+    words = pool.state.segment.words
     words[first + RECORD_WORDS : first + 2 * RECORD_WORDS] = words[first : first + RECORD_WORDS]
 
 

@@ -181,7 +181,7 @@ def operations(pool: BlockPool) -> Iterator[Callable[[], object]]:
         yield lambda handle=handle: pool.grow(handle, handle.num_tokens + 1)  # type: ignore[misc]
         yield lambda handle=handle: pool.publish(handle)  # type: ignore[misc]
         yield lambda handle=handle: pool.open(handle).release()  # type: ignore[misc]
-        yield lambda handle=handle: pool.write(handle).release()  # type: ignore[misc]
+        yield lambda handle=handle: pool.open_for_write(handle).release()  # type: ignore[misc]
     yield pool.reap
     for handle in handles:
         yield lambda handle=handle: pool.free(handle)  # type: ignore[misc]
@@ -260,7 +260,7 @@ def test_random_bytes_all_over_the_ledger_give_an_error_or_an_answer(rng: random
 
 def test_a_pool_whose_journal_was_damaged_can_still_be_closed(pool_name: str) -> None:
     pool = pools.create(pool_name)
-    pools.set_word(pool, pool._ledger.layout.journal // 8, 2**64 - 1)
+    pools.set_word(pool, pool.state.layout.journal // 8, 2**64 - 1)
     with pytest.raises(IncompatiblePoolError, match="journal is damaged"):
         pool.alloc(1)
     with pytest.raises(IncompatiblePoolError, match="journal is damaged"):

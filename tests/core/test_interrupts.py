@@ -23,7 +23,7 @@ def test_an_interrupted_alloc_frees_nothing_of_who_got_its_generation(
 ) -> None:
     """Interrupted before its commit it has used up no generation: the next, of whomever, has it."""
     with pools.attach(pool.name) as other:
-        mutex = pool._ledger.mutex
+        mutex = pool.state.mutex
         leave = mutex._leave
 
         def interrupted(journal: Journal, stores: object) -> None:

@@ -19,6 +19,7 @@ from shmblocks import (
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support.children import Channel, Child, fork, run_in_fork
+from tests.support.inside import run_inside
 
 
 def published(pool: BlockPool, num_tokens: int = 5, readers: int = 1) -> BlockHandle:
@@ -65,7 +66,7 @@ def test_what_is_published_cannot_be_published_or_written_or_viewed_again(
     with pytest.raises(InvalidStateError, match="publish: expected"):
         pool.publish(handle)
     with pytest.raises(InvalidStateError, match="write: expected"):
-        pool.write(handle)
+        pool.open_for_write(handle)
     with pytest.raises(InvalidStateError, match="it is published and belongs to participant 0"):
         pool.view(handle)
     assert state(pool, handle) is State.PUBLISHED
@@ -197,7 +198,7 @@ def test_a_lease_dropped_in_the_middle_of_an_operation_is_released_after_it(
 ) -> None:
     kept = [pool.open(published(pool))]
     with pytest.warns(ResourceWarning, match="lease was not released"):
-        pool._ledger.run(kept.clear)  # as the collector may, under the lock
+        run_inside(pool, kept.clear)  # as the collector may, under the lock
     assert pool.stats().leases == 0
 
 
@@ -267,7 +268,7 @@ def leased(pool: BlockPool, kind: str) -> tuple[BlockHandle, list[Lease]]:
         handle = published(pool, readers=3)
         return handle, [pool.open(handle), pool.open(handle)]
     handle = pools.take(pool, 5)
-    return handle, [pool.write(handle), pool.write(handle)]
+    return handle, [pool.open_for_write(handle), pool.open_for_write(handle)]
 
 
 @pytest.mark.parametrize("kind", ["reader", "writer"])

@@ -38,6 +38,7 @@ from tests.support.children import (
     run_program,
     wait_until,
 )
+from tests.support.inside import run_inside
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -190,7 +191,7 @@ OPERATIONS: list[Callable[[BlockPool, BlockHandle], object]] = [
     lambda pool, handle: pool.grow(handle, 2),
     lambda pool, handle: pool.free(handle),
     lambda pool, handle: pool.view(handle),
-    lambda pool, handle: pool.write(handle),
+    lambda pool, handle: pool.open_for_write(handle),
     lambda pool, handle: pool.publish(handle),
     lambda pool, handle: pool.open(handle),
     lambda pool, handle: pool.available_blocks(),
@@ -255,7 +256,7 @@ def test_a_pool_that_is_collected_inside_an_operation_on_its_segment_leaves_too(
     other = pools.attach(pool.name)
     pools.take(other)
     del other
-    pool._ledger.run(gc.collect)
+    run_inside(pool, gc.collect)
     wait_until(lambda: len(pool.participants()) == 1, "it left from another thread")
     assert pool.stats().reserved_blocks == 0
 
@@ -273,7 +274,7 @@ def test_a_pool_that_is_collected_inside_an_operation_and_cannot_leave_is_droppe
             gc.collect()
             wait_until(lambda: not stranger.is_locked_by_others(PLACE_BYTE + 1), "its place fell")
 
-        pool._ledger.run(collect)
+        run_inside(pool, collect)
         stranger.close()
         assert pool.reap().participants == 1
         assert pool.stats().reserved_blocks == 0

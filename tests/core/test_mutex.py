@@ -17,6 +17,7 @@ from shmblocks._os.filelock import FileLocks
 from shmblocks._state.mutex import Mutex
 from tests.core import pools
 from tests.support.children import Channel, fork, wait_until
+from tests.support.inside import run_inside
 
 SPARE_WORD = 40  # of the header: nobody uses it
 
@@ -45,7 +46,7 @@ def count_up(pool: BlockPool, times: int) -> None:
         pools.set_word(pool, SPARE_WORD, seen + 1)
 
     for _ in range(times):
-        pool._ledger.run(once)
+        run_inside(pool, once)
 
 
 def count_up_there(channel: Channel, pool: BlockPool, times: int) -> None:
@@ -115,7 +116,7 @@ def stay_inside(channel: Channel, name: str) -> None:
             channel.say("inside")
             channel.hear("leave")
 
-        pool._ledger.run(body)
+        run_inside(pool, body)
 
 
 def test_a_wait_that_times_out_names_the_stopped_holder(pool_name: str) -> None:
@@ -145,7 +146,7 @@ def test_a_wait_for_a_thread_of_the_own_process_times_out_too(pool_name: str) ->
         leave.wait(60)
 
     with pools.create(pool_name, pools.tiny(lock_timeout=0.1), role="us") as pool:
-        thread = threading.Thread(target=pool._ledger.run, args=(body,))
+        thread = threading.Thread(target=pool.state.run, args=(body,))
         thread.start()
         assert inside.wait(60)
         with pytest.raises(PoolTimeoutError, match=r"participant 0 \(pid \d+, us\)"):
@@ -164,14 +165,14 @@ def test_a_holder_that_is_killed_is_succeeded_at_once(pool: BlockPool) -> None:
 
 def test_a_waiter_that_is_killed_takes_the_lock_from_nobody(pool: BlockPool) -> None:
     def wait_there(channel: Channel) -> None:
-        wait = pool._ledger.mutex._wait
+        wait = pool.state.mutex.wait
 
         def tell_and_wait(token: list[int]) -> None:
             channel.say("waiting")
             wait(token)
 
-        pool._ledger.mutex._wait = tell_and_wait  # type: ignore[method-assign]
-        pool._ledger.run(channel.say, "inside")
+        pool.state.mutex.wait = tell_and_wait  # type: ignore[method-assign]
+        run_inside(pool, channel.say, "inside")
 
     with fork(stay_inside, pool.name) as holder:
         holder.hear("inside")
@@ -197,7 +198,7 @@ def test_a_signal_handler_inside_a_section_of_its_own_thread_is_told_so(pool: Bl
 
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        pool._ledger.run(signal.raise_signal, signal.SIGUSR1)
+        run_inside(pool, signal.raise_signal, signal.SIGUSR1)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert pool.name in str(told[0])
@@ -209,7 +210,7 @@ def test_a_section_within_a_section_is_refused_instead_of_waiting_for_ever(
     pool: BlockPool, stranger: FileLocks
 ) -> None:
     with pytest.raises(InvalidStateError, match="operation of the same thread"):
-        pool._ledger.run(pool.alloc, 1)
+        run_inside(pool, pool.alloc, 1)
     assert not is_taken(stranger)
 
 
@@ -219,7 +220,7 @@ def test_a_section_within_a_section_is_refused_through_another_attachment_too(
     """Found: it waited for the lock that its own thread held, for the whole `lock_timeout`."""
     with pools.attach(pool.name) as other:
         with pytest.raises(InvalidStateError, match="operation of the same thread"):
-            pool._ledger.run(other.alloc, 1)
+            run_inside(pool, other.alloc, 1)
         assert not is_taken(stranger)
         pools.take(other)
 
@@ -234,14 +235,14 @@ def test_a_child_forked_by_a_handler_inside_a_section_cannot_go_on_there(pool: B
         child = os.fork()
         if not child:
             try:
-                pool._ledger.blocks.note_unclaimed(1)  # any change
+                pool.state.blocks.note_unclaimed(1)  # any change
             except ValueError:
                 os._exit(0 if pool.is_closed else 1)
             os._exit(2)
 
-    pool._ledger.run(fork_inside)
+    run_inside(pool, fork_inside)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert pool._ledger.blocks.unclaimed_ns == 0
+    assert pool.state.blocks.unclaimed_ns == 0
     pools.take(pool)
 
 
@@ -249,7 +250,7 @@ def test_another_pool_may_be_used_inside_a_section(
     pool: BlockPool, new_pool_name: Callable[[], str]
 ) -> None:
     with pools.create(new_pool_name()) as other:
-        assert pool._ledger.run(other.alloc, 1) is not None
+        assert run_inside(pool, other.alloc, 1) is not None
 
 
 class AnyError(Exception):
@@ -265,17 +266,17 @@ def test_an_exception_in_a_section_leaves_the_lock_free(
         raise error
 
     with pytest.raises(error):
-        pool._ledger.run(body)
+        run_inside(pool, body)
     assert not is_taken(stranger)
     pools.take(pool)
 
 
 def leave_token_behind(pool: BlockPool) -> None:
     """What two exceptions within the same microsecond would do: no clean-up runs."""
-    mutex = pool._ledger.mutex
+    mutex = pool.state.mutex
     leave = mutex._leave
     mutex._leave = lambda token: None  # type: ignore[method-assign]
-    pool._ledger.run(int)
+    run_inside(pool, int)
     mutex._leave = leave  # type: ignore[method-assign]
 
 
@@ -289,9 +290,9 @@ def test_an_abandoned_token_is_given_back_by_the_next_call(
         leave_token_behind(pool)
     assert is_taken(stranger)
     if where == "same thread":
-        pool._ledger.run(int)
+        run_inside(pool, int)
     else:
-        run_in_thread(lambda: pool._ledger.run(int))
+        run_in_thread(lambda: run_inside(pool, int))
     assert not is_taken(stranger)
 
 
@@ -359,10 +360,10 @@ def interrupted_lines(
     stranger = pools.locks_of(pool.name)
     at = 0
     before()
-    while Interrupter(LINES_OF_MUTEX, at).run(lambda: pool._ledger.run(int)):
+    while Interrupter(LINES_OF_MUTEX, at).run(lambda: run_inside(pool, int)):
         after()
         assert not is_taken(stranger), f"kept after the interrupt at line {at}"
-        assert pool._ledger.mutex._inside == {}
+        assert pool.state.mutex.inside == {}
         at += 1
         before()
     assert not is_taken(stranger)
@@ -408,12 +409,12 @@ def test_threads_waiting_for_a_thread_go_on_when_it_is_interrupted(pool: BlockPo
 
     def interrupted() -> None:
         with pytest.raises(AnyError):
-            pool._ledger.run(body)
+            run_inside(pool, body)
 
     holder = threading.Thread(target=interrupted)
     holder.start()
     assert inside.wait(60)
-    waiters = [threading.Thread(target=pool._ledger.run, args=(waited.append, n)) for n in range(3)]
+    waiters = [threading.Thread(target=pool.state.run, args=(waited.append, n)) for n in range(3)]
     for thread in waiters:
         thread.start()
     wait_until(lambda: len(threading.enumerate()) >= 4, "all threads run")

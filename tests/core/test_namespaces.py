@@ -14,6 +14,7 @@ import pytest
 from shmblocks import PoolTimeoutError
 from tests.core import namespaces, pools
 from tests.support.children import Channel, Child, fork
+from tests.support.inside import run_inside
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +40,20 @@ def test_a_killed_waiter_of_equal_pid_does_not_open_the_holders_section(pool_nam
                 channel.say(os.getpid())
                 channel.hear("leave")
 
-            pool._ledger.run(body)
+            run_inside(pool, body)
             channel.say("left")
 
     def wait(channel: Channel) -> None:
         pool = pools.attach(pool_name, role="waiter")
         channel.say(os.getpid())
         channel.hear("now")
-        original = pool._ledger.mutex._wait
+        original = pool.state.mutex.wait
 
         def tell_and_wait(token: list[int]) -> None:
             channel.say("waiting")
             original(token)
 
-        pool._ledger.mutex._wait = tell_and_wait  # type: ignore[method-assign]
+        pool.state.mutex.wait = tell_and_wait  # type: ignore[method-assign]
         pool.alloc(1)
 
     with pools.create(pool_name, pools.tiny(lock_timeout=0.3)) as pool, container(wait) as waiter:

@@ -132,7 +132,7 @@ def test_a_process_that_forks_while_another_thread_is_inside_gives_its_child_a_f
         inside.set()
         leave.wait(60)
 
-    thread = threading.Thread(target=pool._ledger.run, args=(body,))
+    thread = threading.Thread(target=pool.state.run, args=(body,))
     thread.start()
     assert inside.wait(60)
     with fork(lambda channel: pools.take(pool).start_block) as child:
@@ -322,7 +322,7 @@ def test_a_dead_participant_whose_pid_belongs_to_another_now_is_dead(pool: Block
     who = other.participant
     assert who is not None
     pools.abandon(other)
-    pools.set_word(pool, pool._ledger.layout.participant_word(who.place) + 1, os.getpid())
+    pools.set_word(pool, pool.state.layout.participant_word(who.place) + 1, os.getpid())
     assert not pool.is_alive(who)
     assert pool.reap().participants == 1
 
@@ -331,7 +331,7 @@ def test_a_participant_is_alive_whatever_its_record_says_of_its_pid(pool: BlockP
     with pools.attach(pool.name) as other:
         who = other.participant
         assert who is not None
-        pools.set_word(pool, pool._ledger.layout.participant_word(who.place) + 1, 2**22)
+        pools.set_word(pool, pool.state.layout.participant_word(who.place) + 1, 2**22)
         assert not Path(f"/proc/{2**22}").exists()
         assert pool.is_alive(who)
         assert pool.reap().participants == 0

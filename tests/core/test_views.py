@@ -49,9 +49,9 @@ def taken(pool: BlockPool, num_tokens: int) -> BlockHandle:
 
 def stored_bytes(pool: BlockPool, field: Field, handle: BlockHandle) -> bytes:
     """The field's bytes in the segment, found without torch and the library's arithmetic."""
-    offset = pool._ledger.layout.fields[field.name]
+    offset = pool.state.layout.fields[field.name]
     begin = offset + handle.start_block * BLOCK * field.token_bytes
-    memory = pool._ledger.segment.memory
+    memory = pool.state.segment.memory
     return bytes(memory[begin : begin + handle.num_tokens * field.token_bytes])
 
 
@@ -291,7 +291,7 @@ def test_only_a_reservation_of_ones_own_is_viewed(pool: BlockPool) -> None:
         handle = pools.take(other, 5)
         with pytest.raises(InvalidStateError, match="expected a reservation of this process"):
             pool.view(handle)
-        with pool.write(handle) as lease:
+        with pool.open_for_write(handle) as lease:
             assert lease["fill_ids"].shape == (5,)
 
 
@@ -308,10 +308,10 @@ def test_a_start_block_below_zero_is_no_way_around_the_table(pool: BlockPool) ->
     """Found: without the lock it was looked up from the end of the segment, in a field's bytes."""
     me = pool.participant
     assert me is not None
-    layout = pool._ledger.layout
+    layout = pool.state.layout
     start = -(layout.records // RECORD.size) - 2
     forged = RECORD_HEAD.pack(1, 77, 1, BLOCK, me.word, 0, 0, 0, 0)
     offset = layout.segment_bytes + layout.records + start * RECORD.size
-    pool._ledger.segment.memory[offset : offset + len(forged)] = forged
+    pool.state.segment.memory[offset : offset + len(forged)] = forged
     with pytest.raises(StaleHandleError, match="start block"):
         pool.view(BlockHandle(start, 1, BLOCK, 77, pool.pool_id))

@@ -343,7 +343,7 @@ def _dies_half_done(scene: Scene, store: int) -> None:
         joined(scene).alloc(4 * 10, req_id="half done")
 
     def is_it(_: Point) -> bool:
-        if scene.pool._ledger.segment.words[scene.pool._ledger.journal.head]:
+        if scene.pool.state.segment.words[scene.pool.state.journal.head]:
             lines.append(1)
         return len(lines) == store
 

@@ -162,7 +162,7 @@ def test_what_does_not_survive_is_told(pool_name: str) -> None:
         assert_survives(pool, kept)
         fill(pool, reserve(pool, 9))
         assert_survives(pool, kept)
-        words = pool._ledger.segment.words
+        words = pool.state.segment.words
         words[H_FREE_BLOCKS] -= 1
         with pytest.raises(AssertionError, match=r"after the death: .*blocks are free"):
             assert_survives(pool, kept)
@@ -176,10 +176,10 @@ def test_changed_bytes_are_told(pool_name: str) -> None:
     with survivor() as scene:
         pool = scene.pool
         (kept,) = scene.kept
-        pool._ledger.segment.memory[pool._ledger.layout.fields["x"]] ^= 1
+        pool.state.segment.memory[pool.state.layout.fields["x"]] ^= 1
         with pytest.raises(AssertionError, match=r"\['x'\] changed"):
             assert_survives(pool, kept)
-        pool._ledger.segment.memory[pool._ledger.layout.fields["x"]] ^= 1
+        pool.state.segment.memory[pool.state.layout.fields["x"]] ^= 1
         assert_survives(pool, kept)
 
 

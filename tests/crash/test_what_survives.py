@@ -31,6 +31,7 @@ from shmblocks import (
 from shmblocks.testing import Remembered, assert_survives, assert_unchanged, field_bytes, remember
 from tests.crash.scenes import CONFIG, fill, publish, reserve
 from tests.support.children import Channel, Child, fork, wait_until
+from tests.support.inside import run_inside
 
 
 class Stage:
@@ -165,7 +166,7 @@ def nothing_is_taken_from_it(stage: Stage) -> None:
 
 def one_who_writes_into_a_landing_dies(stage: Stage) -> None:
     handle = stage.handle = reserve(stage.pool, 9)
-    stage.child(lambda _, pool: pool.write(handle)).kill()
+    stage.child(lambda _, pool: pool.open_for_write(handle)).kill()
 
 
 def its_owner_goes_on(stage: Stage) -> None:
@@ -199,7 +200,7 @@ def _hold_the_lock(channel: Channel, pool: BlockPool) -> None:
         threading.Event().wait()
 
     pool.available_blocks()
-    pool._ledger.run(hold)
+    run_inside(pool, hold)
 
 
 def the_holder_of_the_lock_dies(stage: Stage) -> None:
@@ -225,7 +226,7 @@ def one_who_waits_for_the_lock_dies(stage: Stage) -> None:
         return child
 
     # Inside the section: the child can only wait.
-    child = stage.pool._ledger.run(wait)
+    child = stage.run_inside(pool, wait)
     child.kill()
     child.close()
 

@@ -25,6 +25,7 @@ from tests.core import pools
 from tests.cuda_logic.conftest import FIELDS
 from tests.cuda_logic.fakes import OTHER_STREAM, STREAM, FakeGpu
 from tests.support.children import Channel, spawn, wait_until
+from tests.support.inside import run_inside
 
 
 def with_fake_gpu() -> FakeGpu:
@@ -178,9 +179,9 @@ def test_a_publisher_that_dies_after_it_was_ready_takes_nothing_with_it(
 def test_failing_what_is_late_ready_after_all_does_no_harm(pool: BlockPool, gpu: FakeGpu) -> None:
     handle = pool.publish(pools.take(pool, 8), stream=STREAM)
     lease = pool.open(handle, stream=OTHER_STREAM)
-    blocks = pool._ledger.blocks
-    pool._ledger.run(blocks.fail, handle.start_block, blocks.record(handle.start_block))
-    word = pool._ledger.layout.ready_word(handle.start_block)
+    blocks = pool.state.blocks
+    run_inside(pool, blocks.fail, handle.start_block, blocks.record(handle.start_block))
+    word = pool.state.layout.ready_word(handle.start_block)
     assert pools.word(pool, word) == FAILED | handle.generation
     gpu.run()
     gpu.run(OTHER_STREAM)
@@ -243,7 +244,7 @@ def test_a_users_pool_that_is_collected_inside_an_operation_leaves_from_another_
             gc.collect()
             gpu.gate.set()
 
-        (first if where == "the same pool" else second)._ledger.run(collect)
+        (first if where == "the same pool" else second).state.run(collect)
         wait_until(lambda: len(first.participants()) == 1, "it left")
         assert gpu.came_through == [True]
         assert not gpu.registered
@@ -260,7 +261,7 @@ def test_closing_a_users_pool_inside_an_operation_is_refused_and_changes_nothing
 ) -> None:
     before = gpu.synchronized
     with pytest.raises(InvalidStateError, match="set a flag there and close it later"):
-        pool._ledger.run(pool.close)
+        run_inside(pool, pool.close)
     assert gpu.synchronized == before
     pool.open(pool.publish(pools.take(pool), stream=STREAM), stream=STREAM).release()
     gpu.run()
@@ -285,7 +286,7 @@ def test_a_users_pool_that_cannot_leave_has_unregistered(gpu: FakeGpu, pool_name
 def test_a_users_pool_that_is_damaged_closes(gpu: FakeGpu, pool_name: str) -> None:
     pool = pools.create(pool_name, pools.tiny(fields=FIELDS))
     pool.pin()
-    pools.set_word(pool, pool._ledger.journal.head, 1 << 40)
+    pools.set_word(pool, pool.state.journal.head, 1 << 40)
     with pytest.raises(IncompatiblePoolError, match="journal is damaged"):
         pool.close()
     assert pool.is_closed

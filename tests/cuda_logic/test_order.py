@@ -19,6 +19,7 @@ from shmblocks import (
 from shmblocks._state.layout import FAILED
 from tests.core import pools
 from tests.cuda_logic.fakes import OTHER_STREAM, STREAM, FakeGpu, Wait, Write
+from tests.support.inside import run_inside
 
 
 def published_on_stream(pool: BlockPool, readers: int = 1) -> BlockHandle:
@@ -29,7 +30,7 @@ def test_publishing_on_a_stream_returns_before_the_stream_gets_there(
     pool: BlockPool, gpu: FakeGpu
 ) -> None:
     handle = published_on_stream(pool)
-    word = pool._ledger.layout.ready_word(handle.start_block)
+    word = pool.state.layout.ready_word(handle.start_block)
     assert pools.word(pool, word) == 0
     assert gpu.run()
     assert pools.word(pool, word) == handle.generation
@@ -164,7 +165,7 @@ def test_a_late_word_of_an_earlier_generation_makes_nothing_ready(
     pool: BlockPool, gpu: FakeGpu
 ) -> None:
     handle = published_on_stream(pool)
-    word = pool._ledger.layout.ready_word(handle.start_block)
+    word = pool.state.layout.ready_word(handle.start_block)
     pools.set_word(pool, word, handle.generation - 1)
     with pool.open(handle, stream=OTHER_STREAM) as lease:
         assert not lease.is_ready
@@ -263,8 +264,8 @@ def test_the_bit_that_says_failed_satisfies_a_stream_that_waits(
 ) -> None:
     handle = published_on_stream(pool)
     lease = pool.open(handle, stream=OTHER_STREAM)
-    record = pool._ledger.blocks.record(handle.start_block)
-    pool._ledger.run(pool._ledger.blocks.fail, handle.start_block, record)
+    record = pool.state.blocks.record(handle.start_block)
+    run_inside(pool, pool.state.blocks.fail, handle.start_block, record)
     assert gpu.run(OTHER_STREAM)
     with pytest.raises(PeerDiedError, match="ask for the request anew"):
         lease["rows"]
@@ -306,7 +307,7 @@ def test_pinning_twice_registers_once_and_is_told(pool: BlockPool, gpu: FakeGpu)
     pool.pin()
     assert len(gpu.registered) == 1
     assert pool.is_pinned
-    assert pool.pinned_bytes == pool.stats().pinned_bytes == pool._ledger.segment.size_bytes
+    assert pool.pinned_bytes == pool.stats().pinned_bytes == pool.state.segment.size_bytes
     me = next(info for info in pool.participants() if info.is_self)
     assert me.uses_gpu
     assert me.pinned_bytes == pool.pinned_bytes
@@ -325,7 +326,7 @@ def test_the_steps_on_the_streams_are_exactly_these(pool: BlockPool, gpu: FakeGp
     lease = pool.open(handle, stream=OTHER_STREAM)
     slot = lease._key.slot if lease._key else -1
     lease.release()
-    layout = pool._ledger.layout
+    layout = pool.state.layout
     base = next(iter(gpu.registered))
     ready = base + 8 * layout.ready_word(handle.start_block)
     acknowledged = base + 8 * layout.acknowledged_word(slot)

@@ -120,7 +120,7 @@ def read_many(channel: Channel, name: str, count: int, how: str, pinned: bool) -
 
 
 def ipc_opens(pool: BlockPool) -> int:
-    use = pool._ledger.outside
+    use = pool.state.outside
     assert isinstance(use, GpuUse)
     opens: int = use.gpu.ipc_opens  # type: ignore[attr-defined]
     return opens

@@ -27,6 +27,7 @@ from shmblocks.testing import (
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
 from tests.line.kit import reserve, waiting
+from tests.support.inside import run_inside
 from tests.support.naming import new_pool_name
 
 TOTAL = 4
@@ -56,13 +57,13 @@ class Scene:
         """The survivor joins the line; it looks just now."""
         me = self.survivor.participant
         assert me is not None
-        line, now = self.survivor._ledger.line, time.monotonic_ns()
-        self.survivor._ledger.run(line.join, me.word, HELD, b"survivor", now, self._tickets)
+        line, now = self.survivor.state.line, time.monotonic_ns()
+        run_inside(self.survivor, line.join, me.word, HELD, b"survivor", now, self._tickets)
         self.waiters = 1
 
     def wake_up(self) -> None:
         for ticket in self._tickets:
-            self.survivor._ledger.run(self.survivor._ledger.line.leave, ticket)
+            run_inside(self.survivor, self.survivor.state.line.leave, ticket)
 
 
 @contextlib.contextmanager

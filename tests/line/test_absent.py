@@ -22,6 +22,7 @@ from tests.line.kit import (
     waiting,
 )
 from tests.queue.kit import SOON
+from tests.support.inside import run_inside
 
 A_SECOND = 1.0
 # Until a stopped one is passed over: its patience, and the next look of who comes after it.
@@ -161,7 +162,7 @@ def test_one_in_the_middle_that_is_stopped_delays_nobody_before_it(
 
 
 def line_of(pool: BlockPool) -> WaitingLine:
-    return pool._ledger.line
+    return pool.state.line
 
 
 def test_who_waits_beside_blocks_that_are_there_is_a_violation(pool: BlockPool) -> None:
@@ -170,7 +171,7 @@ def test_who_waits_beside_blocks_that_are_there_is_a_violation(pool: BlockPool) 
     assert me is not None
     joined: list[Ticket] = []
     long_ago = time.monotonic_ns() - 2 * SLOW_NS
-    pool._ledger.run(line_of(pool).join, me.word, 3, b"forgotten", long_ago, joined)
+    run_inside(pool, line_of(pool).join, me.word, 3, b"forgotten", long_ago, joined)
     (violation,) = pool.check()
     assert violation.invariant == 5
     assert "waits for 3 blocks, 16 are there" in violation.message
@@ -180,7 +181,7 @@ def test_who_waits_beside_blocks_that_are_there_is_a_violation(pool: BlockPool) 
     handle = pool.alloc(1)
     assert handle is not None, "it holds up others"
     pool.free(handle)
-    pool._ledger.run(line_of(pool).leave, joined[0])
+    run_inside(pool, line_of(pool).leave, joined[0])
     assert pool.check() == []
 
 
@@ -207,11 +208,11 @@ def test_a_look_in_the_future_is_none(pool: BlockPool) -> None:
     me = pool.participant
     assert me is not None
     joined: list[Ticket] = []
-    pool._ledger.run(line_of(pool).join, me.word, 1, b"", time.monotonic_ns(), joined)
+    run_inside(pool, line_of(pool).join, me.word, 1, b"", time.monotonic_ns(), joined)
     ticket = joined[0]
-    slot = pool._ledger.layout.waiter_word(ticket.slot)
+    slot = pool.state.layout.waiter_word(ticket.slot)
     pools.set_word(pool, slot + W_LOOKED, 2**63)
     handle = pool.alloc(1)
     assert handle is not None
     pool.free(handle)
-    pool._ledger.run(line_of(pool).leave, ticket)
+    run_inside(pool, line_of(pool).leave, ticket)

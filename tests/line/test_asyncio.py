@@ -17,6 +17,7 @@ from tests.core.pools import BLOCK_SIZE
 from tests.line.kit import TOTAL, all_but, count_looks, in_line, reserve, wait_for, waiter, waiting
 from tests.queue.kit import PATIENCE, SOON, Waiting, waiter_threads
 from tests.support.children import Channel, fork, wait_until
+from tests.support.inside import run_inside
 
 T = TypeVar("T")
 
@@ -195,7 +196,7 @@ def test_cancelled_any_number_of_steps_after_its_bell_it_ends(
             bell = pool._reservations._bell
             assert bell is not None
             wait_until(lambda: bell.loops._waiters, "it waits")
-            pool._ledger.run(pool._ledger.ring)  # though there is no room for it
+            run_inside(pool, pool.state.ring)  # though there is no room for it
             wait_until(lambda: not bell.loops._waiters, "it was told")  # the loop stands still
             for _ in range(steps):
                 await asyncio.sleep(0)

@@ -164,7 +164,7 @@ def short_of_time() -> float:
 
 def some_sleep(scene: Scene) -> None:
     """So that it is a wake-up's turn too."""
-    words = scene.survivor._ring.segment.words
+    words = scene.survivor.state.segment.words
     words[Q_GETTERS_ASLEEP] = words[Q_PUTTERS_ASLEEP] = 1
 
 

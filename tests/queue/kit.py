@@ -132,20 +132,20 @@ class Waiting(Generic[T]):
 
 def asleep(queue: HandleQueue[T]) -> tuple[int, int]:
     """How many getters and putters are counted as asleep."""
-    words = queue._ring.segment.words
+    words = queue.state.segment.words
     return words[Q_GETTERS_ASLEEP], words[Q_PUTTERS_ASLEEP]
 
 
 def positions(queue: HandleQueue[T]) -> tuple[int, int]:
     """(messages taken, messages put) so far."""
-    words = queue._ring.segment.words
+    words = queue.state.segment.words
     return words[Q_HEAD], words[Q_TAIL]
 
 
 def start_counting_at(queue: HandleQueue[T], number: int) -> None:
     """Make an empty queue count its messages from `number` on."""
     assert queue.empty()
-    words = queue._ring.segment.words
+    words = queue.state.segment.words
     words[Q_HEAD] = words[Q_TAIL] = number
 
 
@@ -163,7 +163,7 @@ def waiter_threads() -> list[threading.Thread]:
 def abandon(queue: HandleQueue[T]) -> None:
     """Die, as everyone else sees it."""
     queue._finalizer.detach()
-    queue._ring.close()
+    queue.state.close()
 
 
 def fill(queue: HandleQueue[bytes]) -> list[bytes]:

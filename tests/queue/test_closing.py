@@ -109,7 +109,7 @@ def test_threads_in_the_middle_of_it_end_with_the_same_error(
 def test_a_putter_that_has_put_is_not_troubled_by_a_close_before_its_wake_up(
     no_net: None, queue: HandleQueue[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wake = queue._ring.puts.wake
+    wake = queue.state.puts.wake
 
     def after_a_close(count: int) -> int:
         queue.close()
@@ -117,7 +117,7 @@ def test_a_putter_that_has_put_is_not_troubled_by_a_close_before_its_wake_up(
 
     with HandleQueue.attach(queue.name) as other, Waiting(other.get) as getter:
         getter.until_asleep()
-        monkeypatch.setattr(queue._ring.puts, "wake", after_a_close)
+        monkeypatch.setattr(queue.state.puts, "wake", after_a_close)
         queue.put(b"x")
         assert getter.result(SOON) == b"x"
 

@@ -52,7 +52,7 @@ def set_words(queue: HandleQueue[bytes], **words: int) -> None:
         "putters": Q_PUTTERS_ASLEEP,
     }
     for name, value in words.items():
-        queue._ring.segment.words[indices[name]] = value
+        queue.state.segment.words[indices[name]] = value
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -113,11 +113,11 @@ def test_a_message_that_claims_too_much_is_a_typed_error(
     queue: HandleQueue[bytes], length: int
 ) -> None:
     queue.put(b"x")
-    queue._ring.segment.words[HEADER_BYTES // 8] = length
+    queue.state.segment.words[HEADER_BYTES // 8] = length
     for get in (queue.get_nowait, lambda: queue.get_many(2)):
         with pytest.raises(IncompatiblePoolError, match="claims"):
             get()
-    queue._ring.segment.words[HEADER_BYTES // 8] = 1
+    queue.state.segment.words[HEADER_BYTES // 8] = 1
     assert queue.get() == b"x"
 
 

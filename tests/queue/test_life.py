@@ -251,7 +251,7 @@ def in_two_threads_at_once(queue: HandleQueue[bytes]) -> set[int]:
     def first_use() -> int:
         barrier.wait()
         queue.put(b"x")
-        return queue._ring.place
+        return queue.state.place
 
     threads = [Waiting(first_use) for _ in range(8)]
     return {thread.result() for thread in threads}
@@ -261,7 +261,7 @@ def test_threads_that_use_it_first_in_a_forked_child_take_one_place(pool_name: s
     with HandleQueue.create(pool_name, 16) as queue:
         places = run_in_fork(in_two_threads_at_once, queue)
         assert len(places) == 1
-        assert places != {queue._ring.place}
+        assert places != {queue.state.place}
         assert len(drain(queue)) == 8
 
 

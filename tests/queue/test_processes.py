@@ -12,6 +12,7 @@ import pytest
 from shmblocks import HandleQueue
 from tests.queue.kit import PATIENCE, Numbered, asleep
 from tests.support.children import Channel, Child, fork, spawn
+from tests.support.inside import run_inside
 
 EVERYONE = 4
 OVER = Numbered(-1, -1)
@@ -165,7 +166,7 @@ def test_killed_and_stopped_at_random_they_hold_up_nobody_and_lose_what_they_had
 
 def _stop_outside_the_lock(queue: HandleQueue[Numbered], child: Child) -> None:
     """One who is stopped inside a section keeps it, as `mutex.py` says; not what is tested here."""
-    queue._ring.run(child.signal, signal.SIGSTOP)
+    run_inside(queue, child.signal, signal.SIGSTOP)
     child.stop()
 
 

@@ -30,6 +30,7 @@ from tests.queue.kit import (
     wait_until_asleep,
 )
 from tests.support.children import Channel, Child, fork
+from tests.support.inside import run_inside
 
 # ---- spinning --------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ def test_a_message_that_comes_before_the_getter_registers_is_seen(
         register = queue._getting._register
 
         def after_a_message() -> int:
-            queue._ring.put(b"x")  # under the lock already
+            queue.state.put(b"x")  # under the lock already
             return register()
 
         queue._getting._register = after_a_message
@@ -233,13 +234,13 @@ def test_a_message_that_comes_before_the_getter_sleeps_is_seen(
     no_net: None, pool_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HandleQueue.create(pool_name, 4, spin=0) as queue:
-        wait = queue._ring.puts.wait
+        wait = queue.state.puts.wait
 
         def after_a_message(expected: int, timeout: float) -> None:
             queue.put(b"x")
             wait(expected, timeout)
 
-        monkeypatch.setattr(queue._ring.puts, "wait", after_a_message)
+        monkeypatch.setattr(queue.state.puts, "wait", after_a_message)
         with Waiting(queue.get) as getter:
             assert getter.result(SOON) == b"x"
         assert asleep(queue) == (0, 0)
@@ -289,8 +290,8 @@ def test_nobody_who_waits_means_no_system_call_to_wake(
         getter.until_asleep()
         queue.put(b"x")
         getter.result()
-    monkeypatch.setattr(queue._ring.puts, "wake", no_wake)
-    monkeypatch.setattr(queue._ring.gets, "wake", no_wake)
+    monkeypatch.setattr(queue.state.puts, "wake", no_wake)
+    monkeypatch.setattr(queue.state.gets, "wake", no_wake)
     for _ in range(3):
         fill(queue)
         drain(queue)
@@ -462,7 +463,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
         other.until_asleep()
         stopped.stop()
         # The wake-up that goes to the stopped one, as if it had been woken a moment before.
-        queue._ring.run(queue._ring.put, b"x")
+        run_inside(queue, queue.state.put, b"x")
         assert other.result(SOON) == b"x"
         stopped.resume()
         queue.put(b"y")
@@ -470,7 +471,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
 
 
 def put_and_die_before_the_wake_up(_: Channel, queue: HandleQueue[bytes]) -> None:
-    queue._run(queue._ring.put, b"the last words")
+    queue._run(queue.state.put, b"the last words")
     os._exit(0)
 
 
@@ -517,7 +518,7 @@ def test_a_wait_ends_at_its_deadline_also_when_it_is_woken_for_nothing(
     deadline = time.monotonic() + 0.2
     with Waiting(lambda: queue.get(timeout=0.2)) as getter:
         while not getter.is_over:
-            queue._ring.puts.wake()
+            queue.state.puts.wake()
             assert time.monotonic() < deadline + SOON
             time.sleep(0.001)
         assert isinstance(getter.error(), standard.Empty)

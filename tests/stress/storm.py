@@ -21,7 +21,7 @@ class Payload:
     """The stamps of one allocation, in place; without torch, so that workers start at once."""
 
     def __init__(self, pool: BlockPool, handle: BlockHandle) -> None:
-        segment, layout = pool._ledger.segment, pool._ledger.layout
+        segment, layout = pool.state.segment, pool.state.layout
         first = layout.fields[STAMP.name] // 8 + handle.start_block * BLOCK_SIZE
         self._words = segment.words[first : first + handle.num_tokens]
         self._handle = handle

@@ -93,7 +93,7 @@ def _operations(pool: BlockPool, queue: HandleQueue[BlockHandle], times: int) ->
 
 def _parts(pool: BlockPool, times: int) -> dict[str, float]:
     """Microseconds of what operations are made of."""
-    ledger = pool._ledger
+    ledger = pool.state
     file = ledger.locks.file
     handle = BlockHandle(8, 16, TOKENS, 77, 1 << 60)
     encoded = handle.encode()

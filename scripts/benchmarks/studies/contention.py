@@ -95,7 +95,7 @@ def _measure(context: ForkServerContext, make: Make, count: int, seconds: float)
 
 def words_of_a_section(pool: BlockPool) -> int:
     """Words of 8 bytes that an `alloc` and a `free` write, journal included, halved."""
-    journal = pool._ledger.journal
+    journal = pool.state.journal
     commit = journal.commit
     written = 0
 
@@ -119,8 +119,8 @@ def words_of_a_section(pool: BlockPool) -> int:
 
 def bare_lock(name: str, writes: int) -> tuple[Step, Callable[[], None]]:
     pool = BlockPool.attach(name, prefault="off")
-    words, run = pool._ledger.segment.words, pool._ledger.mutex.run
-    first = pool._ledger.layout.aux // 8
+    words, run = pool.state.segment.words, pool.state.mutex.run
+    first = pool.state.layout.aux // 8
 
     def section() -> None:
         for place in range(first, first + writes):
