@@ -32,6 +32,7 @@ from typing import NamedTuple
 from shmblocks._state.bitmap import find_zeros
 from shmblocks._state.info import ParticipantId
 from shmblocks._state.journal import Journal, Store
+from shmblocks._state.key_index import KeyIndex
 from shmblocks._state.layout import (
     ALLOCATION_HEAD,
     FAILED,
@@ -109,6 +110,7 @@ class BlockTable:
         pool_id: int,
         journal: Journal,
         participants: Participants,
+        keys: KeyIndex,
     ) -> None:
         """`participants` say of whom nothing can be running on a GPU any more."""
         self._block_size = block_size
@@ -123,6 +125,7 @@ class BlockTable:
         self._max_leases = max_leases
         self._journal = journal
         self._participants = participants
+        self._keys = keys
         self._next_lease = 0
 
     # ---- reading -----------------------------------------------------------------------------
@@ -252,14 +255,20 @@ class BlockTable:
     # ---- allocations -------------------------------------------------------------------------
 
     def reserve(
-        self, num_blocks: int, num_tokens: int, owner: int, req_id: bytes, now_ns: int
+        self,
+        num_blocks: int,
+        num_tokens: int,
+        owner: int,
+        req_id: bytes,
+        now_ns: int,
+        near: int | None = None,
     ) -> BlockHandle | None:
-        """Take consecutive free blocks; None when there are none."""
+        """Take consecutive free blocks; None when there are none. `near`: search from there on."""
         words = self._words
         free: int = words[H_FREE_BLOCKS]
         if num_blocks > free:
             return None
-        start: int = words[H_CURSOR]
+        start: int = words[H_CURSOR] if near is None else near
         marked = self._marked_if_free(start, num_blocks)
         if marked is None:
             start = self._search(start, num_blocks)
@@ -313,7 +322,7 @@ class BlockTable:
         self._journal.commit(stores)
         return True
 
-    def publish(
+    def published(
         self,
         start: int,
         record: Record,
@@ -323,8 +332,9 @@ class BlockTable:
         until_ns: int,
         *,
         on_stream: bool = False,
-    ) -> None:
-        """Make a reservation readable by `readers` leases, unclaimed after `until_ns`.
+    ) -> list[Store]:
+        """The stores that make a reservation readable by `readers` leases, unclaimed after
+        `until_ns`; the caller commits them, maybe with others.
 
         `on_stream`: a stream will say when it is ready.
         """
@@ -339,7 +349,7 @@ class BlockTable:
         stores = [(self._records + start * RECORD.size, head)]
         if readers < UNBOUNDED and not 0 < self._words[H_UNCLAIMED] <= until_ns:
             stores.append(_word(H_UNCLAIMED, until_ns))
-        self._journal.commit(stores)
+        return stores
 
     def note_unclaimed(self, earliest_ns: int) -> None:
         """Set when published blocks may be reclaimed at the earliest (0: none are there)."""
@@ -444,6 +454,14 @@ class BlockTable:
 
     def open(self, start: int, record: Record, kind: int, holder: int, now_ns: int) -> LeaseKey:
         """Take a lease. For readers, one that was expected comes."""
+        stores, key = self.opened(start, record, kind, holder, now_ns)
+        self._journal.commit(stores)
+        return key
+
+    def opened(
+        self, start: int, record: Record, kind: int, holder: int, now_ns: int
+    ) -> tuple[list[Store], LeaseKey]:
+        """The stores that take a lease; the caller commits them, maybe with others."""
         reads = kind == READS
         leases = record.leases + 1
         readers_left = record.readers_left
@@ -455,9 +473,8 @@ class BlockTable:
         lease = LEASE_HEAD.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0, 0, 0)
         stores = self._moved(start, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, lease))
-        self._journal.commit(stores)
         self._next_lease = slot + 1
-        return LeaseKey(slot, record.generation, holder, now_ns)
+        return stores, LeaseKey(slot, record.generation, holder, now_ns)
 
     def find_lease(self, holder: int, opened_ns: int) -> LeaseKey | None:
         """The lease that a process opened at that moment."""
@@ -530,7 +547,8 @@ class BlockTable:
             return [(self._records + start * RECORD.size, head)]
         words = self._words
         last = words[H_LIVE] - 1
-        stores = [
+        stores = self._keys.take_out(start) if record.keyed else []
+        stores += [
             self._head(words[H_CURSOR], words[H_FREE_BLOCKS] + record.num_blocks, last),
             self._marked(start, record.num_blocks, used=False),
             (self._records + start * RECORD.size, _ZERO),

@@ -145,6 +145,8 @@ RECORD = struct.Struct("=12Q32s8Q64p")
 RECORD_HEAD = struct.Struct("=9Q")
 # The words that every operation reads (`Record`).
 RECORD_BODY = struct.Struct("=12Q")
+# The words of an entry, from `is keyed` on: keyed, key, chain, hold, used, hits.
+ENTRY = struct.Struct("=Q32s4Q")
 R_STATE = 0
 R_GENERATION = 1
 R_CREATED = 7

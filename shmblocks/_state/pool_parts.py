@@ -6,6 +6,7 @@ What it does not do: change anything, or decide what a change is (`pool_state.py
 from __future__ import annotations
 
 from shmblocks._state.blocks import BlockTable
+from shmblocks._state.key_index import KeyIndex
 from shmblocks._state.layout import Layout
 from shmblocks._state.shared_segment import SharedSegment
 from shmblocks._state.wait_queue import WaitQueue
@@ -34,6 +35,7 @@ class PoolParts(SharedSegment):
         self.layout = layout
         memory, words = self.segment.memory, self.segment.words
         self.queue = WaitQueue(memory, words, layout, self.journal)
+        self.keys = KeyIndex(memory, words, layout)
         self.blocks = BlockTable(
             memory,
             words,
@@ -43,4 +45,5 @@ class PoolParts(SharedSegment):
             pool_id,
             self.journal,
             self.participants,
+            self.keys,
         )

@@ -316,8 +316,10 @@ class PoolState(PoolParts):
             )
         now = time.monotonic_ns()
         until = now + int(self.config.unclaimed_timeout * 1e9)
-        self.blocks.publish(
-            handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
+        self.journal.commit(
+            self.blocks.published(
+                handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
+            )
         )
 
     @transaction
