@@ -97,7 +97,13 @@ class InvalidStateError(ShmBlocksError):
 
 
 class KeyExistsError(ShmBlocksError):
-    """The cache has an entry of that key already."""
+    """The cache has an entry of that key already; `handle` is the entry's, and what was to be
+    published is freed."""
+
+    def __init__(self, message: str, handle: object = None) -> None:
+        super().__init__(message)
+        # A `BlockHandle`; this module knows no other.
+        self.handle = handle
 
 
 class PeerDiedError(ShmBlocksError):

@@ -18,10 +18,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from shmblocks._state.blocks import LeaseKey
+from shmblocks._state.cache_state import Ticket
 from shmblocks._state.mutex import is_inside
 from shmblocks._state.pool_state import PoolState
 from shmblocks.errors import InvalidStateError, ShmBlocksError
 from shmblocks.handle import BlockHandle
+from shmblocks.tickets import encode_ticket
 from shmblocks.view import BlockView
 
 if TYPE_CHECKING:
@@ -158,6 +160,23 @@ class Lease(_Owner):
         if key is not None and not self._pool.is_closed:
             self._pool.state.release(key, unread=True)
         self._key = None
+
+    def ticket(self) -> bytes:
+        """Give the claim away, as at most 64 bytes, to whoever calls `BlockPool.adopt` with them.
+
+        The lease is over here then. Until it is adopted the claim is still this process's: it ends
+        when this process dies or leaves the pool, and `BlockPool.revoke` takes it back. Raises
+        `InvalidStateError` for a lease that has ended, or that a stream works under.
+        """
+        self._require_open(self.handle)
+        if self._order is not None or self._key is None:
+            raise InvalidStateError(
+                f"{self.handle}: a lease on a stream cannot travel; wait for the stream first"
+            )
+        number = self._pool.cache_state.give(self._key)
+        ticket = encode_ticket(Ticket(self._key.slot, number, self.handle))
+        self._key = None
+        return ticket
 
     def __enter__(self) -> Lease:
         return self

@@ -40,10 +40,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from shmblocks._alloc_wait import AllocWaiters
+from shmblocks._claim_wait import ClaimWaiters
 from shmblocks._os.wait import deadline_of, seconds_left
 from shmblocks._state import lifetime
+from shmblocks._state.blocks import LeaseKey
+from shmblocks._state.cache_state import CacheState, ClaimAnswer, Found
 from shmblocks._state.info import (
     AllocationInfo,
+    CacheStats,
+    EntryInfo,
     ParticipantId,
     ParticipantInfo,
     PoolStats,
@@ -55,18 +60,20 @@ from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
 from shmblocks._state.participants import utf8_prefix
 from shmblocks._state.pool_state import AllocRequest, PoolState, stamp
 from shmblocks._state.shared_segment import ATTACH_POLL
-from shmblocks.config import MAX_BLOCKS, PoolConfig
+from shmblocks.config import MAX_BLOCKS, MAX_SECONDS, PoolConfig
 from shmblocks.cuda.order import StreamOrder
 from shmblocks.cuda.placement import allocate_on_gpu, field_tensors, placed, read_only_tensors
 from shmblocks.errors import (
     ForeignHandleError,
     IncompatibleConfigError,
     InvalidStateError,
+    KeyExistsError,
     PoolExistsError,
     PoolNotFoundError,
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
+from shmblocks.tickets import decode_ticket
 from shmblocks.view import AUX, BlockView, FieldTensors, count_tokens, fill
 
 if TYPE_CHECKING:
@@ -98,6 +105,8 @@ class BlockPool:
         self._tensors: FieldTensors = field_tensors(state)
         self._read_only: FieldTensors | None = None
         self._waiters = AllocWaiters(state)
+        self.cache_state = CacheState(state)
+        self._claim_waiters = ClaimWaiters(self.cache_state)
         self.streams = StreamOrder(state)
         state.segment.prefault(prefault)
         self._finalizer = lifetime.leave_when_dropped(self, state)
@@ -246,6 +255,7 @@ class BlockPool:
         # Leave first, so that waiters woken below see a closed pool.
         self.state.leave()
         self._waiters.close()
+        self._claim_waiters.close()
         self._read_only = None
         self.streams.end()
         self._finalizer.detach()
@@ -648,6 +658,8 @@ class BlockPool:
         readers: int = 1,
         num_tokens: int | None = None,
         stream: Stream | None = None,
+        key: bytes | None = None,
+        hold: float = 0.0,
     ) -> BlockHandle:
         """Make a reservation readable by `readers` leases; the last one released frees the blocks.
 
@@ -658,6 +670,11 @@ class BlockPool:
         `stream`: what was enqueued there before is what writes; readers' streams wait for it. This
         returns at once, and the handle may travel at once. In a CUDA pool: torch's current stream.
         In a pool in host memory only when it is given, after `pin`.
+
+        `key` (16 or 32 bytes, see `keys.py`) makes it an entry of the content cache, in the same
+        commit: `get` finds it, and with `readers=UNBOUNDED` it stays until an allocation needs the
+        room, but not before `hold` seconds. Raises `KeyExistsError` when the key has an entry; the
+        reservation is free then.
         """
         real = self._real(handle)
         if readers != UNBOUNDED:
@@ -665,11 +682,26 @@ class BlockPool:
         length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
         self._require_capacity(handle.num_blocks, length)
         if stream is None and not self._is_on_gpu:
-            self.state.publish(real, length, readers)
+            if key is None:
+                self.state.publish(real, length, readers)
+            else:
+                there = self.cache_state.publish(
+                    real, length, readers, key, _seconds("hold", hold), False
+                )
+                if there is not None:
+                    raise _key_exists(there)
         else:
             order = self.streams.order(stream)
             order.use.writing.discard(handle.generation)
-            self.state.publish(real, length, readers, True)
+            if key is None:
+                self.state.publish(real, length, readers, True)
+            else:
+                there = self.cache_state.publish(
+                    real, length, readers, key, _seconds("hold", hold), True
+                )
+                if there is not None:
+                    self.streams.free_behind(order, real)
+                    raise _key_exists(there)
             self.streams.make_ready(order, real)
         if length == handle.num_tokens:
             return handle
@@ -725,6 +757,117 @@ class BlockPool:
         except BaseException:
             self.state.undo_open(opened.key)
             raise
+
+    # ---- the content cache -------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that keys are to be made with; see `Namespace.key`. Lock-free."""
+        return self.cache_state.epoch
+
+    def bump_epoch(self) -> int:
+        """Raise the epoch: keys that are made from now on reach nothing that was published before.
+
+        For weights that were changed: pause the encoders, bump, resume. Old entries go when their
+        room is needed (`drop_all` frees them now).
+        """
+        return self.cache_state.bump_epoch()
+
+    def find(self, key: bytes) -> Found | None:
+        """The entry of a key at this moment: its handle, and whether it is complete.
+
+        Touches nothing, counts nothing, takes no lock. Only a hint: `get` decides.
+        """
+        return self.cache_state.find(key)
+
+    def touch(self, key: bytes, hold: float = 0.0) -> bool:
+        """Make an entry as young as one just used, and keep it for `hold` seconds at least; False:
+        there is none."""
+        return self.cache_state.touch(key, _seconds("hold", hold))
+
+    def get(
+        self, key: bytes, *, leases: int = 1, num_tokens: int | None = None
+    ) -> list[Lease] | None:
+        """So many leases on the entry of a key, in one commit; None: a miss.
+
+        An entry with another number of tokens than `num_tokens` (None: any), or one that a stream
+        has not completed, is a miss. Release every lease; a lease may travel (`Lease.ticket`).
+        """
+        taken = self.cache_state.get(key, _whole("leases", leases), num_tokens)
+        if not taken:
+            return None
+        try:
+            return [self._lease_of(handle, opened.key) for handle, opened in taken]
+        except BaseException:
+            for _, opened in taken:
+                self.state.undo_open(opened.key)
+            raise
+
+    def _lease_of(self, handle: BlockHandle, key: LeaseKey) -> Lease:
+        order = None
+        if self._is_on_gpu:
+            order = self.streams.order(None)
+            order.use.memory()
+        return Lease(self, handle, key, order, True, False)
+
+    def adopt(self, ticket: bytes) -> Lease:
+        """Make the lease that a ticket carries this process's own.
+
+        Raises `StaleHandleError` when the ticket was used or revoked, or its giver has died or left
+        before; `MalformedHandleError` for bytes that are no ticket.
+        """
+        decoded = decode_ticket(ticket)
+        self._real(decoded.handle)
+        opened = self.cache_state.adopt(decoded)
+        try:
+            return self._lease_of(decoded.handle, opened.key)
+        except BaseException:
+            self.state.undo_open(opened.key)
+            raise
+
+    def revoke(self, ticket: bytes) -> bool:
+        """Take back the lease of a ticket that this process gave; False: it was adopted, or has
+        ended."""
+        decoded = decode_ticket(ticket)
+        self._real(decoded.handle)
+        return self.cache_state.revoke(decoded)
+
+    def drop(self, key: bytes) -> bool:
+        """Free the entry of a key, at once or with its last lease; False: there is none."""
+        return self.cache_state.drop(key)
+
+    def drop_all(self) -> int:
+        """Free every entry; how many there were."""
+        return self.cache_state.drop_all()
+
+    def claim(self, key: bytes) -> ClaimAnswer:
+        """Say that this process is going to encode a key, unless it is there or somebody does.
+
+        `.state` is `mine`: encode it, then `publish(key=...)`, or `end_claim`; `busy`: `.owner`
+        does, since `.since_ns`; wait with `wait_for_claim`; `ready`: `get` it. A claim ends with
+        the death of its owner.
+        """
+        return self.cache_state.claim(key)
+
+    def end_claim(self, key: bytes) -> bool:
+        """Give up this process's claim on a key; False: it has none."""
+        return self.cache_state.end_claim(key)
+
+    def wait_for_claim(self, answer: ClaimAnswer, timeout: float) -> None:
+        """Sleep until the claim of a `busy` answer has ended, or may have; claim again then."""
+        self._claim_waiters.wait(answer, timeout)
+
+    async def wait_for_claim_async(self, answer: ClaimAnswer, timeout: float) -> None:
+        """As `wait_for_claim`, from asyncio."""
+        await self._claim_waiters.wait_async(answer, timeout)
+
+    def entries(self) -> list[EntryInfo]:
+        """Every entry of the cache, the one that was used the longest ago first."""
+        return self.cache_state.entries()
+
+    def cache_stats(self) -> CacheStats:
+        """Counts of the cache, over all processes."""
+        return self.cache_state.stats()
 
     # ---- looking after it --------------------------------------------------------------------
 
@@ -826,6 +969,19 @@ def _copied(view: BlockView) -> dict[str, torch.Tensor]:
 def _waited(error: PoolNotFoundError, timeout: float) -> PoolNotFoundError:
     waited = f" (waited {timeout:g} s)" if timeout else ""
     return PoolNotFoundError(f"{error}{waited}")
+
+
+def _key_exists(there: BlockHandle) -> KeyExistsError:
+    return KeyExistsError(
+        f"the key has an entry already, {there}: another process was faster; use that one (`get`)",
+        there,
+    )
+
+
+def _seconds(what: str, value: float) -> float:
+    if not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"{what}: expected seconds from 0 to {MAX_SECONDS:g}, got {value}")
+    return value
 
 
 def _require_known(prefault: Prefault) -> None:

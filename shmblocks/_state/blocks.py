@@ -85,6 +85,7 @@ _NUM_STATES = len(STATES)
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]
 _PUBLISHED = NUMBER[State.PUBLISHED]
+_LEASED = NUMBER[State.LEASED]
 _SETTLING = NUMBER[State.SETTLING]
 
 
@@ -538,16 +539,22 @@ class BlockTable:
     def _moved(
         self, start: int, record: Record, state: int, leases: int, readers_left: int
     ) -> list[Store]:
-        """The stores that bring an allocation into a state; into FREE its blocks come back."""
+        """The stores that bring an allocation into a state; into FREE its blocks come back.
+
+        What is given back, at once or later, cannot be found by its key any more.
+        """
+        stores = []
+        if record.keyed and state not in (_PUBLISHED, _LEASED):
+            stores = self._keys.take_out(start)
         if state != _FREE:
             head = RECORD_HEAD.pack(
                 state, record.generation, record.num_blocks, record.num_tokens, record.owner,
                 readers_left, leases, record.created_ns, record.published_ns,
             )  # fmt: skip
-            return [(self._records + start * RECORD.size, head)]
+            stores.append((self._records + start * RECORD.size, head))
+            return stores
         words = self._words
         last = words[H_LIVE] - 1
-        stores = self._keys.take_out(start) if record.keyed else []
         stores += [
             self._head(words[H_CURSOR], words[H_FREE_BLOCKS] + record.num_blocks, last),
             self._marked(start, record.num_blocks, used=False),

@@ -10,6 +10,7 @@ from shmblocks._state.bitmap import longest_zeros
 from shmblocks._state.info import ParticipantId, Violation
 from shmblocks._state.layout import (
     H_CURSOR,
+    H_ENTRIES,
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,
     H_PENDING,
@@ -40,9 +41,16 @@ class Evidence:
         self.states = bytes(parts.segment.words[first:end:RECORD_WORDS].tobytes())
         self.used = parts.blocks.used_bits()
         self.damage = ""
+        self.reachable: dict[int, bytes] = {}
+        self.keyed: dict[int, bytes] = {}
         try:
+            self.reachable = parts.keys.reachable()
+            for start in parts.blocks.live_starts():
+                if parts.keys.is_keyed(start):
+                    self.keyed[start] = parts.keys.key_of(start)
             for start in parts.blocks.live_starts():
                 parts.blocks.record(start)
+            self.claims = [claim for _, claim in parts.claims.all()]
             self.raw: RawState | None = RawState(parts)
         except DamagedPoolError as error:
             self.raw = None
@@ -63,6 +71,7 @@ def check(evidence: Evidence) -> list[Violation]:
         *_check_generations(raw, live),
         *_check_queue(evidence, raw),
         *_check_streams(raw, live),
+        *_check_keys(evidence, raw, live),
     ]
 
 
@@ -221,6 +230,39 @@ def _check_streams(raw: RawState, live: list[Allocation]) -> list[Violation]:
             f"{counts[0]} and {counts[1]}",
         )
     ]
+
+
+def _check_keys(evidence: Evidence, raw: RawState, live: list[Allocation]) -> list[Violation]:
+    """Invariant 6: a key is reachable exactly while its allocation is published under it; one
+    allocation for each key; a claim has an owner."""
+    violations = []
+    if evidence.reachable != evidence.keyed:
+        wrong = sorted(set(evidence.reachable.items()) ^ set(evidence.keyed.items()))
+        violations.append(
+            Violation(
+                6,
+                f"the index reaches {len(evidence.reachable)} entries, the table has "
+                f"{len(evidence.keyed)}: they differ at block {wrong[0][0]}",
+            )
+        )
+    if len(set(evidence.keyed.values())) != len(evidence.keyed):
+        violations.append(Violation(6, "two allocations have the same key"))
+    if raw.words[H_ENTRIES] != len(evidence.keyed):
+        violations.append(
+            Violation(6, f"{len(evidence.keyed)} entries, the count says {raw.words[H_ENTRIES]}")
+        )
+    readable = (State.PUBLISHED, State.LEASED)
+    for allocation in live:
+        is_keyed = allocation.start_block in evidence.keyed
+        if is_keyed and STATES[allocation.record.state] not in readable:
+            violations.append(Violation(6, f"{_name(allocation)} is under a key"))
+    people = raw.people()
+    violations += [
+        Violation(6, "a claim belongs to nobody")
+        for claim in evidence.claims
+        if ParticipantId.of(claim.owner) not in people
+    ]
+    return violations
 
 
 def _name(allocation: Allocation) -> str:

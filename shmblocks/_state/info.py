@@ -142,6 +142,46 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     settling_allocations: int = 0
 
 
+class EntryInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of the content cache. `hold_seconds`: it is not evicted before so long."""
+
+    key: bytes
+    num_blocks: int
+    num_tokens: int
+    leases: int
+    hits: int
+    hold_seconds: float
+    age_seconds: float
+    unused_seconds: float
+
+
+class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The content cache at one moment, and what all processes have done since the pool was made.
+
+    `mismatches`: lookups whose entry had another number of tokens, width or dtype; `duplicates`:
+    puts of a key that was there; `skipped`: puts for which there was no room; `takeovers`: claims
+    of the dead that another took over; `waits`: waits for somebody's claim.
+    """
+
+    epoch: int
+    entries: int
+    bytes_in_entries: int
+    leased_entries: int
+    held_entries: int
+    claims: int
+    lookups: int
+    hits: int
+    misses: int
+    mismatches: int
+    puts: int
+    duplicates: int
+    evictions: int
+    evicted_bytes: int
+    skipped: int
+    takeovers: int
+    waits: int
+
+
 class Violation(msgspec.Struct, frozen=True):
     """An invariant that does not hold: its number in docs/design.md, and what was seen."""
 

@@ -23,6 +23,7 @@ from shmblocks._state.journal import Store
 from shmblocks._state.layout import (
     ENTRY,
     H_ENTRIES,
+    H_INDEX_CHANGES,
     KEY_BYTES,
     R_CHAIN,
     R_KEY,
@@ -106,6 +107,7 @@ class KeyIndex:
             (record, ENTRY.pack(1, key, self._words[bucket], hold_ns, now_ns, 0)),
             (bucket * WORD, WORD_STRUCT.pack(start + 1)),
             (H_ENTRIES * WORD, WORD_STRUCT.pack(self.entries + 1)),
+            self._changed(),
         ]
 
     def take_out(self, start: int) -> list[Store]:
@@ -121,7 +123,17 @@ class KeyIndex:
             (before * WORD, WORD_STRUCT.pack(words[mine + R_CHAIN])),
             ((mine + R_KEYED) * WORD, WORD_STRUCT.pack(0)),
             (H_ENTRIES * WORD, WORD_STRUCT.pack(max(0, self.entries - 1))),
+            self._changed(),
         ]
+
+    @property
+    def changes(self) -> int:
+        """How often a key was entered or taken out; for those who look without the lock."""
+        count: int = self._words[H_INDEX_CHANGES]
+        return count
+
+    def _changed(self) -> Store:
+        return (H_INDEX_CHANGES * WORD, WORD_STRUCT.pack(self.changes + 1))
 
     def reachable(self) -> dict[int, bytes]:
         """Every entry that some chain leads to, with its key; for `check`."""

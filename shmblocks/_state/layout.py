@@ -53,7 +53,8 @@ every layout version, so that any version can tell whether a pool is one, and wh
         while their owner's stream works    waiter words
     24  next ticket of the wait queue       0   ticket, 0: free
     25  waiters: how many are in the queue  1   who waits, a participant word
-    28  epoch of the keys                   2   blocks that it waits for
+    26  changes of the key index            2   blocks that it waits for
+    28  epoch of the keys
     29  entries: allocations under a key    3   (free)
     30  channels that there are             4   since when it waits, monotonic ns
     31  message slots that are taken        5   when it last polled, monotonic ns
@@ -128,6 +129,7 @@ H_NEXT_TICKET = 24
 H_WAITERS = 25
 H_EPOCH = 28
 H_ENTRIES = 29
+H_INDEX_CHANGES = 26
 H_CHANNELS = 30
 H_MESSAGE_SLOTS = 31
 H_DEVICE_STATE = 128
@@ -149,6 +151,9 @@ RECORD_BODY = struct.Struct("=12Q")
 ENTRY = struct.Struct("=Q32s4Q")
 R_STATE = 0
 R_GENERATION = 1
+R_NUM_BLOCKS = 2
+R_READERS_LEFT = 5
+R_LEASES = 6
 R_CREATED = 7
 R_READY = 9
 R_LIVE_INDEX = 10

@@ -6,6 +6,8 @@ What it does not do: change anything, or decide what a change is (`pool_state.py
 from __future__ import annotations
 
 from shmblocks._state.blocks import BlockTable
+from shmblocks._state.claims import Claims
+from shmblocks._state.counters import Counters
 from shmblocks._state.key_index import KeyIndex
 from shmblocks._state.layout import Layout
 from shmblocks._state.shared_segment import SharedSegment
@@ -36,6 +38,8 @@ class PoolParts(SharedSegment):
         memory, words = self.segment.memory, self.segment.words
         self.queue = WaitQueue(memory, words, layout, self.journal)
         self.keys = KeyIndex(memory, words, layout)
+        self.claims = Claims(memory, words, layout, config.max_claims)
+        self.counters = Counters(words, layout)
         self.blocks = BlockTable(
             memory,
             words,

@@ -31,7 +31,9 @@ from shmblocks._os.segment import create_unnamed, normal_name, open_existing
 from shmblocks._state import snapshot
 from shmblocks._state.blocks import READS, WRITES, LeaseKey
 from shmblocks._state.check import Evidence, check
+from shmblocks._state.counters import Counter, Histogram
 from shmblocks._state.device import Export, note_creator_left, read_export, write_export
+from shmblocks._state.eviction import best_window
 from shmblocks._state.identity import Identity
 from shmblocks._state.info import (
     AllocationInfo,
@@ -45,6 +47,7 @@ from shmblocks._state.info import (
 from shmblocks._state.layout import (
     CONFIG_BYTES,
     FAILED,
+    H_CURSOR,
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,
     H_NEXT_INCARNATION,
@@ -207,16 +210,45 @@ class PoolState(PoolParts):
         if handle is None and is_due(self.blocks, self.participants):
             self._reap()
             handle = self._try(request)
+        if handle is None and self.keys.entries:
+            handle = self._evict_for(request)
+        if handle is not None:
+            self.counters.add(Counter.ALLOCATIONS)
         return handle
 
-    def _try(self, request: AllocRequest) -> BlockHandle | None:
+    def _try(self, request: AllocRequest, near: int | None = None) -> BlockHandle | None:
         return self.blocks.reserve(
             request.num_blocks,
             request.num_tokens,
             self.participants.me_word,
             request.req_id,
             request.stamp,
+            near,
         )
+
+    def _evict_for(self, request: AllocRequest) -> BlockHandle | None:
+        """In a transaction: free the best window of entries that nobody reads, and reserve there.
+
+        One commit for each victim, then the reservation's: killed between, some are evicted and
+        nothing is lost.
+        """
+        words = self.segment.words
+        window = best_window(
+            words,
+            self.layout,
+            self.blocks.live_starts(),
+            words[H_CURSOR],
+            request.num_blocks,
+            time.monotonic_ns(),
+        )
+        if window is None:
+            return None
+        for start in window.victims:
+            record = self.blocks.record(start)
+            self.blocks.free(start, record)
+            self.counters.add(Counter.EVICTIONS)
+            self.counters.add(Counter.EVICTED_BLOCKS, record.num_blocks)
+        return self._try(request, window.start)
 
     def _others_wait(self) -> bool:
         """In a transaction: whether a living process waits for blocks."""
@@ -246,7 +278,7 @@ class PoolState(PoolParts):
             ):
                 self.blocks.free(start, record)
                 break
-        self._wake_head()
+        self.wake_head()
 
     # ---- the wait queue ----------------------------------------------------------------------
 
@@ -269,7 +301,7 @@ class PoolState(PoolParts):
             handle = self._reserve_now(request)
             if handle is not None:
                 self.queue.leave(ticket)
-                self._wake_head()
+                self.wake_head()
         # A CUDA stream cannot wake us: poll faster while one is about to release blocks.
         longest = STREAM_POLL if self.blocks.waits_for_streams else LONGEST_SLEEP
         return Poll(handle, slot, seen, longest)
@@ -278,7 +310,7 @@ class PoolState(PoolParts):
         """The word that a participant's waiters sleep on."""
         return Futex(self.segment.mapping, self.participants.wake_offset(slot))
 
-    def _wake_head(self) -> None:
+    def wake_head(self) -> None:
         """In a transaction, after blocks came free: wake the head of the wait queue.
 
         Wake while holding the lock. The woken process may have to retry, but waking after the
@@ -310,10 +342,7 @@ class PoolState(PoolParts):
     ) -> None:
         """Make a reservation readable; `on_stream`: a stream will say when it is ready."""
         record = self.blocks.find_exact(handle)
-        if record.leases and record.state == _RESERVED:
-            raise InvalidStateError(
-                f"{handle}: {record.leases} writer's lease(s) are open; release them, then publish"
-            )
+        self.refuse_writers(handle, record)
         now = time.monotonic_ns()
         until = now + int(self.config.unclaimed_timeout * 1e9)
         self.journal.commit(
@@ -321,6 +350,15 @@ class PoolState(PoolParts):
                 handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
             )
         )
+        self.counters.add(Counter.PUBLISHES)
+
+    @staticmethod
+    def refuse_writers(handle: BlockHandle, record: Record) -> None:
+        """In a transaction: what writers have open cannot be published."""
+        if record.leases and record.state == _RESERVED:
+            raise InvalidStateError(
+                f"{handle}: {record.leases} writer's lease(s) are open; release them, then publish"
+            )
 
     @transaction
     def free(self, handle: BlockHandle) -> None:
@@ -328,7 +366,7 @@ class PoolState(PoolParts):
         record = self.blocks.find(handle)
         self._refuse_freed(handle, record)
         self.blocks.free(handle.start_block, record)
-        self._wake_head()
+        self.wake_head()
 
     def _refuse_freed(self, handle: BlockHandle, record: Record) -> None:
         if record.state in (_DRAINING, _SETTLING):
@@ -365,7 +403,7 @@ class PoolState(PoolParts):
                 else f"{handle}: any number of readers may come; free it instead"
             )
         self.blocks.forgo(handle.start_block, record, claims)
-        self._wake_head()
+        self.wake_head()
 
     @transaction
     def available_blocks(self) -> int:
@@ -427,8 +465,7 @@ class PoolState(PoolParts):
         try:
             return self._open(handle, WRITES if for_write else READS, moment)
         except BaseException:
-            with contextlib.suppress(PoolClosedError):
-                self._give_back_opened(moment)
+            self.undo_opens(moment)
             raise
 
     @transaction
@@ -441,15 +478,26 @@ class PoolState(PoolParts):
             raise InvalidStateError(
                 f"{handle}: every reader that `publish(readers=...)` announced is there already"
             )
-        me = self.participants.me_word
+        key = self.open_lease(handle, kind, moment)
+        if kind == READS:
+            self.counters.add(Counter.OPENS)
+            self.counters.observe(Histogram.PUBLISH_TO_OPEN, moment - record.published_ns)
+        return Opened(key, kind == WRITES or ready == handle.generation)
+
+    def open_lease(self, handle: BlockHandle, kind: int, moment: int) -> LeaseKey:
+        """In a transaction: a lease of this process, if need be after giving back others'."""
+        me, start = self.participants.me_word, handle.start_block
         try:
-            key = self.blocks.open(handle.start_block, record, kind, me, moment)
+            return self.blocks.open(start, self.blocks.find_exact(handle), kind, me, moment)
         except TooManyLeasesError:
             if not self._collect() and not self._reap().leases:
                 raise
-            record = self.blocks.find_exact(handle)
-            key = self.blocks.open(handle.start_block, record, kind, me, moment)
-        return Opened(key, kind == WRITES or ready == handle.generation)
+            return self.blocks.open(start, self.blocks.find_exact(handle), kind, me, moment)
+
+    def undo_opens(self, moment: int) -> None:
+        """Give back all leases that an interrupted operation took at that moment."""
+        with contextlib.suppress(PoolClosedError):
+            self._give_back_opened(moment)
 
     def undo_open(self, key: LeaseKey) -> None:
         """Give back a lease whose opening was interrupted, or failed, after it was taken."""
@@ -458,9 +506,10 @@ class PoolState(PoolParts):
 
     @transaction
     def _give_back_opened(self, moment: int) -> None:
-        key = self.blocks.find_lease(self.participants.me_word, moment)
-        if key is not None and self.blocks.release_key(key, unread=True):
-            self._wake_head()
+        me = self.participants.me_word
+        while (key := self.blocks.find_lease(me, moment)) is not None:
+            self.blocks.release_key(key, unread=True)
+        self.wake_head()
 
     def release(self, key: LeaseKey, *, unread: bool = False) -> None:
         """End a lease now; `unread`: as if it had never been there.
@@ -474,7 +523,8 @@ class PoolState(PoolParts):
     @transaction
     def _release(self, key: LeaseKey, unread: bool) -> None:
         if self.blocks.release_key(key, unread=unread):
-            self._wake_head()
+            self.counters.add(Counter.RELEASES)
+            self.wake_head()
 
     @transaction
     def mark_pending(self, key: LeaseKey) -> None:
@@ -600,9 +650,30 @@ class PoolState(PoolParts):
         return True
 
     def _reap(self) -> ReapReport:
-        report = reap(self.blocks, self.queue, self.participants, self.config.unclaimed_timeout)
-        self._wake_head()
+        report = reap(
+            self.blocks,
+            self.queue,
+            self.participants,
+            self._end_claims,
+            self.config.unclaimed_timeout,
+        )
+        self.counters.add(Counter.REAPED_BLOCKS, report.blocks)
+        self.wake_head()
         return report
+
+    def reap_dead(self) -> bool:
+        """In a transaction: `reap`, if somebody is dead; whether it did."""
+        if not self.participants.dead():
+            return False
+        self._reap()
+        return True
+
+    def _end_claims(self, is_gone: Callable[[int], bool]) -> None:
+        """In a transaction: end the claims of those who are gone."""
+        for slot, claim in list(self.claims.all()):
+            if is_gone(claim.owner):
+                self.journal.commit(self.claims.ended(slot))
+                Futex(self.segment.mapping, self.claims.wake_offset(slot)).wake()
 
     def _clear_dead(self) -> int:
         return self._reap().participants
@@ -611,7 +682,7 @@ class PoolState(PoolParts):
         """In a transaction: end what streams have finished since; how many things ended."""
         ended = self.blocks.collect() if self.blocks.waits_for_streams else 0
         if ended:
-            self._wake_head()
+            self.wake_head()
         return ended
 
     def leave(self) -> None:
@@ -628,9 +699,10 @@ class PoolState(PoolParts):
 
     def _give_back(self, me: ParticipantId) -> None:
         word = me.word
-        reclaim(self.blocks, self.queue, word.__eq__, self.config.unclaimed_timeout)
+        unclaimed = self.config.unclaimed_timeout
+        reclaim(self.blocks, self.queue, self._end_claims, word.__eq__, unclaimed)
         note_creator_left(self.segment.memory, word)
-        self._wake_head()
+        self.wake_head()
 
     def reset_after_fork(self) -> None:
         self.device_use = None

@@ -34,12 +34,18 @@ IsGone = Callable[[int], bool]
 
 
 def reclaim(
-    blocks: BlockTable, queue: WaitQueue, is_gone: IsGone, unclaimed_timeout: float
+    blocks: BlockTable,
+    queue: WaitQueue,
+    end_claims: Callable[[IsGone], object],
+    is_gone: IsGone,
+    unclaimed_timeout: float,
 ) -> ReapReport:
-    """Take those who are gone out of the queue, release their leases, free their reservations.
+    """Take those who are gone out of the queue, end their claims, release their leases, free their
+    reservations. Frees what nobody claimed in time, too.
 
-    `is_gone` takes a participant word. Frees what nobody claimed in time, too.
+    `is_gone` takes a participant word.
     """
+    end_claims(is_gone)
     for ticket, waiter in list(queue.waiters()) if queue.length else ():
         if is_gone(waiter.who):
             queue.leave(ticket)
@@ -101,7 +107,11 @@ def _release_leases(blocks: BlockTable, is_gone: IsGone) -> int:
 
 
 def reap(
-    blocks: BlockTable, queue: WaitQueue, participants: Participants, unclaimed_timeout: float
+    blocks: BlockTable,
+    queue: WaitQueue,
+    participants: Participants,
+    end_claims: Callable[[IsGone], object],
+    unclaimed_timeout: float,
 ) -> ReapReport:
     """`reclaim` for all who are gone, then clear their slots."""
     gone = participants.gone()
@@ -114,7 +124,7 @@ def reap(
             answer = known[word] = participants.is_gone(ParticipantId.of(word))
         return answer
 
-    report = reclaim(blocks, queue, is_gone, unclaimed_timeout)
+    report = reclaim(blocks, queue, end_claims, is_gone, unclaimed_timeout)
     for who in gone:
         participants.clear(who.slot)
     return msgspec.structs.replace(report, participants=len(gone))

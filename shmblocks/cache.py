@@ -1,0 +1,385 @@
+"""`TensorCache`: tensors of any dtype and shape, found by what they are, shared by all processes.
+
+    cache = TensorCache(BlockPool.ensure("vision", byte_config(8 << 30)))
+    found = cache.get_or_claim(key, timeout=30.0)
+    if found.is_claim:
+        with found:                                   # encode it; nobody else does meanwhile
+            found.put(encoder(picture))
+    else:
+        with found:
+            language_model(found.tensor)              # over the pool's memory, no copy
+
+Contract
+- One entry is one tensor. Its dtype and shape stand with it, and are compared by whoever says what
+  it expects: a reused key for something else is a miss.
+- An entry stays until an allocation needs the room; what is leased or held is never evicted.
+- A tensor of a lease lies in the pool's memory and is valid until the lease is released.
+- A claim ends when its key is put, when it is abandoned or dropped, and with its owner's death.
+
+The pool is a *byte pool*: it has one field of raw bytes, so that any process can create it before a
+width is known, and several models share it. What does not fit a block's `aux` is not supported:
+tensors of more than 8 dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from shmblocks._state.counters import Counter
+from shmblocks._state.layout import UNBOUNDED
+from shmblocks.config import DTYPES, Field, PoolConfig, dtype_name
+from shmblocks.errors import IncompatibleConfigError, KeyExistsError, PoolTimeoutError
+from shmblocks.lease import Lease, Reservation
+from shmblocks.pool import BlockPool
+
+if TYPE_CHECKING:
+    import torch
+
+    from shmblocks.cuda.use import Stream
+
+# A token of a byte pool. 4 KiB: a page, so that a copy-on-write view of an entry is possible.
+ROW_BYTES = 4096
+FIELD = "bytes"
+MAX_DIMS = 8
+# In `aux`: a mark, the dtype's number, the number of dimensions, and the dimensions; behind them
+# 16 bytes of the user's.
+_ENTRY = struct.Struct(f"<2sBB{MAX_DIMS}I")
+_MARK = b"T1"
+_DTYPES = tuple(DTYPES)
+
+
+def byte_config(
+    size_bytes: int,
+    *,
+    block_bytes: int = 64 * 1024,
+    max_leases: int = 4096,
+    max_participants: int = 64,
+    group: str | None = None,
+    device: str = "cpu",
+) -> PoolConfig:
+    """The config of a byte pool of about `size_bytes`, in blocks of `block_bytes`.
+
+    Every process of a node can compute it alike, so that `BlockPool.ensure` makes or finds the
+    pool, whoever comes first.
+    """
+    rows = block_bytes // ROW_BYTES
+    if rows < 1 or block_bytes % ROW_BYTES:
+        raise ValueError(f"block_bytes: expected a multiple of {ROW_BYTES}, got {block_bytes}")
+    blocks = size_bytes // block_bytes
+    if blocks < 1:
+        raise ValueError(f"size_bytes: expected at least {block_bytes}, got {size_bytes}")
+    return PoolConfig(
+        total_tokens=blocks * rows,
+        fields=(Field(FIELD, (ROW_BYTES,), "uint8"),),
+        block_size=rows,
+        default_num_blocks=1,
+        max_leases=max_leases,
+        max_participants=max_participants,
+        group=group,
+        device=device,
+    )
+
+
+class CacheLease:
+    """A tensor of the cache; release it, or use it in a `with` statement. Owns its lease."""
+
+    is_claim: Literal[False] = False
+
+    def __init__(self, lease: Lease, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """For `TensorCache`; takes over the lease."""
+        self._lease = lease
+        self.dtype = dtype
+        self.shape = shape
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor in the pool's memory, contiguous; nobody may write to it.
+
+        Valid until `release`; after it this raises `InvalidStateError`.
+        """
+        rows = self._lease[FIELD]
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return rows.view(-1)[:size].view(self.dtype).view(self.shape)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it was released, or the pool closed in this process."""
+        return self._lease.is_released
+
+    def ticket(self) -> bytes:
+        """Give the lease away; see `Lease.ticket` and `TensorCache.adopt`."""
+        return self._lease.ticket()
+
+    def release(self, stream: Stream | None = None) -> None:
+        """End the lease; idempotent. `stream`: when it has come here (a CUDA or pinned pool)."""
+        self._lease.release(stream)
+
+    def __enter__(self) -> CacheLease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a lease cannot be copied or pickled; send its `ticket()`")
+
+    def __repr__(self) -> str:
+        return f"CacheLease({tuple(self.shape)}, {self.dtype}, {self._lease!r})"
+
+
+class Claim:
+    """The right, and the duty, to encode one key; `put` it, or `abandon`. Use it in a `with`
+    statement: what was not put when the block ends is abandoned."""
+
+    is_claim: Literal[True] = True
+
+    def __init__(self, cache: TensorCache, key: bytes) -> None:
+        """For `TensorCache`; takes over the claim."""
+        self._cache = cache
+        self.key = key
+        self._is_over = False
+
+    def put(self, tensor: torch.Tensor, *, hold: float = 0.0, stream: Stream | None = None) -> bool:
+        """As `TensorCache.put` under the claim's key, which ends the claim."""
+        self._is_over = True
+        return self._cache.put(self.key, tensor, hold=hold, stream=stream)
+
+    def abandon(self) -> None:
+        """Let another one encode it; idempotent."""
+        if not self._is_over and not self._cache.pool.is_closed:
+            self._cache.pool.end_claim(self.key)
+        self._is_over = True
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.abandon()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a claim cannot be copied or pickled; it is this process's")
+
+    def __repr__(self) -> str:
+        return f"Claim({self.key.hex()}, {'over' if self._is_over else 'open'})"
+
+
+class TensorCache:
+    """A cache of tensors in a byte pool, shared by every process that is attached to it.
+
+    Borrows the pool. All methods may be called from any thread.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        """`pool`: of a config like `byte_config` makes."""
+        fields = pool.config.fields
+        if len(fields) != 1 or fields[0].name != FIELD or fields[0].dtype != "uint8":
+            raise IncompatibleConfigError(
+                f"pool {pool.name}: expected a byte pool (`byte_config`), got the fields "
+                f"{', '.join(field.name for field in fields) or '(none)'}"
+            )
+        self.pool = pool
+        self._row_bytes = fields[0].token_bytes
+
+    # ---- putting -----------------------------------------------------------------------------
+
+    def put(
+        self, key: bytes, tensor: torch.Tensor, *, hold: float = 0.0, stream: Stream | None = None
+    ) -> bool:
+        """Copy a tensor into the cache, and end this process's claim on its key.
+
+        False when it is not stored by this call: there is no room that may be evicted (then nothing
+        is), or the key has an entry already. Never waits for room. `hold`: seconds in which it is
+        not evicted. `stream`: the copy is enqueued there, and readers' streams wait for it.
+        """
+        try:
+            reservation = self._reserve(tensor)
+            if reservation is None:
+                self.pool.cache_state.count(Counter.SKIPPED)
+                return False
+            with reservation:
+                self._fill(reservation, tensor)
+                self.pool.publish(
+                    reservation.handle, readers=UNBOUNDED, key=key, hold=hold, stream=stream
+                )
+            return True
+        except KeyExistsError:
+            return False
+        finally:
+            self.pool.end_claim(key)
+
+    def put_many(
+        self,
+        items: Iterable[tuple[bytes, torch.Tensor]],
+        *,
+        hold: float = 0.0,
+        stream: Stream | None = None,
+    ) -> int:
+        """`put` each of them; how many were stored."""
+        return sum(self.put(key, tensor, hold=hold, stream=stream) for key, tensor in items)
+
+    async def put_async(
+        self, key: bytes, tensor: torch.Tensor, *, hold: float = 0.0, stream: Stream | None = None
+    ) -> bool:
+        """`put` that copies in a thread, so that the event loop goes on meanwhile."""
+        import asyncio
+
+        return await asyncio.to_thread(self.put, key, tensor, hold=hold, stream=stream)
+
+    def _reserve(self, tensor: torch.Tensor) -> Reservation | None:
+        if tensor.dim() > MAX_DIMS or not tensor.numel():
+            raise ValueError(
+                f"tensor: expected 0 to {MAX_DIMS} dimensions and at least one element, got "
+                f"{list(tensor.shape)}"
+            )
+        size = tensor.numel() * tensor.dtype.itemsize
+        num_rows = -(-size // self._row_bytes)
+        if self.pool.config.blocks_for(num_rows) > self.pool.config.total_blocks:
+            return None
+        handle = self.pool.alloc(num_rows)
+        return None if handle is None else Reservation(self.pool, handle)
+
+    def _fill(self, reservation: Reservation, tensor: torch.Tensor) -> None:
+        import torch
+
+        size = tensor.numel() * tensor.dtype.itemsize
+        with torch.no_grad():
+            rows = reservation[FIELD].view(-1)[:size].view(tensor.dtype).view(tensor.shape)
+            rows.copy_(tensor, non_blocking=True)
+        number = _DTYPES.index(dtype_name(tensor.dtype))
+        shape = (*tensor.shape, *(0,) * (MAX_DIMS - tensor.dim()))
+        aux = reservation.memory("aux")
+        aux[: _ENTRY.size] = _ENTRY.pack(_MARK, number, tensor.dim(), *shape)
+
+    # ---- getting -----------------------------------------------------------------------------
+
+    def get(
+        self,
+        key: bytes,
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CacheLease | None:
+        """The tensor of a key; None: a miss.
+
+        One of another shape or dtype than given (None: any) is a miss, and counted as mismatch.
+        """
+        leases = self.pool.get(key)
+        if leases is None:
+            return None
+        found = self._lease_of(leases[0])
+        if (shape is not None and found.shape != tuple(shape)) or (
+            dtype is not None and found.dtype != dtype
+        ):
+            found.release()
+            self.pool.cache_state.count(Counter.MISMATCHES)
+            return None
+        return found
+
+    def adopt(self, ticket: bytes) -> CacheLease:
+        """Make the lease that a ticket carries this process's own; see `BlockPool.adopt`."""
+        return self._lease_of(self.pool.adopt(ticket))
+
+    def _lease_of(self, lease: Lease) -> CacheLease:
+        import torch
+
+        try:
+            mark, number, dims, *shape = _ENTRY.unpack_from(lease.memory("aux"))
+            if mark != _MARK or number >= len(_DTYPES) or dims > MAX_DIMS:
+                raise IncompatibleConfigError(
+                    f"{lease.handle}: expected an entry that a TensorCache has put"
+                )
+            dtype: torch.dtype = getattr(torch, DTYPES[_DTYPES[number]][1])
+            return CacheLease(lease, dtype, tuple(shape[:dims]))
+        except BaseException:
+            lease.release()
+            raise
+
+    def get_or_claim(
+        self,
+        key: bytes,
+        *,
+        timeout: float | None = None,
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CacheLease | Claim:
+        """The tensor of a key, or the claim on it: then this process encodes it.
+
+        While another process encodes it, this waits up to `timeout` seconds (None: for ever), then
+        raises `PoolTimeoutError`, which names that process. When it dies, the next one in wait gets
+        the claim.
+        """
+        started = time.monotonic()
+        while True:
+            found = self.get(key, shape=shape, dtype=dtype)
+            if found is not None:
+                return found
+            answer = self.pool.claim(key)
+            if answer.state == "mine":
+                return Claim(self, key)
+            if answer.state == "ready":
+                if shape is None and dtype is None:
+                    continue
+                # There is one of another shape or dtype: it makes way.
+                self.pool.drop(key)
+                continue
+            left = _left(started, timeout)
+            if left <= 0:
+                raise self._overdue(key, answer.owner, answer.since_ns, started)
+            self.pool.wait_for_claim(answer, left)
+
+    async def get_or_claim_async(
+        self,
+        key: bytes,
+        *,
+        timeout: float | None = None,
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CacheLease | Claim:
+        """`get_or_claim` that waits in asyncio."""
+        started = time.monotonic()
+        while True:
+            found = self.get(key, shape=shape, dtype=dtype)
+            if found is not None:
+                return found
+            answer = self.pool.claim(key)
+            if answer.state == "mine":
+                return Claim(self, key)
+            if answer.state == "ready":
+                if shape is not None or dtype is not None:
+                    self.pool.drop(key)
+                continue
+            left = _left(started, timeout)
+            if left <= 0:
+                raise self._overdue(key, answer.owner, answer.since_ns, started)
+            await self.pool.wait_for_claim_async(answer, left)
+
+    def _overdue(
+        self, key: bytes, owner: object, since_ns: int, started: float
+    ) -> PoolTimeoutError:
+        from shmblocks._state.info import ParticipantId
+
+        who = self.pool.describe(owner) if isinstance(owner, ParticipantId) else "another process"
+        age = (time.monotonic_ns() - since_ns) / 1e9
+        return PoolTimeoutError(
+            f"pool {self.pool.name}: waited {time.monotonic() - started:.1f} s for key {key.hex()}, "
+            f"which {who} has claimed {age:.1f} s ago; encode it here, or wait longer"
+        )
+
+
+def _left(started: float, timeout: float | None) -> float:
+    return math.inf if timeout is None else started + timeout - time.monotonic()
