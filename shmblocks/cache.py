@@ -30,6 +30,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
+from shmblocks._state.cache_state import ClaimAnswer
 from shmblocks._state.counters import Counter
 from shmblocks._state.layout import UNBOUNDED
 from shmblocks.config import DTYPES, Field, PoolConfig, dtype_name
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 ROW_BYTES = 4096
 FIELD = "bytes"
 MAX_DIMS = 8
+# Seconds between two looks at an entry that a stream is to complete.
+READY_POLL = 1e-3
 # In `aux`: a mark, the dtype's number, the number of dimensions, and the dimensions; behind them
 # 16 bytes of the user's.
 _ENTRY = struct.Struct(f"<2sBB{MAX_DIMS}I")
@@ -332,14 +335,13 @@ class TensorCache:
             if answer.state == "mine":
                 return Claim(self, key)
             if answer.state == "ready":
-                if shape is None and dtype is None:
-                    continue
-                # There is one of another shape or dtype: it makes way.
-                self.pool.drop(key)
+                if shape is not None or dtype is not None:
+                    return Claim(self, key)  # it has another shape: encode it, it is not stored
+                time.sleep(READY_POLL)
                 continue
             left = _left(started, timeout)
             if left <= 0:
-                raise self._overdue(key, answer.owner, answer.since_ns, started)
+                raise self._overdue(key, answer, started)
             self.pool.wait_for_claim(answer, left)
 
     async def get_or_claim_async(
@@ -351,6 +353,8 @@ class TensorCache:
         dtype: torch.dtype | None = None,
     ) -> CacheLease | Claim:
         """`get_or_claim` that waits in asyncio."""
+        import asyncio
+
         started = time.monotonic()
         while True:
             found = self.get(key, shape=shape, dtype=dtype)
@@ -361,23 +365,21 @@ class TensorCache:
                 return Claim(self, key)
             if answer.state == "ready":
                 if shape is not None or dtype is not None:
-                    self.pool.drop(key)
+                    return Claim(self, key)
+                await asyncio.sleep(READY_POLL)
                 continue
             left = _left(started, timeout)
             if left <= 0:
-                raise self._overdue(key, answer.owner, answer.since_ns, started)
+                raise self._overdue(key, answer, started)
             await self.pool.wait_for_claim_async(answer, left)
 
-    def _overdue(
-        self, key: bytes, owner: object, since_ns: int, started: float
-    ) -> PoolTimeoutError:
-        from shmblocks._state.info import ParticipantId
-
-        who = self.pool.describe(owner) if isinstance(owner, ParticipantId) else "another process"
-        age = (time.monotonic_ns() - since_ns) / 1e9
+    def _overdue(self, key: bytes, answer: ClaimAnswer, started: float) -> PoolTimeoutError:
+        who = self.pool.describe(answer.owner) if answer.owner else "another process"
+        waited = time.monotonic() - started
+        age = (time.monotonic_ns() - answer.since_ns) / 1e9
         return PoolTimeoutError(
-            f"pool {self.pool.name}: waited {time.monotonic() - started:.1f} s for key {key.hex()}, "
-            f"which {who} has claimed {age:.1f} s ago; encode it here, or wait longer"
+            f"pool {self.pool.name}: waited {waited:.1f} s for key {key.hex()}, which {who} has "
+            f"claimed {age:.1f} s ago; encode it here, or wait longer"
         )
 
 

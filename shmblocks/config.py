@@ -26,9 +26,15 @@ DTYPES: dict[str, tuple[int, str]] = {
     "fp32": (4, "float32"),
     "fp8_e4m3": (1, "float8_e4m3fn"),
     "fp8_e5m2": (1, "float8_e5m2"),
+    "uint8": (1, "uint8"),
     "int8": (1, "int8"),
+    "int16": (2, "int16"),
+    "uint16": (2, "uint16"),
     "int32": (4, "int32"),
+    "uint32": (4, "uint32"),
     "int64": (8, "int64"),
+    "uint64": (8, "uint64"),
+    "fp64": (8, "float64"),
     "bool": (1, "bool"),
 }
 
