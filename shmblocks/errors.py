@@ -1,28 +1,40 @@
 """Every error that shmblocks raises, and who has to act on it.
 
     ShmBlocksError
-     +- PoolNotFoundError          no pool of that name: start its creator, or wait with `timeout=`
-     +- PoolExistsError            the name is held by a living pool: attach, or take another name
-     +- IncompatiblePoolError      the segment is foreign, truncated or of another layout version
-     +- PoolPermissionError        the pool belongs to another user (also a PermissionError)
-     +- SharedMemoryFullError      /dev/shm cannot hold the pool (also a MemoryError)
-     +- PoolClosedError            you closed this pool object, or its segment was taken away
-     +- MalformedHandleError       the bytes are no handle of any pool
+     +- PoolNotFoundError          no pool or queue of that name: start its creator, or wait with
+     |                             `timeout=`
+     +- PoolExistsError            a living process uses the name: attach, or take another name
+     +- IncompatiblePoolError      the segment has another layout version, or is not from shmblocks
+     +- IncompatibleConfigError    the pool exists, but its config differs from yours (`ensure`)
+     +- DamagedPoolError           the segment holds bytes that no operation writes: something else
+     |                             wrote into it; remove it and create it anew
+     +- PoolPermissionError        the pool belongs to another user, or /dev/shm refuses you (also a
+     |                             PermissionError)
+     +- SharedMemoryFullError      the machine cannot give the memory: /dev/shm, a limit of the
+     |                             process or of its container; the text says which (also a
+     |                             MemoryError)
+     +- PoolClosedError            this object was closed, or its segment was taken away
+     +- MalformedHandleError       the bytes are not a handle of any pool
+     +- MalformedMessageError      a queue held a message of another type than this one expects
      +- ForeignHandleError         a handle, but of another pool
-     +- StaleHandleError           what it names was freed, grown or published anew since
+     +- StaleHandleError           its allocation was freed, grown or published anew since
      +- InvalidStateError          not allowed in the state that the allocation is in
+     +- KeyExistsError             an entry of that key is in the cache already: use it
      +- PeerDiedError              the process at the other end is dead
-     +- PoolTimeoutError           a deadline passed (also a TimeoutError); it says who is
-     |                             in the way
-     +- TooManyParticipantsError   all places of the pool are taken by living processes
+     +- PoolTimeoutError           a deadline passed (also a TimeoutError); the text says who is in
+     |                             the way
+     +- TooManyParticipantsError   living processes use all slots of the pool or queue
      +- TooManyLeasesError         all lease slots of the pool are in use
+     +- TooManyWaitersError        all slots of the wait queue are in use
+     +- AuthenticationError        the other machine did not prove that it knows the shared secret
      +- TransferError              a transfer ended as Failed; the text is the reason
      +- CudaUnavailableError       this process cannot use the GPU that it asked for; the text says
      |                             what is missing
      +- UnsupportedPlatformError   not Linux on x86-64 or aarch64 (also an ImportError)
 
-"No room now" is no error: it is `None` (or, for a wait, a `PoolTimeoutError`). Arguments of a wrong
-type or value raise `TypeError` or `ValueError`, as everywhere in Python.
+Nothing raises the base class itself. Too few free blocks are not an error: the answer is `None`
+(or, after a wait, a `PoolTimeoutError`). Arguments of a wrong type or value raise `TypeError` or
+`ValueError`, as everywhere in Python.
 """
 
 from __future__ import annotations
@@ -33,31 +45,43 @@ class ShmBlocksError(Exception):
 
 
 class PoolNotFoundError(ShmBlocksError):
-    """There is no pool of that name on this node."""
+    """This node has no pool or queue of that name."""
 
 
 class PoolExistsError(ShmBlocksError):
-    """A living pool holds the name."""
+    """A living pool or queue has the name."""
 
 
 class IncompatiblePoolError(ShmBlocksError):
-    """The segment exists, but is not a pool that this version can use."""
+    """The segment has another layout version, or shmblocks did not make it."""
+
+
+class IncompatibleConfigError(ShmBlocksError):
+    """The pool exists, but was created with another config; the message names what differs."""
+
+
+class DamagedPoolError(ShmBlocksError):
+    """The segment holds bytes that no operation of this library leaves behind."""
 
 
 class PoolPermissionError(ShmBlocksError, PermissionError):
-    """The pool belongs to another user."""
+    """The pool belongs to another user, or this user may not make segments."""
 
 
 class SharedMemoryFullError(ShmBlocksError, MemoryError):
-    """The shared memory file system has no room for the pool."""
+    """The machine, or a limit of this process or its container, cannot give the memory."""
 
 
 class PoolClosedError(ShmBlocksError):
-    """The pool object was closed in this process."""
+    """The pool or queue object was closed in this process, or its segment was taken away."""
 
 
 class MalformedHandleError(ShmBlocksError):
     """Bytes or numbers that cannot be a handle of the pool."""
+
+
+class MalformedMessageError(ShmBlocksError):
+    """A message of a queue that is not of the type that this reader expects."""
 
 
 class ForeignHandleError(ShmBlocksError):
@@ -65,11 +89,15 @@ class ForeignHandleError(ShmBlocksError):
 
 
 class StaleHandleError(ShmBlocksError):
-    """The allocation that the handle names is not there any more."""
+    """The allocation that the handle names does not exist any more."""
 
 
 class InvalidStateError(ShmBlocksError):
     """The operation is not allowed in the allocation's present state."""
+
+
+class KeyExistsError(ShmBlocksError):
+    """The cache has an entry of that key already."""
 
 
 class PeerDiedError(ShmBlocksError):
@@ -81,11 +109,19 @@ class PoolTimeoutError(ShmBlocksError, TimeoutError):
 
 
 class TooManyParticipantsError(ShmBlocksError):
-    """Every participant place of the pool belongs to a living process."""
+    """Living processes use every participant slot of the pool or queue."""
 
 
 class TooManyLeasesError(ShmBlocksError):
     """Every lease slot of the pool is in use."""
+
+
+class TooManyWaitersError(ShmBlocksError):
+    """Every slot of the wait queue is in use."""
+
+
+class AuthenticationError(ShmBlocksError):
+    """The other machine did not prove that it knows the shared secret."""
 
 
 class TransferError(ShmBlocksError):
