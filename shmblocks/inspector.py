@@ -19,14 +19,13 @@ from shmblocks._os.filelock import FileLocks
 from shmblocks._os.segment import (
     SHM_DIRECTORY,
     file_identity,
-    is_ours,
-    is_pool,
     normal_name,
     open_existing,
     unlink_file,
 )
 from shmblocks._state import check as inspection
 from shmblocks._state.check import AllocationInfo, PoolStats, Violation
+from shmblocks._state.identity import is_ours, is_pool
 from shmblocks._state.naming import anyone_lives, unlink_dead
 from shmblocks._state.participants import ParticipantInfo
 from shmblocks._state.pool_state import Ledger

@@ -16,7 +16,8 @@ import contextlib
 import time
 
 from shmblocks._os.filelock import PLACE_BYTE, PLACE_BYTES, FileLocks
-from shmblocks._os.segment import file_identity, is_ours, link_name, open_existing, unlink_file
+from shmblocks._os.segment import file_identity, link_name, open_existing, unlink_file
+from shmblocks._state.identity import is_ours
 from shmblocks.errors import IncompatiblePoolError, PoolExistsError, PoolNotFoundError
 
 # Seconds between two looks at a lock that another process holds.

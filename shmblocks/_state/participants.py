@@ -52,6 +52,9 @@ from shmblocks._os.filelock import (
     lock_byte,
     unlock_byte,
 )
+from shmblocks._os.process import is_exiting as _is_dying
+from shmblocks._os.process import pid_namespace as _pid_namespace
+from shmblocks._os.process import start_ticks as _process_start
 from shmblocks._state.journal import Journal
 from shmblocks._state.layout import (
     H_NEXT_INCARNATION,
@@ -70,8 +73,6 @@ _PLACE_BITS = 16
 _CREATOR = 1
 USES_GPU = 2
 HAS_DEVICE_MEMORY = 4
-# Flag of a kernel task that exits, as /proc shows it (include/linux/sched.h).
-_PF_EXITING = 0x4
 
 # Seconds that the last to leave waits for others who are dying. Smaller: a pool whose other user
 # was killed in the same moment stays as a leftover. Larger: leaving takes longer, where the kernel
@@ -333,26 +334,3 @@ class Participants:
         """For messages: `participant 3 (pid 4242, embedding)`."""
         info = self.info(who)
         return str(info) if info else f"participant {who.place} (gone)"
-
-
-def _pid_namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino
-
-
-def _is_dying(pid: int, start: int) -> bool:
-    """Whether the process that started then has begun to exit (proc_pid_stat(5), fields 3, 9)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    except PermissionError:
-        return False  # another user's (proc mounted with hidepid=1): it is there
-    is_another = int(fields[19]) != start
-    return is_another or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
-
-
-def _process_start() -> int:
-    """Clock ticks after boot at which this process started (proc_pid_stat(5), field 22)."""
-    with open("/proc/self/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[19])

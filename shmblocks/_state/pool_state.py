@@ -32,9 +32,10 @@ from typing import Protocol
 import msgspec
 
 from shmblocks._os.futex import Futex
-from shmblocks._os.segment import Identity, create_unnamed, normal_name, open_existing
+from shmblocks._os.segment import create_unnamed, normal_name, open_existing
 from shmblocks._state.blocks import BlockTable
 from shmblocks._state.device import note_creator_left
+from shmblocks._state.identity import Identity
 from shmblocks._state.journal import Journal
 from shmblocks._state.layout import (
     CONFIG_BYTES,

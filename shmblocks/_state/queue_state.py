@@ -29,7 +29,8 @@ import time
 
 from shmblocks._os.filelock import PLACE_BYTE, PLACE_BYTES
 from shmblocks._os.futex import Futex
-from shmblocks._os.segment import Identity, create_unnamed, normal_name, open_existing
+from shmblocks._os.segment import create_unnamed, normal_name, open_existing
+from shmblocks._state.identity import Identity
 from shmblocks._state.layout import (
     H_LOCK_HOLDER,
     H_REMOVED,
