@@ -245,7 +245,7 @@ class Reservations:
         place = me.place if me else 0
         if self._bell is None or self._bell.place != place:
             futex = self._ledger.doorbell(place)
-            self._bell = Bell(place, futex, LoopWaiters(futex, tells_all=True))
+            self._bell = Bell(place, futex, LoopWaiters(futex, notifies_all=True))
         return self._bell
 
     def close(self) -> None:

@@ -32,8 +32,7 @@ from typing import Generic, TypeVar, overload
 
 import msgspec
 
-from shmblocks._os.sleeper import Sleeper
-from shmblocks._os.wait import LONGEST_SPIN, deadline_of, seconds_left
+from shmblocks._os.wait import LONGEST_SPIN, Sleeper, deadline_of, seconds_left
 from shmblocks._state.lifetime import leave_at_exit
 from shmblocks._state.queue_state import (
     FULL,
@@ -63,10 +62,18 @@ class HandleQueue(Generic[T]):
         # Told by the next get: there were others with it.
         self._malformed: deque[MalformedHandleError] = deque()
         self._getting = Sleeper(
-            self._run, ring.puts, ring.getter_sleeps, ring.getter_gives_up, ring.has_message, spin
+            ring.puts,
+            functools.partial(self._run, ring.getter_sleeps),
+            functools.partial(self._run, ring.getter_gives_up),
+            ring.has_message,
+            spin,
         )
         self._putting = Sleeper(
-            self._run, ring.gets, ring.putter_sleeps, ring.putter_gives_up, ring.has_room, spin
+            ring.gets,
+            functools.partial(self._run, ring.putter_sleeps),
+            functools.partial(self._run, ring.putter_gives_up),
+            ring.has_room,
+            spin,
         )
         self._finalizer = leave_at_exit(self, ring)
 

@@ -30,8 +30,8 @@ from shmblocks.errors import PoolPermissionError, SharedMemoryFullError
 MIB = 1 << 20
 _LARGEST_FILE = (1 << 63) - 1
 
-# Bytes from which on the container's limit is asked for. Smaller: small pools and queues pay some
-# 0.3 ms for reading /proc and /sys. Larger: a pool that ends its process is not refused.
+# Bytes from which on the container's limit is asked for. Smaller: small pools and queues pay 1 to
+# 5 ms for reading /proc and /sys. Larger: a pool that ends its process is not refused.
 ASK_CONTAINER_FROM = 64 * MIB
 
 
