@@ -38,7 +38,7 @@ class ClaimWaiters:
         there = self._loops.get(answer.slot)
         if there is None:
             futex = self._state.claim_futex(answer.slot)
-            there = self._loops[answer.slot] = (futex, LoopWaiters(futex, tells_all=True))
+            there = self._loops[answer.slot] = (futex, LoopWaiters(futex, notifies_all=True))
         await there[1].sleep(answer.seen, min(timeout, LONGEST_WAIT))
 
     def close(self) -> None:

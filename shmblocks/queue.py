@@ -32,8 +32,7 @@ from typing import Generic, NoReturn, TypeVar, overload
 
 import msgspec
 
-from shmblocks._os.sleeper import Sleeper
-from shmblocks._os.wait import LONGEST_SPIN, deadline_of, seconds_left
+from shmblocks._os.wait import LONGEST_SPIN, Sleeper, deadline_of, seconds_left
 from shmblocks._state import lifetime
 from shmblocks._state.info import ParticipantInfo
 from shmblocks._state.queue_state import FULL, MAX_CAPACITY, MAX_MESSAGE_BYTES, QueueState
@@ -266,7 +265,8 @@ class HandleQueue(Generic[T]):
         message = self._encode(item)
         deadline = deadline_of(timeout)
         while not self._try_put(message):
-            if not await self._putting.until_changed_async(deadline):
+            changed = await self._putting.until_changed_async(deadline)
+            if not changed and seconds_left(deadline) <= 0:
                 raise standard.Full
 
     def _try_put(self, message: bytes) -> bool:
@@ -327,7 +327,8 @@ class HandleQueue(Generic[T]):
             messages = self._try_get(limit)
             if messages:
                 return messages
-            if not await self._getting.until_changed_async(deadline):
+            changed = await self._getting.until_changed_async(deadline)
+            if not changed and seconds_left(deadline) <= 0:
                 raise standard.Empty
 
     def _try_get(self, limit: int) -> list[bytes]:

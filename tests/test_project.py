@@ -29,7 +29,7 @@ PACKAGE = ROOT / "shmblocks"
 # one of its own line or below it. A package (transfer, doctor, cli, testing) is one part; inside of
 # it there are only no circles. `__init__` is what `import shmblocks` gives.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "_words"),
     ("config", "handle"),
     ("_os",),
     ("_state",),

@@ -1,7 +1,7 @@
 """Locks on an open file description: the kernel's proof of who is inside, and who lives.
 
     flock       on the whole file: the mutex, since it costs half of what a byte lock does, however
-                many places are locked
+                many bytes are locked
     OFD locks   on single bytes: who lives (others can ask who holds one without taking it)
 
 The two kinds never meet: neither sees the other.
@@ -9,7 +9,7 @@ The two kinds never meet: neither sees the other.
 Contract
 - A lock belongs to the open file description, not to a thread, a pid or a pid namespace: it is
   right for threads, under pid reuse and between containers that share /dev/shm.
-- It falls when the last descriptor of the description is closed: at SIGKILL, by the kernel.
+- The kernel drops it when the last descriptor of the description is closed, also at SIGKILL.
 - The description is opened here and never mapped. A mapping keeps its description alive, and a
   forked child inherits the mapping, so that a lock on a mapped description would outlive its
   process for as long as the child lives.
@@ -32,6 +32,9 @@ import struct
 _FLOCK = struct.Struct("@hhqqi")
 
 # Which bytes are locked. The same in every layout version: see layout.py.
+# Held on a file that has a hidden name only, by its creator, while that lives; see segment.py.
+NEW_BYTE = 0
+# The first of the bytes of participants' slots, and how many there are.
 PLACE_BYTE = 64
 PLACE_BYTES = 65536 - PLACE_BYTE
 # Held by those who use a GPU, on the description that they have mapped; see participants.py.
@@ -71,7 +74,7 @@ class FileLocks:
         return True
 
     def leave(self) -> None:
-        """Give back what `try_enter` took; nothing happens when it is not held."""
+        """Unlock the whole file; nothing happens when it is not locked."""
         fcntl.flock(self.file, LEAVE)
 
     def try_lock(self, byte: int) -> bool:
@@ -79,7 +82,7 @@ class FileLocks:
         return try_set(self.file.fileno(), _request(fcntl.F_WRLCK, byte, 1))
 
     def unlock(self, byte: int) -> None:
-        """Give a byte back; nothing happens when it is not held."""
+        """Unlock a byte; nothing happens when it is not locked."""
         fcntl.fcntl(self.file.fileno(), fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))
 
     def is_locked_by_others(self, byte: int, length: int = 1) -> bool:
@@ -89,7 +92,7 @@ class FileLocks:
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def reopen_after_fork(self) -> None:
-        """In a forked child: leave the parent's description for one of our own."""
+        """In a forked child: open a description of our own, and close the parent's."""
         parents = self.file
         if not parents.closed:
             try:
@@ -98,7 +101,7 @@ class FileLocks:
                 parents.close()
 
     def close(self) -> None:
-        """Close the descriptor; every lock falls unless a fork still shares it. Idempotent."""
+        """Close the descriptor. Every lock falls, unless a forked child shares it. Idempotent."""
         self.file.close()
 
 
@@ -113,7 +116,7 @@ def _open_again(fd: int) -> io.FileIO:
 
 
 def try_set(fd: int, request: bytes) -> bool:
-    """One attempt at a prepared lock request; False when another description is in the way."""
+    """One attempt at a prepared lock request; False when another description holds the bytes."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
     except OSError as error:
@@ -129,5 +132,5 @@ def lock_byte(fd: int, byte: int) -> bool:
 
 
 def unlock_byte(fd: int, byte: int) -> None:
-    """Give a byte back; nothing happens when it is not held."""
+    """Unlock a byte; nothing happens when it is not locked."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, byte, 1))

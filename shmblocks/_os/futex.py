@@ -1,12 +1,12 @@
 """Sleeping until a word of shared memory changes, and waking those who sleep.
 
 Contract
-- `wait` returns when it was woken, when the word no longer has the expected value, at the timeout,
-  or for no reason at all (a signal): look again at what you wait for, always.
+- `wait` returns after a wake-up, when the word no longer has the expected value, at the timeout,
+  or without a reason (a signal). Always check again what you wait for.
 - `wake` wakes sleepers of every process that maps the word. It is a system call: callers keep a
   count of sleepers beside the word and call only when somebody sleeps.
-- The word is the lower half of an aligned 64-bit word of a segment; whoever changes what others
-  wait for adds one to it, after the change and before the wake.
+- The word is the lower half of an aligned 64-bit word of a segment. A process that changes what
+  others wait for adds one to it, after the change and before the wake.
 
 What it does not do: keep an order among sleepers, or survive a waker that dies between the change
 and the wake; sleeps are therefore bounded (`LONGEST_SLEEP`).
@@ -26,8 +26,8 @@ _NUMBERS = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
 
-# Seconds. The bound on what a waker that died before its wake-up costs the sleeper. Smaller: more
-# wake-ups of sleepers for nothing. Larger: a longer stall after such a death.
+# Seconds that a waker which dies before its wake-up can cost a sleeper. Smaller: more sleepers wake
+# for nothing. Larger: a longer stall after such a death.
 LONGEST_SLEEP = 0.25
 
 EVERYONE = 0x7FFFFFFF
@@ -77,15 +77,15 @@ class Futex:
         if woken < 0:
             error = ctypes.get_errno()
             if self._word is None:
-                return 0  # dropped, maybe in the middle of the call
+                return 0  # dropped, perhaps during the call
             raise OSError(error, os.strerror(error))
         return woken
 
     def drop(self) -> None:
-        """Let go of the mapping, and wake everyone, who will find that there is no value any more.
+        """Let go of the mapping, and wake all sleepers; they find that there is no value any more.
 
-        Idempotent. Other threads may be about to `wait` or `wake`: the kernel finds no memory at
-        their address and says so.
+        Idempotent. If another thread is about to `wait` or `wake`, its call fails in the kernel,
+        which finds no memory at address 0.
         """
         word, self._word = self._word, None
         address, self._address = self._address, ctypes.c_void_p(None)

@@ -104,8 +104,8 @@ def is_exiting(pid: int, start: int) -> bool:
             fields = _stat_fields(file.read())
     except (FileNotFoundError, ProcessLookupError):
         return True
-    except OSError:
-        return False  # another user's (hidepid=1), or no descriptor is free: it counts as there
+    except PermissionError:
+        return False  # another user's, and proc is mounted with hidepid=1: it exists
     is_another = int(fields[19]) != start
     return is_another or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 

@@ -88,7 +88,7 @@ class QueueState(SharedSegment):
         """A new queue of that name; a dead leftover of the name is replaced."""
         name = normal_name(name)
         layout = QueueLayout(capacity, message_bytes)
-        with create_unnamed(layout.segment_bytes, name, group) as file:
+        with create_unnamed(layout.segment_bytes, name, group, cls.kind) as file:
             fd = file.fileno()
             queue_id = secrets.randbits(64)
             identity = IDENTITY.pack(
@@ -104,7 +104,7 @@ class QueueState(SharedSegment):
     def open_unjoined(cls, name: str, lock_timeout: float = DEFAULT_LOCK_TIMEOUT) -> QueueState:
         """The queue of that name, without becoming a participant."""
         name = normal_name(name)
-        with open_existing(name) as file:
+        with open_existing(name, cls.kind) as file:
             fd = file.fileno()
             identity = Identity(fd, name, QUEUE_MAGIC)
             capacity, message_bytes = _SIZES.unpack(os.pread(fd, _SIZES.size, _SIZES_OFFSET))

@@ -82,7 +82,7 @@ class SharedSegment:
         """Map the segment behind `fd` (which stays the caller's), without joining it."""
         self.name = name
         self.role = ""
-        self.segment = Segment(fd, layout.segment_bytes, name)
+        self.segment = Segment(fd, layout.segment_bytes, name, self.kind)
         self.locks = FileLocks(fd)
         self.mutex = Mutex(self.locks, f"{self.kind} {name}", lock_timeout)
         memory, words = self.segment.memory, self.segment.words
@@ -273,7 +273,7 @@ class SharedSegment:
                 self.segment.words[H_REMOVED] = 1
                 self.segment.unlink()
             else:
-                lifetime.remember_left(self.name, self.segment.file)
+                lifetime.remember_left(self.name, self.segment.identity)
         self.drop()
 
     def _give_back(self, me: ParticipantId) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 from shmblocks._os.filelock import FileLocks
 from shmblocks._os.futex import Futex
+from shmblocks._os.prefault import MADV_POPULATE_WRITE
 from shmblocks._os.process import MACHINES, Interpreter, is_supported
-from shmblocks._os.segment import MADV_POPULATE_WRITE
 from shmblocks.doctor.host import Host
 from shmblocks.doctor.result import CheckResult
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shmblocks import HandleQueue
-from shmblocks._os import sleeper as sleeper_module
+from shmblocks._os import wait as wait_module
 from shmblocks._os.wait import seconds_left
 from shmblocks._state.queue_state import Q_GETTERS_ASLEEP, Q_PUTTERS_ASLEEP
 from shmblocks.testing import (
@@ -152,7 +152,7 @@ def mine(scene: Scene) -> HandleQueue[bytes]:
 
 
 def _set_clock(clock: Callable[[float | None], float]) -> None:
-    vars(sleeper_module)["seconds_left"] = clock
+    vars(wait_module)["seconds_left"] = clock
 
 
 def short_of_time() -> float:

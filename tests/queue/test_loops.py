@@ -35,10 +35,10 @@ class Word(NamedTuple):
         self.futex.wake()
 
 
-def make_word(*, tells_all: bool = False) -> Word:
+def make_word(*, notifies_all: bool = False) -> Word:
     mapping = mmap.mmap(-1, mmap.PAGESIZE)
     futex = Futex(mapping, 0)
-    return Word(LoopWaiters(futex, tells_all=tells_all), futex, memoryview(mapping).cast("Q"))
+    return Word(LoopWaiters(futex, notifies_all=notifies_all), futex, memoryview(mapping).cast("Q"))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def waiting_count(word: Word) -> int:
     return len(word.waiters._waiters)
 
 
-async def sleeping(word: Word, count: int, seen: int) -> list[asyncio.Task[None]]:
+async def sleeping(word: Word, count: int, seen: int) -> list[asyncio.Task[bool]]:
     """So many tasks, in this order asleep."""
     tasks = []
     for _ in range(count):
@@ -74,7 +74,7 @@ async def sleeping(word: Word, count: int, seen: int) -> list[asyncio.Task[None]
     return tasks
 
 
-def over(tasks: list[asyncio.Task[None]]) -> list[bool]:
+def over(tasks: list[asyncio.Task[bool]]) -> list[bool]:
     return [task.done() for task in tasks]
 
 
@@ -143,7 +143,7 @@ def test_one_who_saw_an_older_value_is_told_too(word: Word) -> None:
 
 
 def test_all_are_told_where_each_change_concerns_everyone(no_net: None) -> None:
-    word = make_word(tells_all=True)
+    word = make_word(notifies_all=True)
 
     async def main() -> None:
         tasks = await sleeping(word, 5, 0)
@@ -157,12 +157,12 @@ def test_all_are_told_where_each_change_concerns_everyone(no_net: None) -> None:
 def test_a_sleep_with_a_timeout_ends_by_itself_and_leaves_nothing(word: Word) -> None:
     async def main() -> None:
         start = asyncio.get_running_loop().time()
-        await soon(word.waiters.sleep(0, 0.02))
+        assert not await soon(word.waiters.sleep(0, 0.02))
         assert asyncio.get_running_loop().time() - start >= 0.019
         assert waiting_count(word) == 0
         (task,) = await sleeping(word, 1, 0)
         word.goes_up()
-        await soon(task)
+        assert await soon(task)
 
     asyncio.run(main())
 
@@ -237,10 +237,10 @@ def test_a_coroutine_that_is_closed_is_not_told_in_anothers_place(word: Word) ->
     asyncio.run(main())
 
 
-def leave_waiting_in_a_closed_loop(word: Word) -> asyncio.Task[None]:
+def leave_waiting_in_a_closed_loop(word: Word) -> asyncio.Task[bool]:
     loop = asyncio.new_event_loop()
 
-    async def start() -> asyncio.Task[None]:
+    async def start() -> asyncio.Task[bool]:
         return (await sleeping(word, 1, 0))[0]
 
     task = loop.run_until_complete(start())
@@ -333,7 +333,7 @@ def test_what_a_loop_that_stands_still_was_told_another_hears_in_the_end() -> No
     there = LoopWaiters(word.futex, is_there=lambda: bool(word.words[0]))
     stopped = asyncio.new_event_loop()
 
-    async def start() -> asyncio.Task[None]:
+    async def start() -> asyncio.Task[bool]:
         task = asyncio.ensure_future(there.sleep(0))
         await asyncio.sleep(0)
         return task

@@ -5,6 +5,8 @@ Most tests run without the net (`no_net`): a sleep that nobody ends lasts a minu
 
 from __future__ import annotations
 
+import asyncio
+import mmap
 import os
 import queue as standard
 import random
@@ -16,8 +18,8 @@ import pytest
 
 from shmblocks import HandleQueue
 from shmblocks._os import wait as waiting_module
-from shmblocks._os.sleeper import Sleeper
-from shmblocks._os.wait import LONGEST_SPIN, Spinner, deadline_of, seconds_left
+from shmblocks._os.futex import Futex
+from shmblocks._os.wait import LONGEST_SPIN, Sleeper, Spinner, deadline_of, seconds_left
 from tests.queue.kit import (
     NO_NET,
     PATIENCE,
@@ -29,16 +31,16 @@ from tests.queue.kit import (
     start_counting_at,
     wait_until_asleep,
 )
-from tests.support.children import Channel, Child, fork
-from tests.support.inside import run_inside
+from tests.support.children import Channel, Child, fork, wait_until
 
 # ---- spinning --------------------------------------------------------------------------------
 
 
-class CountedWord:
+class CountedWord(Futex):
     """A word that counts how often it is looked at, and changes at the given look."""
 
     def __init__(self, changes_at: int | None = None) -> None:
+        super().__init__(mmap.mmap(-1, mmap.PAGESIZE), 0)
         self.looks = 0
         self._changes_at = changes_at
 
@@ -221,7 +223,7 @@ def test_a_message_that_comes_before_the_getter_registers_is_seen(
         register = queue._getting._register
 
         def after_a_message() -> int:
-            queue.state.put(b"x")  # under the lock already
+            queue.put(b"x")
             return register()
 
         queue._getting._register = after_a_message
@@ -234,13 +236,13 @@ def test_a_message_that_comes_before_the_getter_sleeps_is_seen(
     no_net: None, pool_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HandleQueue.create(pool_name, 4, spin=0) as queue:
-        wait = queue.state.puts.wait
+        wait = queue._ring.puts.wait
 
         def after_a_message(expected: int, timeout: float) -> None:
             queue.put(b"x")
             wait(expected, timeout)
 
-        monkeypatch.setattr(queue.state.puts, "wait", after_a_message)
+        monkeypatch.setattr(queue._ring.puts, "wait", after_a_message)
         with Waiting(queue.get) as getter:
             assert getter.result(SOON) == b"x"
         assert asleep(queue) == (0, 0)
@@ -290,8 +292,8 @@ def test_nobody_who_waits_means_no_system_call_to_wake(
         getter.until_asleep()
         queue.put(b"x")
         getter.result()
-    monkeypatch.setattr(queue.state.puts, "wake", no_wake)
-    monkeypatch.setattr(queue.state.gets, "wake", no_wake)
+    monkeypatch.setattr(queue._ring.puts, "wake", no_wake)
+    monkeypatch.setattr(queue._ring.gets, "wake", no_wake)
     for _ in range(3):
         fill(queue)
         drain(queue)
@@ -463,7 +465,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
         other.until_asleep()
         stopped.stop()
         # The wake-up that goes to the stopped one, as if it had been woken a moment before.
-        run_inside(queue, queue.state.put, b"x")
+        queue._ring.run(queue._ring.put, b"x")
         assert other.result(SOON) == b"x"
         stopped.resume()
         queue.put(b"y")
@@ -471,7 +473,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
 
 
 def put_and_die_before_the_wake_up(_: Channel, queue: HandleQueue[bytes]) -> None:
-    queue._run(queue.state.put, b"the last words")
+    queue._run(queue._ring.put, b"the last words")
     os._exit(0)
 
 
@@ -518,11 +520,31 @@ def test_a_wait_ends_at_its_deadline_also_when_it_is_woken_for_nothing(
     deadline = time.monotonic() + 0.2
     with Waiting(lambda: queue.get(timeout=0.2)) as getter:
         while not getter.is_over:
-            queue.state.puts.wake()
+            queue._ring.puts.wake()
             assert time.monotonic() < deadline + SOON
             time.sleep(0.001)
         assert isinstance(getter.error(), standard.Empty)
         assert time.monotonic() >= deadline
+
+
+def awaited(sleeper: Sleeper, timeout: float | None) -> bool:
+    return asyncio.run(asyncio.wait_for(sleeper.until_changed_async(deadline_of(timeout)), SOON))
+
+
+def test_an_awaited_change_comes_before_the_deadline_or_not(
+    no_net: None, queue: HandleQueue[bytes]
+) -> None:
+    assert not awaited(queue._getting, 0.0)
+    start = time.monotonic()
+    assert not awaited(queue._getting, 0.02)
+    assert time.monotonic() - start >= 0.019
+    assert asleep(queue) == (0, 0)
+    with Waiting(lambda: awaited(queue._getting, SOON)) as waiter:
+        wait_until(lambda: asleep(queue) == (1, 0), "it is registered")
+        queue.put(b"x")
+        assert waiter.result(SOON)
+    assert awaited(queue._getting, None)  # there is a message: no need to wait
+    assert asleep(queue) == (0, 0)
 
 
 def test_the_longest_spin_is_shorter_than_the_longest_sleep() -> None:
