@@ -86,7 +86,7 @@ class Lease(_Owner):
     segmentation fault: other readers see the same memory. Owns the claim, keeps the pool alive.
     """
 
-    __slots__ = ("_is_ready", "_key", "_make_view", "_order", "_pool", "handle")
+    __slots__ = ("_is_ready", "_key", "_make_view", "_order", "_pool", "handle", "message")
 
     def __init__(
         self,
@@ -96,10 +96,13 @@ class Lease(_Owner):
         order: Order | None,
         is_ready: bool,
         is_writer: bool,
+        message: bytes = b"",
     ) -> None:
         """For `BlockPool.open` and `open_for_write`; takes over the claim of `key`."""
         self._pool = pool
         self.handle = handle
+        # What the sender of a channel said with it.
+        self.message = message
         self._make_view = pool.writers_view if is_writer else pool.readers_view
         self._order = order
         # The CPU waits before there is a lease; a stream waits by itself.
@@ -297,6 +300,10 @@ class Reservation(_Owner):
         )
         self._is_over = True
         return handle
+
+    def note_published(self) -> None:
+        """A channel has published it."""
+        self._is_over = True
 
     def free(self) -> None:
         """Give the blocks back, unless it is over; idempotent."""

@@ -35,16 +35,18 @@ from __future__ import annotations
 import operator
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
 from shmblocks._alloc_wait import AllocWaiters
 from shmblocks._claim_wait import ClaimWaiters
-from shmblocks._os.wait import deadline_of, seconds_left
+from shmblocks._os.wait import LONGEST_SPIN, deadline_of, seconds_left
 from shmblocks._state import lifetime
 from shmblocks._state.blocks import LeaseKey
 from shmblocks._state.cache_state import CacheState, ClaimAnswer, Found
+from shmblocks._state.channel_state import ChannelState
+from shmblocks._state.channels import NAME_BYTES
 from shmblocks._state.info import (
     AllocationInfo,
     CacheStats,
@@ -58,8 +60,9 @@ from shmblocks._state.info import (
 )
 from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
 from shmblocks._state.participants import utf8_prefix
-from shmblocks._state.pool_state import AllocRequest, PoolState, stamp
+from shmblocks._state.pool_state import AllocRequest, Opened, PoolState, stamp
 from shmblocks._state.shared_segment import ATTACH_POLL
+from shmblocks.channel import Channel, send
 from shmblocks.config import MAX_BLOCKS, MAX_SECONDS, PoolConfig
 from shmblocks.cuda.order import StreamOrder
 from shmblocks.cuda.placement import allocate_on_gpu, field_tensors, placed, read_only_tensors
@@ -79,7 +82,7 @@ from shmblocks.view import AUX, BlockView, FieldTensors, count_tokens, fill
 if TYPE_CHECKING:
     import torch
 
-    from shmblocks.cuda.use import Stream
+    from shmblocks.cuda.use import Order, Stream
 
 Prefault = Literal["background", "now", "off"]
 
@@ -87,6 +90,15 @@ Prefault = Literal["background", "now", "off"]
 _MOST = MAX_BLOCKS << 20
 # Bytes from which an async copy runs in a thread, so that the event loop goes on meanwhile.
 _COPY_IN_THREAD = 1 << 20
+
+
+class ReadyToSend(NamedTuple):
+    """What a channel is to publish; `order`: the stream that writes it."""
+
+    handle: BlockHandle
+    published: BlockHandle
+    readers: int
+    order: Order | None
 
 
 class BlockPool:
@@ -107,6 +119,8 @@ class BlockPool:
         self._waiters = AllocWaiters(state)
         self.cache_state = CacheState(state)
         self._claim_waiters = ClaimWaiters(self.cache_state)
+        self.channel_state = ChannelState(state)
+        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
         self.streams = StreamOrder(state)
         state.segment.prefault(prefault)
         self._finalizer = lifetime.leave_when_dropped(self, state)
@@ -256,6 +270,8 @@ class BlockPool:
         self.state.leave()
         self._waiters.close()
         self._claim_waiters.close()
+        for channel in list(self._channels):
+            channel.close()
         self._read_only = None
         self.streams.end()
         self._finalizer.detach()
@@ -707,6 +723,83 @@ class BlockPool:
             return handle
         start, blocks = handle.start_block, handle.num_blocks
         return BlockHandle(start, blocks, length, handle.generation, handle.pool_id)
+
+    def channel(
+        self,
+        name: str,
+        capacity: int = 1024,
+        *,
+        redeliver: bool = False,
+        spin: float = LONGEST_SPIN,
+    ) -> Channel:
+        """The channel of that name, made if there is none; see `Channel`.
+
+        name       1 to 63 bytes
+        capacity   messages that senders may leave in it; of a channel that exists: what it has
+        redeliver  the message of a receiver that dies goes to the next one; likewise
+        spin       seconds that this process spins for a message before it sleeps
+
+        Raises ValueError when the pool has no room for another channel
+        (`PoolConfig(channels=..., channel_slots=...)`).
+        """
+        if not 1 <= len(name.encode()) <= NAME_BYTES:
+            raise ValueError(f"name: expected 1 to {NAME_BYTES} bytes, got {name!r}")
+        index = self.channel_state.make(name, _whole("capacity", capacity), redeliver)
+        channel = Channel(self, self.channel_state, index, name, spin)
+        self._channels.add(channel)
+        return channel
+
+    def send(
+        self,
+        channels: Sequence[Channel],
+        blocks: Reservation | BlockHandle,
+        *,
+        readers: int | None = None,
+        message: bytes = b"",
+        num_tokens: int | None = None,
+        stream: Stream | None = None,
+        timeout: float | None = None,
+    ) -> BlockHandle:
+        """Publish blocks and announce them to several channels, in one commit: all or none.
+
+        `readers`: None: one for each channel. The rest as in `Channel.send`.
+        """
+        return send(
+            channels,
+            blocks,
+            readers=readers,
+            message=message,
+            num_tokens=num_tokens,
+            stream=stream,
+            timeout=timeout,
+        )
+
+    def prepare_send(
+        self, handle: BlockHandle, readers: int, num_tokens: int | None, stream: Stream | None
+    ) -> ReadyToSend:
+        """Check what a channel is to publish; for `Channel`."""
+        real = self._real(handle)
+        if readers != UNBOUNDED:
+            readers = _whole("readers", readers)
+        length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
+        self._require_capacity(handle.num_blocks, length)
+        order = None
+        if stream is not None or self._is_on_gpu:
+            order = self.streams.order(stream)
+            order.use.writing.discard(handle.generation)
+        start, blocks = handle.start_block, handle.num_blocks
+        published = BlockHandle(start, blocks, length, handle.generation, handle.pool_id)
+        return ReadyToSend(real, published, readers, order)
+
+    def lease_received(self, handle: BlockHandle, opened: Opened, message: bytes) -> Lease:
+        """The lease that came by a channel; for `Channel`."""
+        order = None
+        if self._is_on_gpu:
+            order = self.streams.order(None)
+            order.use.memory()
+        if not opened.is_ready:
+            self.streams.wait_ready(handle, order)
+        return Lease(self, handle, opened.key, order, opened.is_ready, False, message)
 
     # ---- reading -----------------------------------------------------------------------------
 

@@ -44,8 +44,10 @@ from shmblocks._state.layout import (
     H_SETTLING,
     H_UNCLAIMED,
     KEY_BYTES,
+    L_CHANNEL,
     L_PENDING,
     LEASE,
+    LEASE_CHANNEL,
     LEASE_HEAD,
     LEASE_WORDS,
     R_CREATED,
@@ -492,10 +494,30 @@ class BlockTable:
         self.release(key.slot, lease, unread=unread)
         return True
 
+    def noted_channel(self, slot: int, channel: int, data: bytes) -> list[Store]:
+        """The stores that note by which channel a lease came, with which message."""
+        offset = self._layout.lease_word(slot) * WORD + L_CHANNEL * WORD
+        return [(offset, LEASE_CHANNEL.pack(channel + 1, len(data), data))]
+
+    def channel_of(self, slot: int) -> tuple[int, bytes]:
+        """By which channel (-1: none) a lease came, with which message."""
+        offset = self._layout.lease_word(slot) * WORD + L_CHANNEL * WORD
+        channel, length, data = LEASE_CHANNEL.unpack_from(self._memory, offset)
+        return channel - 1, data[:length]
+
     def release(self, slot: int, lease: LeaseRecord, *, unread: bool = False) -> None:
         """End a lease, and the allocation with the last one that it waited for.
 
         `unread`: as if it had never been opened, so that its reader is still to come.
+        """
+        self._journal.commit(self.released(slot, lease, unread=unread))
+
+    def released(
+        self, slot: int, lease: LeaseRecord, *, unread: bool = False, now_ns: int = 0
+    ) -> list[Store]:
+        """The stores that end a lease; the caller commits them, maybe with others.
+
+        `now_ns`: its reader has so long to come as after a publish at that moment.
         """
         if lease.start_block >= self._total:
             raise _damaged(f"lease {slot} is of block {lease.start_block} of {self._total}")
@@ -508,14 +530,16 @@ class BlockTable:
             readers_left += 1
         in_flight = not leases and self._in_flight(record)
         state = transition(record.state, Event.RELEASE, leases, readers_left, in_flight)
+        if now_ns:
+            record = record._replace(published_ns=now_ns)
         stores = self._moved(lease.start_block, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, _ZERO))
         if state == _SETTLING:
             stores.append(self._changed(H_SETTLING, +1))
         if lease.pending:
             stores.append(self._changed(H_PENDING, -1))
-        self._journal.commit(stores)
         self._next_lease = slot
+        return stores
 
     def lease(self, slot: int) -> LeaseRecord:
         """The lease in a slot."""

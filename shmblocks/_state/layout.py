@@ -87,8 +87,10 @@ every layout version, so that any version can tell whether a pool is one, and wh
     message words                           8   name, 64 bytes, a Pascal string
     0   start block                         16  head: messages taken so far (futex word)
     1   generation, 0: none                 17  senders asleep on head
-    2   length of the message               24  tail: messages sent so far (futex word)
-    4   the message, 64 bytes               25  receivers asleep on tail
+    2   length of the message               24  tail: messages sent so far
+    4   the message, 64 bytes               25  receivers asleep on arrivals
+                                            26  arrivals: counts messages that
+                                                came (futex word)
 
 A *participant word* is `incarnation << 16 | slot`: the slot alone would be wrong once a slot is
 used again.
@@ -180,6 +182,9 @@ LEASE = struct.Struct("=10Q64s2Q")
 # What is written when a lease is opened; the rest is the message of a channel.
 LEASE_HEAD = struct.Struct("=10Q")
 LEASE_WORDS = LEASE.size // WORD
+# The words of the channel that a lease came by: channel + 1, length of the message, the message.
+LEASE_CHANNEL = struct.Struct("=2Q64s")
+L_CHANNEL = 8
 L_ACKNOWLEDGED = 5
 L_PENDING = 6
 

@@ -6,6 +6,7 @@ What it does not do: change anything, or decide what a change is (`pool_state.py
 from __future__ import annotations
 
 from shmblocks._state.blocks import BlockTable
+from shmblocks._state.channels import Channels
 from shmblocks._state.claims import Claims
 from shmblocks._state.counters import Counters
 from shmblocks._state.key_index import KeyIndex
@@ -39,6 +40,7 @@ class PoolParts(SharedSegment):
         self.queue = WaitQueue(memory, words, layout, self.journal)
         self.keys = KeyIndex(memory, words, layout)
         self.claims = Claims(memory, words, layout, config.max_claims)
+        self.channels = Channels(memory, words, layout, config)
         self.counters = Counters(words, layout)
         self.blocks = BlockTable(
             memory,

@@ -30,6 +30,7 @@ from shmblocks._os.futex import LONGEST_SLEEP, Futex
 from shmblocks._os.segment import create_unnamed, normal_name, open_existing
 from shmblocks._state import snapshot
 from shmblocks._state.blocks import READS, WRITES, LeaseKey
+from shmblocks._state.channels import Message
 from shmblocks._state.check import Evidence, check
 from shmblocks._state.counters import Counter, Histogram
 from shmblocks._state.device import Export, note_creator_left, read_export, write_export
@@ -44,6 +45,7 @@ from shmblocks._state.info import (
     Violation,
     WaiterInfo,
 )
+from shmblocks._state.journal import Store
 from shmblocks._state.layout import (
     CONFIG_BYTES,
     FAILED,
@@ -52,6 +54,7 @@ from shmblocks._state.layout import (
     H_NEXT_GENERATION,
     H_NEXT_INCARNATION,
     H_NEXT_TICKET,
+    H_UNCLAIMED,
     H_WAITERS,
     HEADER_BYTES,
     IDENTITY,
@@ -60,6 +63,7 @@ from shmblocks._state.layout import (
     UNBOUNDED,
     WORD,
     Layout,
+    LeaseRecord,
     Record,
 )
 from shmblocks._state.mutex import transaction
@@ -486,18 +490,77 @@ class PoolState(PoolParts):
 
     def open_lease(self, handle: BlockHandle, kind: int, moment: int) -> LeaseKey:
         """In a transaction: a lease of this process, if need be after giving back others'."""
-        me, start = self.participants.me_word, handle.start_block
+        self.blocks.find_exact(handle)
+        stores, key = self.lease_stores(handle.start_block, kind, moment, handle)
+        self.journal.commit(stores)
+        return key
+
+    def lease_stores(
+        self, start: int, kind: int, moment: int, handle: BlockHandle | None = None
+    ) -> tuple[list[Store], LeaseKey]:
+        """In a transaction: the stores of a new lease, if need be after giving back others'."""
+        blocks, me = self.blocks, self.participants.me_word
+        record = blocks.record(start)
         try:
-            return self.blocks.open(start, self.blocks.find_exact(handle), kind, me, moment)
+            return blocks.opened(start, record, kind, me, moment)
         except TooManyLeasesError:
             if not self._collect() and not self._reap().leases:
                 raise
-            return self.blocks.open(start, self.blocks.find_exact(handle), kind, me, moment)
+            again = blocks.record(start) if handle is None else blocks.find_exact(handle)
+            if again.generation != record.generation:
+                raise
+            return blocks.opened(start, again, kind, me, moment)
 
     def undo_opens(self, moment: int) -> None:
         """Give back all leases that an interrupted operation took at that moment."""
         with contextlib.suppress(PoolClosedError):
             self._give_back_opened(moment)
+
+    def undo_receives(self, moment: int) -> None:
+        """Give back all leases and messages that an interrupted receive took at that moment."""
+        with contextlib.suppress(PoolClosedError):
+            self._give_back_received(moment)
+
+    @transaction
+    def _give_back_received(self, moment: int) -> None:
+        me = self.participants.me_word
+        keys = [
+            LeaseKey(slot, lease.generation, me, moment)
+            for slot, lease in self.blocks.leases()
+            if lease.holder == me and lease.opened_ns == moment
+        ]
+        # The last one first, so that the first one is at the front again.
+        for key in reversed(keys):
+            lease = self.blocks.lease(key.slot)
+            if not self._put_back(key.slot, lease):
+                self.blocks.release(key.slot, lease, unread=True)
+        self.wake_head()
+
+    def _put_back(self, slot: int, lease: LeaseRecord) -> bool:
+        """In a transaction: end a lease and put its message back, in one commit; False: no room."""
+        channel, data = self.blocks.channel_of(slot)
+        if channel < 0:
+            return False
+        message = Message(lease.start_block, lease.generation, data)
+        stores = self.channels.put_back(channel, message)
+        if stores is None:
+            return False
+        now = time.monotonic_ns()
+        stores += self.blocks.released(slot, lease, unread=True, now_ns=now)
+        until = now + int(self.config.unclaimed_timeout * 1e9)
+        if not 0 < self.blocks.unclaimed_ns <= until:
+            stores.append((H_UNCLAIMED * WORD, until.to_bytes(WORD, "little")))
+        self.journal.commit(stores)
+        if self.channels.take_receiver(channel):
+            Futex(self.segment.mapping, self.channels.arrivals_offset(channel)).wake(1)
+        return True
+
+    def _redeliver(self, slot: int, lease: LeaseRecord) -> bool:
+        """In a transaction: what to do with the lease of one who is gone; True: it is done."""
+        channel, _ = self.blocks.channel_of(slot)
+        if channel < 0 or lease.kind != READS or not self.channels.redelivers(channel):
+            return False
+        return self._put_back(slot, lease)
 
     def undo_open(self, key: LeaseKey) -> None:
         """Give back a lease whose opening was interrupted, or failed, after it was taken."""
@@ -655,6 +718,7 @@ class PoolState(PoolParts):
             self.queue,
             self.participants,
             self._end_claims,
+            self._redeliver,
             self.config.unclaimed_timeout,
         )
         self.counters.add(Counter.REAPED_BLOCKS, report.blocks)
@@ -700,7 +764,7 @@ class PoolState(PoolParts):
     def _give_back(self, me: ParticipantId) -> None:
         word = me.word
         unclaimed = self.config.unclaimed_timeout
-        reclaim(self.blocks, self.queue, self._end_claims, word.__eq__, unclaimed)
+        reclaim(self.blocks, self.queue, self._end_claims, self._redeliver, word.__eq__, unclaimed)
         note_creator_left(self.segment.memory, word)
         self.wake_head()
 

@@ -20,7 +20,7 @@ import msgspec
 
 from shmblocks._state.blocks import BlockTable
 from shmblocks._state.info import ParticipantId, ReapReport
-from shmblocks._state.layout import FAILED, UNBOUNDED, Record
+from shmblocks._state.layout import FAILED, UNBOUNDED, LeaseRecord, Record
 from shmblocks._state.participants import Participants
 from shmblocks._state.states import NUMBER, State
 from shmblocks._state.wait_queue import WaitQueue
@@ -37,20 +37,21 @@ def reclaim(
     blocks: BlockTable,
     queue: WaitQueue,
     end_claims: Callable[[IsGone], object],
+    redeliver: Callable[[int, LeaseRecord], bool],
     is_gone: IsGone,
     unclaimed_timeout: float,
 ) -> ReapReport:
     """Take those who are gone out of the queue, end their claims, release their leases, free their
     reservations. Frees what nobody claimed in time, too.
 
-    `is_gone` takes a participant word.
+    `is_gone` takes a participant word; `redeliver` puts the message of a lease back, if it can.
     """
     end_claims(is_gone)
     for ticket, waiter in list(queue.waiters()) if queue.length else ():
         if is_gone(waiter.who):
             queue.leave(ticket)
     free_before = blocks.free_blocks
-    leases = _release_leases(blocks, is_gone)
+    leases = _release_leases(blocks, redeliver, is_gone)
     now = time.monotonic_ns()
     patience = int(unclaimed_timeout * 1e9)
     reservations = unclaimed = 0
@@ -97,11 +98,16 @@ def _end_unfinished(blocks: BlockTable, start: int, record: Record) -> None:
         blocks.fail(start, record)
 
 
-def _release_leases(blocks: BlockTable, is_gone: IsGone) -> int:
+def _release_leases(
+    blocks: BlockTable, redeliver: Callable[[int, LeaseRecord], bool], is_gone: IsGone
+) -> int:
     released = 0
-    for slot, lease in list(blocks.leases()):
+    # The newest first, so that of several messages the oldest comes to the front.
+    leases = sorted(blocks.leases(), key=lambda each: each[1].opened_ns, reverse=True)
+    for slot, lease in leases:
         if is_gone(lease.holder):
-            blocks.release(slot, lease)
+            if not redeliver(slot, lease):
+                blocks.release(slot, lease)
             released += 1
     return released
 
@@ -111,6 +117,7 @@ def reap(
     queue: WaitQueue,
     participants: Participants,
     end_claims: Callable[[IsGone], object],
+    redeliver: Callable[[int, LeaseRecord], bool],
     unclaimed_timeout: float,
 ) -> ReapReport:
     """`reclaim` for all who are gone, then clear their slots."""
@@ -124,7 +131,7 @@ def reap(
             answer = known[word] = participants.is_gone(ParticipantId.of(word))
         return answer
 
-    report = reclaim(blocks, queue, end_claims, is_gone, unclaimed_timeout)
+    report = reclaim(blocks, queue, end_claims, redeliver, is_gone, unclaimed_timeout)
     for who in gone:
         participants.clear(who.slot)
     return msgspec.structs.replace(report, participants=len(gone))
