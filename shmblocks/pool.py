@@ -627,7 +627,7 @@ class BlockPool:
             self.streams.wait_for_writers(real)
         if self._is_on_gpu:
             self.streams.will_write(real)
-        return self.writers_view(real, self._require_reserved)
+        return self.writers_view(real, self._guard(real))
 
     def writers_view(
         self, handle: BlockHandle, require: Callable[[BlockHandle], None]
@@ -650,14 +650,19 @@ class BlockPool:
         self._read_only = read_only_tensors(self.state)
         return self._read_only
 
-    def _require_reserved(self, handle: BlockHandle) -> None:
+    def _guard(self, handle: BlockHandle) -> Callable[[BlockHandle], None]:
         """What a view of a reservation checks at each access; lock-free, by two words."""
-        if not self.state.is_mine(handle):
-            self._require_open()
-            raise InvalidStateError(
-                f"{handle}: it was published, freed or grown, so that its blocks cannot be written "
-                "through this view any more; write before, or take a new view"
-            )
+        is_reserved = self.state.watch_reserved(handle)
+
+        def require(handle: BlockHandle) -> None:
+            if not is_reserved():
+                self._require_open()
+                raise InvalidStateError(
+                    f"{handle}: it was published or freed, so that its blocks cannot be written "
+                    "through this view any more; write before"
+                )
+
+        return require
 
     def open_for_write(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
         """A writer's lease on a reservation, whoever owns it (a landing allocation).

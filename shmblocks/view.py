@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from shmblocks._state.layout import AUX_BYTES, Layout
 from shmblocks.config import DTYPES, Field, PoolConfig
@@ -33,21 +33,16 @@ AUX = "aux"
 _AUX_ITEMS = AUX_BYTES // 4
 
 
-class _Region(NamedTuple):
-    """One field as tensors need it; offsets and sizes in bytes."""
-
-    offset: int
-    token_bytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    is_transposed: bool
+# Gives so many tokens of a field, from the first given on; or elements, from a byte on.
+Maker = Callable[[int, int], "torch.Tensor"]
 
 
 class FieldMemory(Protocol):
     """Where fields lie: gives bytes of it as tensors and as memoryviews."""
 
-    def tensor(self, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """One-dimensional, over `size` bytes, with a storage of its own."""
+    def maker(self, dtype: torch.dtype) -> Maker:
+        """What gives `[count]` elements from byte `offset` on, with a storage of its own, when it
+        is called with (offset, count)."""
         ...
 
     def memory(self, offset: int, size: int) -> memoryview:
@@ -67,19 +62,10 @@ class HostMemory:
             # Torch warns of buffers that are not writable; it is told nothing of that.
             self._buffer = _window_on(mapping)
 
-    def tensor(self, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    def tensor(self, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         import torch
 
-        at = offset - self._start
-        try:
-            return torch.frombuffer(
-                self._buffer, dtype=dtype, count=size // dtype.itemsize, offset=at
-            )
-        except (TypeError, ValueError, RuntimeError):
-            # Not every torch version makes every dtype from a buffer; all view bytes as it.
-            return torch.frombuffer(self._buffer, dtype=torch.uint8, count=size, offset=at).view(
-                dtype
-            )
+        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=offset - self._start)
 
     def memory(self, offset: int, size: int) -> memoryview:
         at = offset - self._start
@@ -138,7 +124,8 @@ class FieldTensors:
         self._aux = aux
         self._memory = fields or aux
         self._fields = {field.name: field for field in config.fields}
-        self._regions: dict[str, _Region] = {}
+        # Made once for each field: each access of a view passes here.
+        self._makers: dict[str, Maker] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -154,30 +141,33 @@ class FieldTensors:
                 f"got {name!r}"
             ) from None
 
-    def _region(self, name: str) -> _Region:
-        region = self._regions.get(name)
-        if region is None:
-            import torch
-
-            field = self.field(name)
-            region = self._regions[name] = _Region(
-                self._layout.fields[name],
-                field.token_bytes,
-                getattr(torch, DTYPES[field.dtype][1]),
-                field.shape,
-                field.transposed,
-            )
-        return region
-
     def rows(self, name: str, first: int, count: int) -> torch.Tensor:
         """Tokens `first .. first + count - 1` of a field: `[count, *shape]`; a transposed field:
         `[k, count]`."""
-        offset, token_bytes, dtype, shape, is_transposed = self._region(name)
-        flat = self._memory.tensor(offset + first * token_bytes, count * token_bytes, dtype)
-        if not shape:
-            return flat
-        rows = flat.view(count, *shape)
-        return rows.t() if is_transposed else rows
+        make = self._makers.get(name) or self._maker(name)
+        return make(first, count)
+
+    def _maker(self, name: str) -> Maker:
+        import torch
+
+        field = self.field(name)
+        make = self._memory.maker(getattr(torch, DTYPES[field.dtype][1]))
+        start, token_bytes = self._layout.fields[name], field.token_bytes
+        elements, shape = field.elements, field.shape
+
+        def flat(first: int, count: int) -> torch.Tensor:
+            return make(start + first * token_bytes, count)
+
+        def shaped(first: int, count: int) -> torch.Tensor:
+            rows = make(start + first * token_bytes, count * elements)
+            return rows.view(count, *shape)
+
+        def transposed(first: int, count: int) -> torch.Tensor:
+            return shaped(first, count).t()
+
+        maker = transposed if field.transposed else shaped if shape else flat
+        self._makers[name] = maker
+        return maker
 
     def row_bytes(self, name: str, first: int, count: int) -> memoryview:
         """The same rows as bytes, as stored."""
@@ -187,23 +177,25 @@ class FieldTensors:
 
     def whole(self, name: str) -> torch.Tensor:
         """The field of every token of the pool, as stored: `[total_tokens, *shape]`."""
-        region = self._region(name)
-        total = self._config.total_tokens
-        flat = self._memory.tensor(region.offset, total * region.token_bytes, region.dtype)
-        return flat.view(total, *region.shape)
+        rows = self.rows(name, 0, self._config.total_tokens)
+        return rows.t() if self.field(name).transposed else rows
 
     def aux(self, block: int) -> torch.Tensor:
         """int32 `[16]` of one block."""
-        import torch
-
-        return self._aux.tensor(self._layout.aux + block * AUX_BYTES, AUX_BYTES, torch.int32)
+        return self._aux_maker()(self._layout.aux + block * AUX_BYTES, _AUX_ITEMS)
 
     def whole_aux(self) -> torch.Tensor:
         """int32 `[total_blocks, 16]`."""
-        import torch
+        count = self._config.total_blocks * _AUX_ITEMS
+        return self._aux_maker()(self._layout.aux, count).view(-1, _AUX_ITEMS)
 
-        size = self._config.total_blocks * AUX_BYTES
-        return self._aux.tensor(self._layout.aux, size, torch.int32).view(-1, _AUX_ITEMS)
+    def _aux_maker(self) -> Maker:
+        maker = self._makers.get(AUX)
+        if maker is None:
+            import torch
+
+            maker = self._makers[AUX] = self._aux.maker(torch.int32)
+        return maker
 
     def aux_bytes(self, block: int) -> memoryview:
         """The 64 bytes of one block's aux."""

@@ -27,7 +27,8 @@ What it does not do: decide who is dead, wait, or know of processes other than a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+
+import msgspec
 
 from shmblocks._state.bitmap import find_zeros
 from shmblocks._state.info import ParticipantId
@@ -82,6 +83,8 @@ WRITES = 2
 WINDOW = 4096
 
 _ZERO = bytes(WORD)
+# What `Record._make` does, without its Python frame: each operation reads a record.
+_new_tuple = tuple.__new__
 _NO_KEY = bytes(KEY_BYTES)
 _NUM_STATES = len(STATES)
 _FREE = NUMBER[State.FREE]
@@ -91,7 +94,7 @@ _LEASED = NUMBER[State.LEASED]
 _SETTLING = NUMBER[State.SETTLING]
 
 
-class LeaseKey(NamedTuple):
+class LeaseKey(msgspec.Struct, frozen=True, gc=False):
     """What tells one lease from every other that was ever in its slot."""
 
     slot: int
@@ -159,7 +162,7 @@ class BlockTable:
             or words[10] >= self._total
         ):
             raise _damaged(f"the record of block {block} says {Record._make(words)}")
-        return Record._make(words)
+        return _new_tuple(Record, words)
 
     def request_id(self, block: int) -> str:
         """For which request the allocation at `block` was made."""
@@ -287,6 +290,8 @@ class BlockTable:
             _RESERVED, generation, num_blocks, num_tokens, owner, 0, 0, now_ns, 0, 0, live, 0,
             _NO_KEY, 0, 0, 0, 0, 0, 0, 0, 0, req_id,
         )  # fmt: skip
+        # Before the commit, and no part of it: nobody reads it before the count says so.
+        words[self._live_words + live] = start
         self._journal.commit(
             (
                 (
@@ -299,7 +304,6 @@ class BlockTable:
                     ),
                 ),
                 marked,
-                ((self._live_words + live) * WORD, WORD_STRUCT.pack(start)),
                 (self._records + start * RECORD.size, record),
             )
         )
@@ -415,7 +419,7 @@ class BlockTable:
     def mark_pending(self, key: LeaseKey) -> bool:
         """A lease ends when its `acknowledged` is its generation; False when it has ended."""
         lease = self.lease(key.slot)
-        if key != (key.slot, lease.generation, lease.holder, lease.opened_ns):
+        if not _is_of(lease, key):
             return False
         if not lease.pending:
             word = self._layout.lease_word(key.slot) + L_PENDING
@@ -489,7 +493,7 @@ class BlockTable:
     def release_key(self, key: LeaseKey, *, unread: bool = False) -> bool:
         """End the lease of that key; False when it has ended already."""
         lease = self.lease(key.slot)
-        if key != (key.slot, lease.generation, lease.holder, lease.opened_ns):
+        if not _is_of(lease, key):
             return False
         self.release(key.slot, lease, unread=unread)
         return True
@@ -528,7 +532,7 @@ class BlockTable:
         readers_left = record.readers_left
         if unread and lease.kind == READS and readers_left < UNBOUNDED:
             readers_left += 1
-        in_flight = not leases and self._in_flight(record)
+        in_flight = not leases and record.ready != record.generation and self._in_flight(record)
         state = transition(record.state, Event.RELEASE, leases, readers_left, in_flight)
         if now_ns:
             record = record._replace(published_ns=now_ns)
@@ -544,7 +548,7 @@ class BlockTable:
     def lease(self, slot: int) -> LeaseRecord:
         """The lease in a slot."""
         offset = self._layout.leases + slot * LEASE.size
-        return LeaseRecord._make(LEASE_HEAD.unpack_from(self._memory, offset))
+        return _new_tuple(LeaseRecord, LEASE_HEAD.unpack_from(self._memory, offset))
 
     def _free_lease(self) -> int:
         hint = self._next_lease
@@ -647,6 +651,15 @@ class BlockTable:
                 return cursor + found
         end = min(total, cursor + count - 1)
         return find_zeros(self._bits(0, end), end, count)
+
+
+def _is_of(lease: LeaseRecord, key: LeaseKey) -> bool:
+    """Whether that lease is still in its slot."""
+    return (
+        lease.opened_ns == key.opened_ns
+        and lease.generation == key.generation
+        and lease.holder == key.holder
+    )
 
 
 def _word(index: int, value: int) -> Store:

@@ -209,8 +209,10 @@ class CacheState:
         handle = self._handle_of(start, record)
         opened = []
         for _ in range(leases):
-            key = self._state.open_lease(handle, READS, moment)
-            opened.append((handle, Opened(key, record.ready == record.generation)))
+            stores, key = self._state.lease_stores(start, record, READS, moment)
+            self._state.journal.commit(stores)
+            opened.append((handle, Opened(key, True)))
+            record = self._blocks.record(start)
         word = self._state.layout.record_word(start)
         self._words[word + R_USED] = time.monotonic_ns()
         self._words[word + R_HITS] += 1
@@ -319,7 +321,7 @@ class CacheState:
     def give(self, key: LeaseKey) -> int:
         """Let a lease of this process travel; the number of its ticket."""
         lease = self._blocks.lease(key.slot)
-        if key != (key.slot, lease.generation, lease.holder, lease.opened_ns) or lease.pending:
+        if lease.opened_ns != key.opened_ns or lease.holder != key.holder or lease.pending:
             raise InvalidStateError("ticket: the lease has ended; take another one")
         number = secrets.randbits(63) | 1
         self._rewrite(key.slot, lease.holder, lease.opened_ns, number)
@@ -438,6 +440,6 @@ class CacheState:
         )
 
     @transaction
-    def count(self, counter: Counter) -> None:
+    def count(self, counter: int) -> None:
         """Count something that happened outside of a transaction."""
         self._count(counter)

@@ -146,7 +146,7 @@ class ChannelState:
             if is_there:
                 raise state.blocks.died(self._handle(message, record.num_blocks, record.num_tokens))
             return None
-        stores, key = state.lease_stores(message.start_block, READS, moment)
+        stores, key = state.lease_stores(message.start_block, record, READS, moment)
         stores.append(head)
         stores += state.blocks.noted_channel(key.slot, channel, message.data)
         state.journal.commit(stores)

@@ -10,40 +10,40 @@ What it does not do: take the lock, or know what is counted.
 
 from __future__ import annotations
 
-import enum
+from typing import Final
 
 from shmblocks._state.layout import COUNTER_BYTES, WORD, Layout
 
 
-class Counter(enum.IntEnum):
+class Counter:
     """Index of a counter's word. A new one is added behind the last."""
 
-    ALLOCATIONS = 0
-    PUBLISHES = 1
-    OPENS = 2
-    RELEASES = 3
-    REAPED_BLOCKS = 4
-    ALLOC_TIMEOUTS = 5
-    LOOKUPS = 6
-    HITS = 7
-    MISSES = 8
-    MISMATCHES = 9
-    PUTS = 10
-    DUPLICATES = 11
-    EVICTIONS = 12
-    EVICTED_BLOCKS = 13
-    SKIPPED = 14
-    TAKEOVERS = 15
-    CLAIM_WAITS = 16
-    LOCK_RECOVERIES = 17
+    ALLOCATIONS: Final = 0
+    PUBLISHES: Final = 1
+    OPENS: Final = 2
+    RELEASES: Final = 3
+    REAPED_BLOCKS: Final = 4
+    ALLOC_TIMEOUTS: Final = 5
+    LOOKUPS: Final = 6
+    HITS: Final = 7
+    MISSES: Final = 8
+    MISMATCHES: Final = 9
+    PUTS: Final = 10
+    DUPLICATES: Final = 11
+    EVICTIONS: Final = 12
+    EVICTED_BLOCKS: Final = 13
+    SKIPPED: Final = 14
+    TAKEOVERS: Final = 15
+    CLAIM_WAITS: Final = 16
+    LOCK_RECOVERIES: Final = 17
 
 
-class Histogram(enum.IntEnum):
+class Histogram:
     """Index of a histogram's first word: its sum in ns, then its buckets."""
 
-    ALLOC_WAIT = 64
-    PUBLISH_TO_OPEN = 96
-    LOCK_HELD = 128
+    ALLOC_WAIT: Final = 64
+    PUBLISH_TO_OPEN: Final = 96
+    LOCK_HELD: Final = 128
 
 
 # Bucket i counts durations under 2**i us: the last one 2**26 us, about a minute, and more.
@@ -58,15 +58,17 @@ class Counters:
         self._words = words
         self._first = first
 
-    def add(self, counter: Counter, count: int = 1) -> None:
+    def add(self, counter: int, count: int = 1) -> None:
         """Count so many more."""
         self._words[self._first + counter] += count
 
-    def observe(self, histogram: Histogram, duration_ns: int) -> None:
+    def observe(self, histogram: int, duration_ns: int) -> None:
         """Count a duration."""
+        if duration_ns < 0:
+            return  # a clock that went back (a restored machine)
         words, first = self._words, self._first + histogram
-        words[first] += max(0, duration_ns)
-        words[first + 1 + min((max(0, duration_ns) // 1000).bit_length(), BUCKETS - 1)] += 1
+        words[first] += duration_ns
+        words[first + 1 + min((duration_ns // 1000).bit_length(), BUCKETS - 1)] += 1
 
     def values(self) -> tuple[int, ...]:
         """All words: counters and histograms, by index."""

@@ -22,7 +22,7 @@ What it does not do: undo, or protect against a power cut.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from shmblocks.errors import DamagedPoolError
 
@@ -47,12 +47,11 @@ class Journal:
         self._capacity = size - _HEAD_BYTES
         self._state_bytes = state_bytes
 
-    def commit(self, stores: Iterable[Store]) -> None:
+    def commit(self, stores: Sequence[Store]) -> None:
         """Make all stores, or (killed before step 2) none."""
         memory, words, head = self._memory, self._words, self.head
-        log = b""
-        for offset, data in stores:
-            log += _ENTRY.pack(offset, len(data)) + data
+        pack = _ENTRY.pack
+        log = b"".join([part for at, data in stores for part in (pack(at, len(data)), data)])
         size = len(log)
         if size > self._capacity:
             raise DamagedPoolError(

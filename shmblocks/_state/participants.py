@@ -102,6 +102,8 @@ class Participants:
         self.me: ParticipantId | None = None
         # The participant word of `me`, 0 for nobody: each operation asks.
         self.me_word = 0
+        # What the lock's holder is noted as: slot + 1, 0 for nobody.
+        self.holder = 0
         # The slot whose byte is ours while a join goes on; kept when it is interrupted, so that
         # the next one takes the same.
         self._joining: int | None = None
@@ -141,13 +143,14 @@ class Participants:
         )
         self.me = ParticipantId(slot, incarnation)
         self.me_word = self.me.word
+        self.holder = slot + 1
         self._joining = None
         return self.me
 
     def forget(self) -> None:
         """Be nobody, when the locks are gone or somebody else's."""
         self.me = self._joining = None
-        self.me_word = 0
+        self.me_word = self.holder = 0
 
     def clear(self, slot: int) -> None:
         """Make a slot free for the next to join."""

@@ -17,7 +17,6 @@ anything but the lock.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import secrets
 import time
@@ -92,9 +91,10 @@ _LEASED = NUMBER[State.LEASED]
 _DRAINING = NUMBER[State.DRAINING]
 _SETTLING = NUMBER[State.SETTLING]
 
-# The lower bits of a stamp count operations, so that no two of a process are equal.
-_STAMP_BITS = 12
-_counter = itertools.count()
+# A moment of the monotonic clock by which an operation of this process is known. No two are equal:
+# the threads of a process call one after the other, and a call takes longer than the clock's
+# nanosecond.
+stamp = time.monotonic_ns
 
 
 class DeviceUse(Protocol):
@@ -109,7 +109,7 @@ class DeviceUse(Protocol):
         ...
 
 
-class AllocRequest(NamedTuple):
+class AllocRequest(msgspec.Struct, frozen=True, gc=False):
     """What is to be reserved, and the stamp by which it is known."""
 
     num_blocks: int
@@ -127,17 +127,11 @@ class Poll(NamedTuple):
     longest_sleep: float
 
 
-class Opened(NamedTuple):
+class Opened(msgspec.Struct, frozen=True, gc=False):
     """A new lease, and whether what it is on is complete."""
 
     key: LeaseKey
     is_ready: bool
-
-
-def stamp() -> int:
-    """A moment of the monotonic clock, in ns, that no other operation of this process has."""
-    now = time.monotonic_ns()
-    return now - (now & ((1 << _STAMP_BITS) - 1)) | next(_counter) & ((1 << _STAMP_BITS) - 1)
 
 
 class PoolState(PoolParts):
@@ -442,6 +436,19 @@ class PoolState(PoolParts):
         except ValueError:
             return False  # released memory: the pool was closed
 
+    def watch_reserved(self, handle: BlockHandle) -> Callable[[], bool]:
+        """Lock-free: what tells whether it is a reservation still, of whomever."""
+        words, word = self.segment.words, self.layout.record_word(handle.start_block)
+        generation = handle.generation
+
+        def is_reserved() -> bool:
+            try:
+                return bool(words[word] == _RESERVED and words[word + 1] == generation)
+            except ValueError:
+                return False  # released memory: the pool was closed
+
+        return is_reserved
+
     @transaction
     def require_mine(self, handle: BlockHandle) -> bool:
         """Raise when it is no reservation of this process; True: a writer's stream works on it."""
@@ -482,31 +489,24 @@ class PoolState(PoolParts):
             raise InvalidStateError(
                 f"{handle}: every reader that `publish(readers=...)` announced is there already"
             )
-        key = self.open_lease(handle, kind, moment)
+        stores, key = self.lease_stores(handle.start_block, record, kind, moment)
+        self.journal.commit(stores)
         if kind == READS:
             self.counters.add(Counter.OPENS)
             self.counters.observe(Histogram.PUBLISH_TO_OPEN, moment - record.published_ns)
         return Opened(key, kind == WRITES or ready == handle.generation)
 
-    def open_lease(self, handle: BlockHandle, kind: int, moment: int) -> LeaseKey:
-        """In a transaction: a lease of this process, if need be after giving back others'."""
-        self.blocks.find_exact(handle)
-        stores, key = self.lease_stores(handle.start_block, kind, moment, handle)
-        self.journal.commit(stores)
-        return key
-
     def lease_stores(
-        self, start: int, kind: int, moment: int, handle: BlockHandle | None = None
+        self, start: int, record: Record, kind: int, moment: int
     ) -> tuple[list[Store], LeaseKey]:
         """In a transaction: the stores of a new lease, if need be after giving back others'."""
         blocks, me = self.blocks, self.participants.me_word
-        record = blocks.record(start)
         try:
             return blocks.opened(start, record, kind, me, moment)
         except TooManyLeasesError:
             if not self._collect() and not self._reap().leases:
                 raise
-            again = blocks.record(start) if handle is None else blocks.find_exact(handle)
+            again = blocks.record(start)
             if again.generation != record.generation:
                 raise
             return blocks.opened(start, again, kind, me, moment)

@@ -92,6 +92,8 @@ class SharedSegment:
         self.participants = Participants(
             memory, words, layout.participants, slots, self.locks, self.journal
         )
+        self._words = words
+        self._journal_head = self.journal.head
         # Whether this process takes part: then a forked child joins at its first transaction.
         self._takes_part = False
         self._was_last = False
@@ -189,15 +191,13 @@ class SharedSegment:
 
     def entered(self) -> None:
         """First in every transaction: complete what a dead holder left; join after a fork."""
-        words = self.segment.words
-        participants = self.participants
-        me = participants.me
-        words[H_LOCK_HOLDER] = me[0] + 1 if me else 0
-        if words[self.journal.head]:
+        words = self._words
+        words[H_LOCK_HOLDER] = holder = self.participants.holder
+        if words[self._journal_head]:
             self.journal.replay()
-        if me is None and self._takes_part:
-            me = self._take_slot(is_creator=False)
-            words[H_LOCK_HOLDER] = me[0] + 1
+        if not holder and self._takes_part:
+            self._take_slot(is_creator=False)
+            words[H_LOCK_HOLDER] = self.participants.holder
 
     def describe_holder(self) -> str:
         """The last that entered, for messages; runs without the lock."""

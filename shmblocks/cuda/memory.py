@@ -57,15 +57,17 @@ class DeviceFields:
         self._open = open_memory
         self._memory: DeviceMemory | None = None
 
-    def tensor(self, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """One-dimensional, over `size` bytes, with a storage of its own."""
+    def maker(self, dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:
+        """What gives `[count]` elements from byte `offset` on, with a storage of its own."""
         memory = self._memory
         if memory is None:
             memory = self._memory = self._open()
-        data = memory.gpu.bytes_at(
-            memory.device, memory.home, memory.address + offset, size, memory
-        )
-        return data.view(dtype)
+
+        def make(offset: int, count: int) -> torch.Tensor:
+            gpu, address, size = memory.gpu, memory.address + offset, count * dtype.itemsize
+            return gpu.bytes_at(memory.device, memory.home, address, size, memory).view(dtype)
+
+        return make
 
     def memory(self, offset: int, size: int) -> memoryview:
         raise InvalidStateError(
