@@ -62,10 +62,15 @@ class HostMemory:
             # Torch warns of buffers that are not writable; it is told nothing of that.
             self._buffer = _window_on(mapping)
 
-    def tensor(self, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    def maker(self, dtype: torch.dtype) -> Maker:
         import torch
 
-        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=offset - self._start)
+        from_buffer, buffer, start = torch.frombuffer, self._buffer, self._start
+
+        def make(offset: int, count: int) -> torch.Tensor:
+            return from_buffer(buffer, dtype=dtype, count=count, offset=offset - start)
+
+        return make
 
     def memory(self, offset: int, size: int) -> memoryview:
         at = offset - self._start
