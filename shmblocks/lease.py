@@ -118,10 +118,11 @@ class Lease(_Owner):
     @property
     def view(self) -> BlockView:
         """The fields of the allocation; raises `InvalidStateError` after the release."""
-        self._require_open(self.handle)
-        return self._make_view(self.handle, self._require_open)
+        self.require_usable(self.handle)
+        return self._make_view(self.handle, self)
 
-    def _require_open(self, handle: BlockHandle) -> None:
+    def require_usable(self, handle: BlockHandle) -> None:
+        """What its views check at each access."""
         if self._key is None or self._pool.is_closed:
             raise InvalidStateError(f"{handle}: the lease was released; read within it")
         if not self._is_ready:
@@ -134,7 +135,7 @@ class Lease(_Owner):
         False: what is enqueued on the lease's stream waits for it. Raises `PeerDiedError` when the
         producer died before.
         """
-        self._require_open(self.handle)
+        self.require_usable(self.handle)
         return self._is_ready
 
     def release(self, stream: Stream | None = None) -> None:
@@ -171,7 +172,7 @@ class Lease(_Owner):
         when this process dies or leaves the pool, and `BlockPool.revoke` takes it back. Raises
         `InvalidStateError` for a lease that has ended, or that a stream works under.
         """
-        self._require_open(self.handle)
+        self.require_usable(self.handle)
         if self._order is not None or self._key is None:
             raise InvalidStateError(
                 f"{self.handle}: a lease on a stream cannot travel; wait for the stream first"

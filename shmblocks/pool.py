@@ -77,7 +77,7 @@ from shmblocks.errors import (
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
 from shmblocks.tickets import decode_ticket
-from shmblocks.view import AUX, BlockView, FieldTensors, count_tokens, fill
+from shmblocks.view import AUX, BlockView, FieldTensors, ViewOwner, count_tokens, fill
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,7 @@ class BlockPool:
         self._prefault: Prefault = prefault
         self._read_only_leases = read_only_leases and not state.config.is_on_gpu
         self._is_on_gpu = state.config.is_on_gpu
+        self._block_size = state.config.block_size
         self._tensors: FieldTensors = field_tensors(state)
         self._read_only: FieldTensors | None = None
         self._waiters = AllocWaiters(state)
@@ -627,42 +628,31 @@ class BlockPool:
             self.streams.wait_for_writers(real)
         if self._is_on_gpu:
             self.streams.will_write(real)
-        return self.writers_view(real, self._guard(real))
+        return self.writers_view(real, self)
 
-    def writers_view(
-        self, handle: BlockHandle, require: Callable[[BlockHandle], None]
-    ) -> BlockView:
+    def writers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
         """A view whose tensors can be written to; for leases and `view`."""
-        start_token = handle.start_block * self.state.config.block_size
-        return BlockView(self._tensors, handle, start_token, require)
+        return BlockView(self._tensors, handle, handle.start_block * self._block_size, owner)
 
-    def readers_view(
-        self, handle: BlockHandle, require: Callable[[BlockHandle], None]
-    ) -> BlockView:
+    def readers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
         """A view for reading; for leases."""
         tensors = self._tensors
         if self._read_only_leases and self.streams.begun is None:
             tensors = self._read_only or self._map_read_only()
-        start_token = handle.start_block * self.state.config.block_size
-        return BlockView(tensors, handle, start_token, require)
+        return BlockView(tensors, handle, handle.start_block * self._block_size, owner)
 
     def _map_read_only(self) -> FieldTensors:
         self._read_only = read_only_tensors(self.state)
         return self._read_only
 
-    def _guard(self, handle: BlockHandle) -> Callable[[BlockHandle], None]:
-        """What a view of a reservation checks at each access; lock-free, by two words."""
-        is_reserved = self.state.watch_reserved(handle)
-
-        def require(handle: BlockHandle) -> None:
-            if not is_reserved():
-                self._require_open()
-                raise InvalidStateError(
-                    f"{handle}: it was published or freed, so that its blocks cannot be written "
-                    "through this view any more; write before"
-                )
-
-        return require
+    def require_usable(self, handle: BlockHandle) -> None:
+        """What a view of a reservation checks at each access; lock-free."""
+        if not self.state.is_reserved(handle):
+            self._require_open()
+            raise InvalidStateError(
+                f"{handle}: it was published or freed, so that its blocks cannot be written "
+                "through this view any more; write before"
+            )
 
     def open_for_write(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
         """A writer's lease on a reservation, whoever owns it (a landing allocation).

@@ -207,6 +207,14 @@ class FieldTensors:
         return self._aux.memory(self._layout.aux + block * AUX_BYTES, AUX_BYTES)
 
 
+class ViewOwner(Protocol):
+    """What a view belongs to: a pool, for a reservation; a lease."""
+
+    def require_usable(self, handle: BlockHandle) -> None:
+        """Raise `InvalidStateError` when the blocks may not be used any more."""
+        ...
+
+
 class BlockView(Mapping[str, "torch.Tensor"]):
     """The fields of one allocation. Borrows the memory, keeps the mapping alive, owns no block.
 
@@ -216,18 +224,14 @@ class BlockView(Mapping[str, "torch.Tensor"]):
     raises `InvalidStateError`; tensors that were taken before still look at the memory.
     """
 
-    __slots__ = ("_require", "_tensors", "handle", "start_token")
+    __slots__ = ("_owner", "_tensors", "handle", "start_token")
 
     def __init__(
-        self,
-        tensors: FieldTensors,
-        handle: BlockHandle,
-        start_token: int,
-        require: Callable[[BlockHandle], None],
+        self, tensors: FieldTensors, handle: BlockHandle, start_token: int, owner: ViewOwner
     ) -> None:
-        """`require` raises when the blocks may not be used any more. Whatever it is bound to is
-        kept alive: a pool that is dropped under a view must not leave."""
-        self._require = require
+        """`owner` says at each access whether the blocks may still be used, and is kept alive: a
+        pool that is dropped under a view must not leave."""
+        self._owner = owner
         self._tensors = tensors
         self.handle = handle
         self.start_token = start_token
@@ -240,11 +244,11 @@ class BlockView(Mapping[str, "torch.Tensor"]):
     @property
     def aux(self) -> torch.Tensor:
         """int32[16]: `aux[0]` total length in tokens, `aux[1]` mrope position delta."""
-        self._require(self.handle)
+        self._owner.require_usable(self.handle)
         return self._tensors.aux(self.handle.start_block)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        self._require(self.handle)
+        self._owner.require_usable(self.handle)
         return self._tensors.rows(name, self.start_token, self.handle.num_tokens)
 
     def memory(self, name: str) -> memoryview:
@@ -252,7 +256,7 @@ class BlockView(Mapping[str, "torch.Tensor"]):
 
         Writable in a view of a reservation, read-only in one of a lease with read-only memory.
         """
-        self._require(self.handle)
+        self._owner.require_usable(self.handle)
         if name == AUX:
             return self._tensors.aux_bytes(self.handle.start_block)
         return self._tensors.row_bytes(name, self.start_token, self.handle.num_tokens)

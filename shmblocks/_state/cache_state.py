@@ -116,7 +116,7 @@ class CacheState:
             self._end_claim(claim)
             return self._handle_of(there, self._blocks.record(there))
         now = time.monotonic_ns()
-        until = now + int(state.config.unclaimed_timeout * 1e9)
+        until = now + state.unclaimed_ns
         stores = self._blocks.published(
             handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
         )

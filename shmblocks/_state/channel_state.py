@@ -89,7 +89,7 @@ class ChannelState:
         if record.state == _RESERVED:
             state.refuse_writers(handle, record)
             now = time.monotonic_ns()
-            until = now + int(state.config.unclaimed_timeout * 1e9)
+            until = now + state.unclaimed_ns
             stores += state.blocks.published(
                 handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
             )

@@ -58,6 +58,10 @@ class Counters:
         self._words = words
         self._first = first
 
+    def word(self, counter: int) -> int:
+        """Index of a counter's word in the segment, for those who count at each operation."""
+        return self._first + counter
+
     def add(self, counter: int, count: int = 1) -> None:
         """Count so many more."""
         self._words[self._first + counter] += count

@@ -59,6 +59,7 @@ from shmblocks._state.layout import (
     IDENTITY,
     LAYOUT_VERSION,
     MAGIC,
+    RECORD_WORDS,
     UNBOUNDED,
     WORD,
     Layout,
@@ -137,7 +138,22 @@ class Opened(msgspec.Struct, frozen=True, gc=False):
 class PoolState(PoolParts):
     """The shared state of one pool as one process sees it."""
 
-    device_use: DeviceUse | None = None
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        config: PoolConfig,
+        pool_id: int,
+        lock_timeout: float | None = None,
+    ) -> None:
+        super().__init__(fd, name, config, pool_id, lock_timeout)
+        self.device_use: DeviceUse | None = None
+        # Computed once: each operation asks.
+        self.unclaimed_ns = int(config.unclaimed_timeout * 1e9)
+        self._first_record = self.layout.record_word(0)
+        word = self.counters.word
+        self._allocations, self._publishes = word(Counter.ALLOCATIONS), word(Counter.PUBLISHES)
+        self._opens, self._releases = word(Counter.OPENS), word(Counter.RELEASES)
 
     # ---- making and finding ------------------------------------------------------------------
 
@@ -211,7 +227,7 @@ class PoolState(PoolParts):
         if handle is None and self.keys.entries:
             handle = self._evict_for(request)
         if handle is not None:
-            self.counters.add(Counter.ALLOCATIONS)
+            self._words[self._allocations] += 1
         return handle
 
     def _try(self, request: AllocRequest, near: int | None = None) -> BlockHandle | None:
@@ -342,13 +358,13 @@ class PoolState(PoolParts):
         record = self.blocks.find_exact(handle)
         self.refuse_writers(handle, record)
         now = time.monotonic_ns()
-        until = now + int(self.config.unclaimed_timeout * 1e9)
+        until = now + self.unclaimed_ns
         self.journal.commit(
             self.blocks.published(
                 handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
             )
         )
-        self.counters.add(Counter.PUBLISHES)
+        self._words[self._publishes] += 1
 
     @staticmethod
     def refuse_writers(handle: BlockHandle, record: Record) -> None:
@@ -436,18 +452,13 @@ class PoolState(PoolParts):
         except ValueError:
             return False  # released memory: the pool was closed
 
-    def watch_reserved(self, handle: BlockHandle) -> Callable[[], bool]:
-        """Lock-free: what tells whether it is a reservation still, of whomever."""
-        words, word = self.segment.words, self.layout.record_word(handle.start_block)
-        generation = handle.generation
-
-        def is_reserved() -> bool:
-            try:
-                return bool(words[word] == _RESERVED and words[word + 1] == generation)
-            except ValueError:
-                return False  # released memory: the pool was closed
-
-        return is_reserved
+    def is_reserved(self, handle: BlockHandle) -> bool:
+        """Lock-free: whether it is a reservation still, of whomever."""
+        words, word = self._words, self._first_record + handle.start_block * RECORD_WORDS
+        try:
+            return bool(words[word] == _RESERVED and words[word + 1] == handle.generation)
+        except ValueError:
+            return False  # released memory: the pool was closed
 
     @transaction
     def require_mine(self, handle: BlockHandle) -> bool:
@@ -492,7 +503,7 @@ class PoolState(PoolParts):
         stores, key = self.lease_stores(handle.start_block, record, kind, moment)
         self.journal.commit(stores)
         if kind == READS:
-            self.counters.add(Counter.OPENS)
+            self._words[self._opens] += 1
             self.counters.observe(Histogram.PUBLISH_TO_OPEN, moment - record.published_ns)
         return Opened(key, kind == WRITES or ready == handle.generation)
 
@@ -547,7 +558,7 @@ class PoolState(PoolParts):
             return False
         now = time.monotonic_ns()
         stores += self.blocks.released(slot, lease, unread=True, now_ns=now)
-        until = now + int(self.config.unclaimed_timeout * 1e9)
+        until = now + self.unclaimed_ns
         if not 0 < self.blocks.unclaimed_ns <= until:
             stores.append((H_UNCLAIMED * WORD, until.to_bytes(WORD, "little")))
         self.journal.commit(stores)
@@ -586,7 +597,7 @@ class PoolState(PoolParts):
     @transaction
     def _release(self, key: LeaseKey, unread: bool) -> None:
         if self.blocks.release_key(key, unread=unread):
-            self.counters.add(Counter.RELEASES)
+            self._words[self._releases] += 1
             self.wake_head()
 
     @transaction
