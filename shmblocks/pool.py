@@ -97,7 +97,8 @@ class BlockPool:
         self._prefault: Prefault = prefault
         self._read_only_leases = read_only_leases and not state.config.is_on_gpu
         self._is_on_gpu = state.config.is_on_gpu
-        self._tensors: FieldTensors = field_tensors(state)
+        # None when closed: they keep the mapping alive.
+        self._tensors: FieldTensors | None = field_tensors(state)
         self._read_only: FieldTensors | None = None
         self._waiters = AllocWaiters(state)
         self.streams = StreamOrder(state)
@@ -252,7 +253,7 @@ class BlockPool:
         # Leave first, so that waiters woken below see a closed pool.
         self.state.leave()
         self._waiters.close()
-        self._read_only = None
+        self._tensors = self._read_only = None
         self.streams.end()
         self._finalizer.detach()
 
@@ -606,8 +607,8 @@ class BlockPool:
 
         For engines that register memory; everyone else takes a view of an allocation.
         """
-        self._require_open()
-        return self._tensors.whole_aux() if name == AUX else self._tensors.whole(name)
+        tensors = self._open_tensors()
+        return tensors.whole_aux() if name == AUX else tensors.whole(name)
 
     # ---- writing and publishing --------------------------------------------------------------
 
@@ -625,17 +626,23 @@ class BlockPool:
     ) -> BlockView:
         """A view whose tensors can be written to; for leases and `view`."""
         start_token = handle.start_block * self.state.config.block_size
-        return BlockView(self._tensors, handle, start_token, require)
+        return BlockView(self._open_tensors(), handle, start_token, require)
 
     def readers_view(
         self, handle: BlockHandle, require: Callable[[BlockHandle], None]
     ) -> BlockView:
         """A view for reading; for leases."""
-        tensors = self._tensors
+        tensors = self._open_tensors()
         if self._read_only_leases and self.streams.begun is None:
             tensors = self._read_only or self._map_read_only()
         start_token = handle.start_block * self.state.config.block_size
         return BlockView(tensors, handle, start_token, require)
+
+    def _open_tensors(self) -> FieldTensors:
+        tensors = self._tensors
+        if tensors is None:
+            raise self.state.mutex.closed()
+        return tensors
 
     def _map_read_only(self) -> FieldTensors:
         self._read_only = read_only_tensors(self.state)
