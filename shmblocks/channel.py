@@ -183,18 +183,22 @@ class Channel:
         if not self._state.has_message(self.index):
             # No lock taken to see that. The wait that follows checks again under the lock.
             return []
-        received = self._state.receive(self.index, limit)
+        received: list[Received] = []
+        leases: list[Lease] = []
         try:
-            return [
-                self.pool.lease_received(each.handle, each.opened, each.data) for each in received
-            ]
+            received = self._state.receive(self.index, limit)
+            for each in received:
+                lease = self.pool.lease_received(each.handle, each.opened, each.data)
+                leases.append(lease)
+            return leases
         except BaseException:
-            self._give_back(received)
+            # What was made is known here: a list that is lost half-made would release its leases,
+            # and the messages would be gone.
+            for lease in leases:
+                lease.disown()
+            if received:
+                self.pool.state.undo_receives(received[0].opened.key.opened_ns)
             raise
-
-    def _give_back(self, received: list[Received]) -> None:
-        for each in received:
-            self.pool.state.undo_open(each.opened.key)
 
     # ---- life --------------------------------------------------------------------------------
 

@@ -165,6 +165,10 @@ class Lease(_Owner):
             self._pool.state.release(key, unread=True)
         self._key = None
 
+    def disown(self) -> None:
+        """Somebody else ends the claim; for the parts of this package."""
+        self._key = None
+
     def ticket(self) -> bytes:
         """Give the claim away, as at most 64 bytes, to whoever calls `BlockPool.adopt` with them.
 

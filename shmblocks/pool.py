@@ -36,6 +36,7 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
@@ -73,6 +74,7 @@ from shmblocks.errors import (
     KeyExistsError,
     PoolExistsError,
     PoolNotFoundError,
+    ShmBlocksError,
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
@@ -115,7 +117,8 @@ class BlockPool:
         self._read_only_leases = read_only_leases and not state.config.is_on_gpu
         self._is_on_gpu = state.config.is_on_gpu
         self._block_size = state.config.block_size
-        self._tensors: FieldTensors = field_tensors(state)
+        # None when closed: they keep the mapping alive.
+        self._tensors: FieldTensors | None = field_tensors(state)
         self._read_only: FieldTensors | None = None
         self._waiters = AllocWaiters(state)
         self.cache_state = CacheState(state)
@@ -155,8 +158,8 @@ class BlockPool:
         _require_known(prefault)
         config = placed(config, device)
         prepare = allocate_on_gpu if config.is_on_gpu else None
-        state = PoolState.create(name, config, _role(role), prepare)
-        return cls._owning(state, role, prefault, read_only_leases)
+        make = partial(PoolState.create, name, config, _role(role), prepare)
+        return cls._owning(make, role, prefault, read_only_leases)
 
     @classmethod
     def attach(
@@ -178,8 +181,8 @@ class BlockPool:
         deadline = deadline_of(timeout)
         while True:
             try:
-                state = PoolState.attach(name, _role(role))
-                pool = cls._owning(state, role, prefault, read_only_leases)
+                make = partial(PoolState.attach, name, _role(role))
+                pool = cls._owning(make, role, prefault, read_only_leases)
                 pool.streams.open_if_cuda_runs()
                 return pool
             except PoolNotFoundError as error:
@@ -253,12 +256,16 @@ class BlockPool:
 
     @classmethod
     def _owning(
-        cls, state: PoolState, role: str, prefault: Prefault, read_only_leases: bool
+        cls, make: Callable[[], PoolState], role: str, prefault: Prefault, read_only_leases: bool
     ) -> BlockPool:
+        """The pool object of the state that `make` joins; interrupted anywhere, it has left."""
+        state: PoolState | None = None
         try:
+            state = make()
             return cls(state, role, prefault, read_only_leases)
         except BaseException:
-            state.leave()
+            if state is not None:
+                state.leave()
             raise
 
     def close(self) -> None:
@@ -273,7 +280,7 @@ class BlockPool:
         self._claim_waiters.close()
         for channel in list(self._channels):
             channel.close()
-        self._read_only = None
+        self._tensors = self._read_only = None
         self.streams.end()
         self._finalizer.detach()
 
@@ -430,20 +437,25 @@ class BlockPool:
         """
         request = self._request(num_tokens, req_id)
         deadline = deadline_of(timeout)
-        handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
-        return self._owned(handle, request)
+        try:
+            handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
+            return Reservation(self, handle)
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
+        except BaseException:
+            self.state.take_back(request)
+            raise
 
     async def reserve_async(
         self, num_tokens: int, *, req_id: str | None = None, timeout: float | None = None
     ) -> Reservation:
         """`reserve` that waits its turn in asyncio; cancelling it leaves no trace."""
         request = self._request(num_tokens, req_id)
-        handle = await self._waiters.wait_async(request, deadline_of(timeout))
-        return self._owned(handle, request)
-
-    def _owned(self, handle: BlockHandle, request: AllocRequest) -> Reservation:
+        deadline = deadline_of(timeout)
         try:
-            return Reservation(self, handle)
+            return Reservation(self, await self._waiters.wait_async(request, deadline))
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
         except BaseException:
             self.state.take_back(request)
             raise
@@ -508,10 +520,16 @@ class BlockPool:
             return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
         request = self._request_blocks(num_blocks, num_tokens, req_id)
         deadline = deadline_of(timeout) if timeout else None
-        handle = self.state.reserve(request)
-        if handle is None and timeout != 0.0:
-            return self._waiters.wait(request, deadline)
-        return handle
+        try:
+            handle = self.state.reserve(request)
+            if handle is None and timeout != 0.0:
+                handle = self._waiters.wait(request, deadline)
+            return handle
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
+        except BaseException:
+            self.state.take_back(request)
+            raise
 
     async def alloc_async(
         self, num_tokens: int, req_id: str | None = None, timeout: float | None = None
@@ -616,8 +634,8 @@ class BlockPool:
 
         For engines that register memory; everyone else takes a view of an allocation.
         """
-        self._require_open()
-        return self._tensors.whole_aux() if name == AUX else self._tensors.whole(name)
+        tensors = self._open_tensors()
+        return tensors.whole_aux() if name == AUX else tensors.whole(name)
 
     # ---- writing and publishing --------------------------------------------------------------
 
@@ -632,14 +650,21 @@ class BlockPool:
 
     def writers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
         """A view whose tensors can be written to; for leases and `view`."""
-        return BlockView(self._tensors, handle, handle.start_block * self._block_size, owner)
+        tensors = self._tensors or self._open_tensors()
+        return BlockView(tensors, handle, handle.start_block * self._block_size, owner)
 
     def readers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
         """A view for reading; for leases."""
-        tensors = self._tensors
+        tensors = self._tensors or self._open_tensors()
         if self._read_only_leases and self.streams.begun is None:
             tensors = self._read_only or self._map_read_only()
         return BlockView(tensors, handle, handle.start_block * self._block_size, owner)
+
+    def _open_tensors(self) -> FieldTensors:
+        tensors = self._tensors
+        if tensors is None:
+            raise self.state.mutex.closed()
+        return tensors
 
     def _map_read_only(self) -> FieldTensors:
         self._read_only = read_only_tensors(self.state)
@@ -820,13 +845,15 @@ class BlockPool:
             order = self.streams.order(stream)
             if self._is_on_gpu:
                 order.use.memory()
-        opened = self.state.open(real, for_write=for_write)
+        opened: Opened | None = None
         try:
+            opened = self.state.open(real, for_write=for_write)
             if not opened.is_ready:
                 self.streams.wait_ready(real, order)
             return Lease(self, real, opened.key, order, opened.is_ready, for_write)
         except BaseException:
-            self.state.undo_open(opened.key)
+            if opened is not None:
+                self.state.undo_open(opened.key)
             raise
 
     async def open_async(self, handle: BlockHandle) -> Lease:
@@ -837,13 +864,15 @@ class BlockPool:
         real = self._real(handle)
         if self._is_on_gpu:
             return self.open(real)
-        opened = self.state.open(real)
+        opened: Opened | None = None
         try:
+            opened = self.state.open(real)
             if not opened.is_ready:
                 await self.streams.wait_ready_async(real)
             return Lease(self, real, opened.key, None, True, False)
         except BaseException:
-            self.state.undo_open(opened.key)
+            if opened is not None:
+                self.state.undo_open(opened.key)
             raise
 
     # ---- the content cache -------------------------------------------------------------------
@@ -881,12 +910,18 @@ class BlockPool:
         An entry with another number of tokens than `num_tokens` (None: any), or one that a stream
         has not completed, is a miss. Release every lease; a lease may travel (`Lease.ticket`).
         """
-        taken = self.cache_state.get(key, _whole("leases", leases), num_tokens)
-        if not taken:
-            return None
+        leases = _whole("leases", leases)
+        taken: list[tuple[BlockHandle, Opened]] = []
+        found: list[Lease] = []
         try:
-            return [self._lease_of(handle, opened.key) for handle, opened in taken]
+            taken = self.cache_state.get(key, leases, num_tokens)
+            for handle, opened in taken:
+                found.append(self._lease_of(handle, opened.key))
+            return found or None
         except BaseException:
+            # What was made is known here: a list that is lost half-made would release its leases.
+            for lease in found:
+                lease.disown()
             for _, opened in taken:
                 self.state.undo_open(opened.key)
             raise
@@ -906,11 +941,13 @@ class BlockPool:
         """
         decoded = decode_ticket(ticket)
         self._real(decoded.handle)
-        opened = self.cache_state.adopt(decoded)
+        opened: Opened | None = None
         try:
+            opened = self.cache_state.adopt(decoded)
             return self._lease_of(decoded.handle, opened.key)
         except BaseException:
-            self.state.undo_open(opened.key)
+            if opened is not None:
+                self.state.undo_open(opened.key)
             raise
 
     def revoke(self, ticket: bytes) -> bool:

@@ -498,16 +498,16 @@ class BlockTable:
         self.release(key.slot, lease, unread=unread)
         return True
 
-    def noted_channel(self, slot: int, channel: int, data: bytes) -> list[Store]:
+    def noted_channel(self, slot: int, channel: int, data: bytes, number: int) -> list[Store]:
         """The stores that note by which channel a lease came, with which message."""
         offset = self._layout.lease_word(slot) * WORD + L_CHANNEL * WORD
-        return [(offset, LEASE_CHANNEL.pack(channel + 1, len(data), data))]
+        return [(offset, LEASE_CHANNEL.pack(channel + 1, len(data), data, number))]
 
-    def channel_of(self, slot: int) -> tuple[int, bytes]:
-        """By which channel (-1: none) a lease came, with which message."""
+    def channel_of(self, slot: int) -> tuple[int, bytes, int]:
+        """By which channel (-1: none) a lease came, with which message, and its number."""
         offset = self._layout.lease_word(slot) * WORD + L_CHANNEL * WORD
-        channel, length, data = LEASE_CHANNEL.unpack_from(self._memory, offset)
-        return channel - 1, data[:length]
+        channel, length, data, number = LEASE_CHANNEL.unpack_from(self._memory, offset)
+        return channel - 1, data[:length], number
 
     def release(self, slot: int, lease: LeaseRecord, *, unread: bool = False) -> None:
         """End a lease, and the allocation with the last one that it waited for.

@@ -148,7 +148,7 @@ class ChannelState:
             return None
         stores, key = state.lease_stores(message.start_block, record, READS, moment)
         stores.append(head)
-        stores += state.blocks.noted_channel(key.slot, channel, message.data)
+        stores += state.blocks.noted_channel(key.slot, channel, message.data, message.number)
         state.journal.commit(stores)
         state.counters.add(Counter.OPENS)
         state.counters.observe(Histogram.PUBLISH_TO_OPEN, moment - record.published_ns)

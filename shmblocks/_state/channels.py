@@ -63,6 +63,7 @@ class Message(NamedTuple):
     start_block: int
     generation: int
     data: bytes
+    number: int
 
 
 class Channels:
@@ -189,7 +190,7 @@ class Channels:
         )
         if start >= self._layout.total_blocks or length > MOST_MESSAGE_BYTES:
             raise _damaged(f"a message of channel {channel} names block {start}")
-        return Message(start, generation, data[:length])
+        return Message(start, generation, data[:length], head)
 
     def taken(self, channel: int) -> Store:
         """The store that takes the oldest message."""
@@ -204,7 +205,7 @@ class Channels:
             return None
         word = self._word(channel)
         head: int = self._words[word + _C_HEAD] - 1
-        start, generation, data = message
+        start, generation, data, _ = message
         return [
             (self._slot(channel, head), _MESSAGE.pack(start, generation, len(data), 0, data)),
             ((word + _C_HEAD) * WORD, WORD_STRUCT.pack(head)),

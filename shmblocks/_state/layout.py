@@ -82,7 +82,7 @@ every layout version, so that any version can tell whether a pool is one, and wh
         dead receiver's message goes back
     9   length of that message              channel words
     10  the message, 64 bytes               0   capacity, 0: free
-    18  (free), 2 words                     1   first message slot
+    18  number of that message, 1 (free)    1   first message slot
                                             2   redeliver (1: the messages of the dead go back)
     message words                           8   name, 64 bytes, a Pascal string
     0   start block                         16  head: messages taken so far (futex word)
@@ -182,8 +182,8 @@ LEASE = struct.Struct("=10Q64s2Q")
 # What is written when a lease is opened; the rest is the message of a channel.
 LEASE_HEAD = struct.Struct("=10Q")
 LEASE_WORDS = LEASE.size // WORD
-# The words of the channel that a lease came by: channel + 1, length of the message, the message.
-LEASE_CHANNEL = struct.Struct("=2Q64s")
+# The words of the channel that a lease came by: channel + 1, length, the message, its number.
+LEASE_CHANNEL = struct.Struct("=2Q64sQ")
 L_CHANNEL = 8
 L_ACKNOWLEDGED = 5
 L_PENDING = 6

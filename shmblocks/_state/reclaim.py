@@ -102,8 +102,10 @@ def _release_leases(
     blocks: BlockTable, redeliver: Callable[[int, LeaseRecord], bool], is_gone: IsGone
 ) -> int:
     released = 0
-    # The newest first, so that of several messages the oldest comes to the front.
-    leases = sorted(blocks.leases(), key=lambda each: each[1].opened_ns, reverse=True)
+    # The last message first, so that of several the oldest comes to the front.
+    leases = list(blocks.leases())
+    if any(lease.channel for _, lease in leases):
+        leases.sort(key=lambda each: blocks.channel_of(each[0])[2], reverse=True)
     for slot, lease in leases:
         if is_gone(lease.holder):
             if not redeliver(slot, lease):

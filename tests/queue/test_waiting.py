@@ -5,8 +5,6 @@ Most tests run without the net (`no_net`): a sleep that nobody ends lasts a minu
 
 from __future__ import annotations
 
-import asyncio
-import mmap
 import os
 import queue as standard
 import random
@@ -18,8 +16,8 @@ import pytest
 
 from shmblocks import HandleQueue
 from shmblocks._os import wait as waiting_module
-from shmblocks._os.futex import Futex
-from shmblocks._os.wait import LONGEST_SPIN, Sleeper, Spinner, deadline_of, seconds_left
+from shmblocks._os.sleeper import Sleeper
+from shmblocks._os.wait import LONGEST_SPIN, Spinner, deadline_of, seconds_left
 from tests.queue.kit import (
     NO_NET,
     PATIENCE,
@@ -31,23 +29,22 @@ from tests.queue.kit import (
     start_counting_at,
     wait_until_asleep,
 )
-from tests.support.children import Channel, Child, fork, wait_until
+from tests.support.children import Channel, Child, fork
 
 # ---- spinning --------------------------------------------------------------------------------
 
 
-class CountedWord(Futex):
-    """A word that counts how often it is looked at, and changes at the given look."""
+class CountedWord:
+    """A word that counts how often it is read, and changes at the given reading."""
 
     def __init__(self, changes_at: int | None = None) -> None:
-        super().__init__(mmap.mmap(-1, mmap.PAGESIZE), 0)
-        self.looks = 0
+        self.reads = 0
         self._changes_at = changes_at
 
     @property
     def value(self) -> int:
-        self.looks += 1
-        return int(self._changes_at is not None and self.looks >= self._changes_at)
+        self.reads += 1
+        return int(self._changes_at is not None and self.reads >= self._changes_at)
 
 
 @pytest.fixture
@@ -69,7 +66,7 @@ def test_a_spin_lasts_no_longer_than_the_wait_may(two_processors: None) -> None:
     word = CountedWord()
     assert not Spinner(SOON).until_changed(word, 0, 0.0)
     assert not Spinner(SOON).until_changed(word, 0, -1.0)
-    assert word.looks == 0
+    assert word.reads == 0
     start = time.monotonic()
     assert not Spinner(2 * SOON).until_changed(word, 0, 0.01)
     assert 0.01 <= time.monotonic() - start < SOON
@@ -109,18 +106,18 @@ def test_a_getter_learns_from_how_long_it_waits(two_processors: None, pool_name:
         assert spinner._budget_ns == int(SOON * 1e9)
 
 
-def test_no_spin_does_not_look_at_all(two_processors: None) -> None:
-    """Found: it looked 64 times, some five microseconds of each wait."""
+def test_no_spin_does_not_read_the_word_at_all(two_processors: None) -> None:
+    """Found: it read it 64 times, some five microseconds of each wait."""
     word = CountedWord()
     assert not Spinner(0).until_changed(word, 0)
-    assert word.looks <= 1
+    assert word.reads <= 1
 
 
 def test_nobody_spins_where_there_is_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     word = CountedWord()
     assert not Spinner(10.0).until_changed(word, 0)
-    assert word.looks <= 1
+    assert word.reads <= 1
 
 
 def spin_on_one_processor(_: Channel, name: str) -> int:
@@ -128,7 +125,7 @@ def spin_on_one_processor(_: Channel, name: str) -> int:
     with HandleQueue.attach(name, spin=SOON) as queue:
         word = CountedWord(changes_at=1000)
         assert queue._getting._spinner.until_changed(word, 0)
-        return word.looks
+        return word.reads
 
 
 def test_a_child_that_is_pinned_to_one_processor_spins(
@@ -143,7 +140,7 @@ def test_a_queue_that_never_spins_sleeps_at_once(no_net: None, pool_name: str) -
     with HandleQueue.create(pool_name, 4, spin=0) as queue:
         word = CountedWord()
         assert not queue._getting._spinner.until_changed(word, 0)
-        assert word.looks <= 1
+        assert word.reads <= 1
         with Waiting(queue.get) as getter:
             getter.until_asleep()
             queue.put(b"x")
@@ -223,7 +220,7 @@ def test_a_message_that_comes_before_the_getter_registers_is_seen(
         register = queue._getting._register
 
         def after_a_message() -> int:
-            queue.put(b"x")
+            queue.state.put(b"x")  # under the lock already
             return register()
 
         queue._getting._register = after_a_message
@@ -236,13 +233,13 @@ def test_a_message_that_comes_before_the_getter_sleeps_is_seen(
     no_net: None, pool_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HandleQueue.create(pool_name, 4, spin=0) as queue:
-        wait = queue._ring.puts.wait
+        wait = queue.state.puts.wait
 
         def after_a_message(expected: int, timeout: float) -> None:
             queue.put(b"x")
             wait(expected, timeout)
 
-        monkeypatch.setattr(queue._ring.puts, "wait", after_a_message)
+        monkeypatch.setattr(queue.state.puts, "wait", after_a_message)
         with Waiting(queue.get) as getter:
             assert getter.result(SOON) == b"x"
         assert asleep(queue) == (0, 0)
@@ -292,8 +289,8 @@ def test_nobody_who_waits_means_no_system_call_to_wake(
         getter.until_asleep()
         queue.put(b"x")
         getter.result()
-    monkeypatch.setattr(queue._ring.puts, "wake", no_wake)
-    monkeypatch.setattr(queue._ring.gets, "wake", no_wake)
+    monkeypatch.setattr(queue.state.puts, "wake", no_wake)
+    monkeypatch.setattr(queue.state.gets, "wake", no_wake)
     for _ in range(3):
         fill(queue)
         drain(queue)
@@ -465,7 +462,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
         other.until_asleep()
         stopped.stop()
         # The wake-up that goes to the stopped one, as if it had been woken a moment before.
-        queue._ring.run(queue._ring.put, b"x")
+        queue.state.put(b"x")
         assert other.result(SOON) == b"x"
         stopped.resume()
         queue.put(b"y")
@@ -473,7 +470,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
 
 
 def put_and_die_before_the_wake_up(_: Channel, queue: HandleQueue[bytes]) -> None:
-    queue._run(queue._ring.put, b"the last words")
+    queue.state.put(b"the last words")
     os._exit(0)
 
 
@@ -520,31 +517,11 @@ def test_a_wait_ends_at_its_deadline_also_when_it_is_woken_for_nothing(
     deadline = time.monotonic() + 0.2
     with Waiting(lambda: queue.get(timeout=0.2)) as getter:
         while not getter.is_over:
-            queue._ring.puts.wake()
+            queue.state.puts.wake()
             assert time.monotonic() < deadline + SOON
             time.sleep(0.001)
         assert isinstance(getter.error(), standard.Empty)
         assert time.monotonic() >= deadline
-
-
-def awaited(sleeper: Sleeper, timeout: float | None) -> bool:
-    return asyncio.run(asyncio.wait_for(sleeper.until_changed_async(deadline_of(timeout)), SOON))
-
-
-def test_an_awaited_change_comes_before_the_deadline_or_not(
-    no_net: None, queue: HandleQueue[bytes]
-) -> None:
-    assert not awaited(queue._getting, 0.0)
-    start = time.monotonic()
-    assert not awaited(queue._getting, 0.02)
-    assert time.monotonic() - start >= 0.019
-    assert asleep(queue) == (0, 0)
-    with Waiting(lambda: awaited(queue._getting, SOON)) as waiter:
-        wait_until(lambda: asleep(queue) == (1, 0), "it is registered")
-        queue.put(b"x")
-        assert waiter.result(SOON)
-    assert awaited(queue._getting, None)  # there is a message: no need to wait
-    assert asleep(queue) == (0, 0)
 
 
 def test_the_longest_spin_is_shorter_than_the_longest_sleep() -> None:

@@ -1,0 +1,1 @@
+"""Tests of waiting for blocks: the wait queue, its fairness, and those who drop out of it."""
