@@ -37,7 +37,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 import torch.multiprocessing
 
-from benchmarks.stats import quantile
+from benchmarks.report import quantile
 from shmblocks import BlockHandle, BlockPool, Field, HandleQueue, PoolConfig
 
 T = TypeVar("T")

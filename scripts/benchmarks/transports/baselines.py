@@ -1,8 +1,8 @@
-"""The floors: what no handoff of this kind can beat on this machine.
+"""The baselines: what no handoff of this kind can beat on this machine.
 
 - *memcpy*: the payload copied once (`Tensor.copy_`) into shared memory whose pages are all there.
-  The destination moves on through a region as large as the pools of the other links, as next fit
-  moves through a pool, so it is no warmer in the caches than theirs.
+  The destination moves on through a region as large as the pools of the other transports, as next
+  fit moves through a pool, so it is no warmer in the caches than theirs.
 - *wake*: a process asleep in the kernel is woken by another one, with one byte through a pipe, or
   with a POSIX semaphore (a futex). One way, from before the waker's call to after the sleeper's,
   by the clock that both share.
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -20,14 +21,20 @@ import posix_ipc
 import torch
 from torch import Tensor
 
-from benchmarks.link import Context, Ends
-from benchmarks.links.buffers import Nothing, OwnBuffers, map_faulted, unique_name
 from benchmarks.payload import Pattern
 from benchmarks.pingpong import elapsed, touch
-from benchmarks.results import Sample
+from benchmarks.report import Sample
 from benchmarks.settings import REHEARSAL_TOKENS, Settings
-
-# --- memcpy -----------------------------------------------------------------------------------
+from benchmarks.transport import (
+    Context,
+    Ends,
+    Incoming,
+    Outgoing,
+    OwnBuffers,
+    Receiver,
+    Sender,
+    unique_name,
+)
 
 
 class Memcpy:
@@ -38,7 +45,7 @@ class Memcpy:
         self._own = OwnBuffers(settings.hidden)
         self._rehearsals = settings.rehearsals
         self._number = 0
-        tokens = 2 * settings.most_tokens + REHEARSAL_TOKENS
+        tokens = settings.depth * settings.most_tokens + REHEARSAL_TOKENS
         mapping = map_faulted(settings.payload_bytes(tokens))
         values = torch.frombuffer(mapping, dtype=torch.bfloat16)
         self._region = values.view(tokens, settings.hidden)
@@ -72,73 +79,59 @@ class Memcpy:
         return self._region[self._cursor - tokens : self._cursor]
 
 
-def prepare_memcpy(settings: Settings) -> Callable[[], Memcpy]:
-    return partial(Memcpy, settings)
+def map_faulted(size: int) -> mmap.mmap:
+    """`size` bytes of POSIX shared memory, every page there. Unlinked: it ends with its mapping."""
+    segment = posix_ipc.SharedMemory("/" + unique_name("memcpy"), posix_ipc.O_CREX, size=size)
+    try:
+        mapping = mmap.mmap(segment.fd, size)
+    finally:
+        segment.close_fd()
+        segment.unlink()
+    torch.frombuffer(mapping, dtype=torch.uint8).zero_()
+    return mapping
 
 
-# --- wake through a pipe ----------------------------------------------------------------------
+# --- a bare wake: messages without data -------------------------------------------------------
 
 
-class PipeWaker(Nothing):
-    def __init__(self, end: Connection) -> None:
-        self._end = end
-
-    def begin(self, tokens: int) -> PipeWaker:
-        return self
-
-    def send(self) -> None:
-        os.write(self._end.fileno(), b"!")
-
-    def close(self) -> None:
-        self._end.close()
+def waker(wake: Callable[[], object], close: Callable[[], None]) -> Sender:
+    message = Outgoing(None, wake)
+    return Sender(lambda tokens: message, close)
 
 
-class PipeSleeper(Nothing):
-    def __init__(self, end: Connection) -> None:
-        self._end = end
+def sleeper(sleep: Callable[[], object], close: Callable[[], None]) -> Receiver:
+    message = Incoming(None)
 
-    def receive(self) -> PipeSleeper:
-        os.read(self._end.fileno(), 1)
-        return self
+    def receive() -> Incoming:
+        sleep()
+        return message
 
-    def close(self) -> None:
-        self._end.close()
+    return Receiver(receive, close)
+
+
+def pipe_waker(end: Connection) -> Sender:
+    return waker(partial(os.write, end.fileno(), b"!"), end.close)
+
+
+def pipe_sleeper(end: Connection) -> Receiver:
+    return sleeper(partial(os.read, end.fileno(), 1), end.close)
 
 
 @contextmanager
 def connect_pipe(context: Context, settings: Settings) -> Iterator[Ends]:
     read, write = context.Pipe(duplex=False)
     with closing(read), closing(write):
-        yield Ends(partial(PipeWaker, write), partial(PipeSleeper, read))
+        yield Ends(partial(pipe_waker, write), partial(pipe_sleeper, read))
 
 
-# --- wake with a semaphore --------------------------------------------------------------------
+def semaphore_waker(name: str) -> Sender:
+    semaphore = posix_ipc.Semaphore(name)
+    return waker(semaphore.release, semaphore.close)
 
 
-class SemaphoreWaker(Nothing):
-    def __init__(self, name: str) -> None:
-        self._semaphore = posix_ipc.Semaphore(name)
-
-    def begin(self, tokens: int) -> SemaphoreWaker:
-        return self
-
-    def send(self) -> None:
-        self._semaphore.release()
-
-    def close(self) -> None:
-        self._semaphore.close()
-
-
-class SemaphoreSleeper(Nothing):
-    def __init__(self, name: str) -> None:
-        self._semaphore = posix_ipc.Semaphore(name)
-
-    def receive(self) -> SemaphoreSleeper:
-        self._semaphore.acquire()
-        return self
-
-    def close(self) -> None:
-        self._semaphore.close()
+def semaphore_sleeper(name: str) -> Receiver:
+    semaphore = posix_ipc.Semaphore(name)
+    return sleeper(semaphore.acquire, semaphore.close)
 
 
 @contextmanager
@@ -146,7 +139,7 @@ def connect_semaphore(context: Context, settings: Settings) -> Iterator[Ends]:
     name = "/" + unique_name("wake")
     semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX)
     try:
-        yield Ends(partial(SemaphoreWaker, name), partial(SemaphoreSleeper, name))
+        yield Ends(partial(semaphore_waker, name), partial(semaphore_sleeper, name))
     finally:
         semaphore.unlink()  # before it is closed: it cannot be named afterwards
         semaphore.close()

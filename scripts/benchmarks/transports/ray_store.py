@@ -5,7 +5,7 @@
              stamp                         <--------  return the stamp
 
 The actor is one of Ray's own workers, which is how Ray wants to be used; hence the driver measures
-by itself. Ray's daemons are more neighbours than any other candidate has, so it is measured after
+by itself. Ray's daemons are more neighbours than any other transport has, so it is measured after
 the others and not among them. numpy knows no bf16: the same bytes travel as int16, a view on both
 sides.
 """
@@ -15,8 +15,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +22,11 @@ import numpy.typing as npt
 import ray
 import torch
 
-from benchmarks.links.buffers import OwnBuffers
 from benchmarks.payload import Pattern
 from benchmarks.pingpong import SETTLE_NS, now, spin, touch
-from benchmarks.results import Sample
+from benchmarks.report import Sample
 from benchmarks.settings import REHEARSAL_TOKENS, Settings
+from benchmarks.transport import OwnBuffers
 
 STORE_BYTES = 2 << 30
 
@@ -92,7 +90,3 @@ class RayHandoff:
         reference = ray.put(payload.view(torch.int16).numpy())
         held: int = ray.get(self._taker.receive.remote([reference], self._number))
         return Sample(held - start)
-
-
-def prepare(settings: Settings) -> Callable[[], RayHandoff]:
-    return partial(RayHandoff, settings)

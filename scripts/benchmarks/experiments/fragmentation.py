@@ -20,8 +20,8 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.results import Study
-from shmblocks._state.bitmap import find_zeros
+from benchmarks.experiments.internals import find_zeros
+from benchmarks.report import Experiment
 
 FACTOR = 28
 MOST_PIXELS = 12_845_056
@@ -83,17 +83,17 @@ def first_fit(used: int, width: int, count: int, cursor: int) -> int:
 def best_fit(used: int, width: int, count: int, cursor: int) -> int:
     """The start of the shortest free run that is long enough; the lowest of several."""
     best, best_length = -1, width + 1
-    place = 0
-    while place < width:
-        free = ~(used >> place)
-        place += (free & -free).bit_length() - 1
-        if place >= width:
+    start = 0
+    while start < width:
+        free = ~(used >> start)
+        start += (free & -free).bit_length() - 1
+        if start >= width:
             break
-        rest = used >> place
-        length = (rest & -rest).bit_length() - 1 if rest else width - place
+        rest = used >> start
+        length = (rest & -rest).bit_length() - 1 if rest else width - start
         if count <= length < best_length:
-            best, best_length = place, length
-        place += length
+            best, best_length = start, length
+        start += length
     return best
 
 
@@ -144,7 +144,7 @@ def bound(requests: list[Request], width: int) -> int:
     return sum(one.blocks for one in there)
 
 
-def fragmentation(pool_blocks: int, seeds: int) -> Study:
+def fragmentation(pool_blocks: int, seeds: int) -> Experiment:
     traces = [trace(seed, pool_blocks) for seed in range(seeds)]
     best = [bound(requests, pool_blocks) for requests in traces]
     rows, numbers = [], {}
@@ -160,7 +160,7 @@ def fragmentation(pool_blocks: int, seeds: int) -> Study:
     most = statistics.median(blocks / pool_blocks for blocks in best)
     rows.append(["no contiguous allocator can beat", f"{most:.1%}", "100.0%", ""])
     sizes = sorted(image_tokens(*size) for size in RESOLUTIONS)
-    return Study(
+    return Experiment(
         name="fragmentation",
         title=f"How full a pool of {pool_blocks} blocks is at its first refusal",
         note=f"Medians of {seeds} traces of images of {sizes[0]} to {sizes[-1]:,} tokens "

@@ -22,13 +22,12 @@ import iceoryx2 as iox2
 import torch
 from torch import Tensor
 
-from benchmarks.link import Context, Ends
-from benchmarks.links.buffers import OwnBuffers
 from benchmarks.settings import REHEARSAL_TOKENS, Settings
+from benchmarks.transport import Context, Ends, Incoming, Outgoing, Receiver, Sender, copying_sender
 
 ALIGNMENT = 64
-# Samples on their way, and held by the subscriber: as many as the throughput's window allows. The
-# publisher's segment has room for all of them.
+# Samples on their way, and held by the subscriber. The publisher's segment has room for all of
+# them.
 MESSAGES = 16
 
 
@@ -65,75 +64,46 @@ def as_tensor(slice_: iox2.Slice[ctypes.c_uint8], hidden: int) -> Tensor:
     return torch.frombuffer(slice_.as_memory_view(), dtype=torch.bfloat16).view(-1, hidden)
 
 
-class SampleOut:
-    """A loaned sample, or a tensor to be copied into one."""
+def sender(name: str, folder: str, hidden: int, most_bytes: int, in_place: bool) -> Sender:
+    port = Port(name, folder)
+    publisher = port.samples.publisher_builder().initial_max_slice_len(most_bytes).create()
+    notifier = port.events.notifier_builder().create()
 
-    def __init__(self, sender: SampleSender, tokens: int, own: Tensor | None) -> None:
-        self._sender = sender
-        self._own = own
-        self._sample = None if own is not None else sender.loan(tokens)
-        self.payload = own if own is not None else sender.tensor(self._sample)
+    def close() -> None:
+        publisher.delete()
+        notifier.delete()
 
-    def send(self) -> None:
-        sample = self._sample
-        if sample is None:
-            sample = self._sender.loan(len(self.payload))
-            self._sender.tensor(sample).copy_(self.payload)
+    def send(sample: iox2.SampleMutUninit) -> None:
         sample.assume_init().send()
-        self._sender.notifier.notify()
+        notifier.notify()
+
+    def begin(tokens: int) -> Outgoing:
+        sample = publisher.loan_slice_uninit(tokens * hidden * 2)
+        return Outgoing(as_tensor(sample.payload(), hidden), partial(send, sample))
+
+    def copy(payload: Tensor) -> None:
+        sample = publisher.loan_slice_uninit(payload.nbytes)
+        as_tensor(sample.payload(), hidden).copy_(payload)
+        send(sample)
+
+    return Sender(begin, close) if in_place else copying_sender(copy, close, hidden)
 
 
-class SampleSender:
-    def __init__(
-        self, name: str, folder: str, hidden: int, most_bytes: int, in_place: bool
-    ) -> None:
-        self._port = Port(name, folder)
-        self._hidden = hidden
-        self._publisher = (
-            self._port.samples.publisher_builder().initial_max_slice_len(most_bytes).create()
-        )
-        self.notifier = self._port.events.notifier_builder().create()
-        self._own = None if in_place else OwnBuffers(hidden)
+def receiver(name: str, folder: str, hidden: int) -> Receiver:
+    port = Port(name, folder)
+    subscriber = port.samples.subscriber_builder().create()
+    listener = port.events.listener_builder().create()
 
-    def begin(self, tokens: int) -> SampleOut:
-        return SampleOut(self, tokens, None if self._own is None else self._own.get(tokens))
+    def close() -> None:
+        subscriber.delete()
+        listener.delete()
 
-    def loan(self, tokens: int) -> iox2.SampleMutUninit:
-        return self._publisher.loan_slice_uninit(tokens * self._hidden * 2)
+    def receive() -> Incoming:
+        while (sample := subscriber.receive()) is None:
+            listener.blocking_wait()
+        return Incoming(as_tensor(sample.payload(), hidden), sample.delete)
 
-    def tensor(self, sample: iox2.SampleMutUninit) -> Tensor:
-        return as_tensor(sample.payload(), self._hidden)
-
-    def close(self) -> None:
-        self._publisher.delete()
-        self.notifier.delete()
-
-
-class SampleIn:
-    def __init__(self, sample: iox2.Sample, hidden: int) -> None:
-        self._sample = sample
-        self.tensor: Tensor | None = as_tensor(sample.payload(), hidden)
-
-    def release(self) -> None:
-        self.tensor = None
-        self._sample.delete()
-
-
-class SampleReceiver:
-    def __init__(self, name: str, folder: str, hidden: int) -> None:
-        self._port = Port(name, folder)
-        self._hidden = hidden
-        self._subscriber = self._port.samples.subscriber_builder().create()
-        self._listener = self._port.events.listener_builder().create()
-
-    def receive(self) -> SampleIn:
-        while (sample := self._subscriber.receive()) is None:
-            self._listener.blocking_wait()
-        return SampleIn(sample, self._hidden)
-
-    def close(self) -> None:
-        self._subscriber.delete()
-        self._listener.delete()
+    return Receiver(receive, close)
 
 
 @contextmanager
@@ -145,8 +115,8 @@ def connect(in_place: bool, context: Context, settings: Settings) -> Iterator[En
     folder = tempfile.mkdtemp(prefix="iox-", dir="/tmp")
     try:
         yield Ends(
-            partial(SampleSender, name, folder, settings.hidden, most, in_place),
-            partial(SampleReceiver, name, folder, settings.hidden),
+            partial(sender, name, folder, settings.hidden, most, in_place),
+            partial(receiver, name, folder, settings.hidden),
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
