@@ -56,7 +56,7 @@ def consume(pool: BlockPool, producer: socket.socket) -> int:
 
 
 def read(pool: BlockPool, handle: BlockHandle) -> bool:
-    """Open one request's blocks, look at them where they lie, and release them."""
+    """Open one request's blocks, read them in place, and release them."""
     started = time.perf_counter()
     with pool.open(handle) as lease:  # the last reader's release frees the blocks
         embeddings = lease["input_embeddings"]  # a torch tensor over the shared memory

@@ -66,13 +66,13 @@ def reserve(
 ) -> BlockHandle:
     """`alloc` says None while the pool is full, that is until the consumer releases something.
 
-    (`alloc(num_tokens, timeout=...)` waits by itself, and fairly among many; but a wait for
-    somebody who may go away is better ended when he has gone.)
+    (`alloc(num_tokens, timeout=...)` waits by itself, and fairly among many. Here the only
+    consumer may go away, and then no wait would ever end.)
     """
     deadline = time.monotonic() + timeout
     while (handle := pool.alloc(num_tokens)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no room for {num_tokens} tokens within {timeout:g} s")
+            raise TimeoutError(f"no free blocks for {num_tokens} tokens within {timeout:g} s")
         if has_hung_up(consumer, within=0.001):
             raise BrokenPipeError
     return handle

@@ -68,7 +68,7 @@ def pool_config(blocks: int) -> PoolConfig:
 def allocate(pool: BlockPool, tokens: int) -> BlockHandle:
     handle = pool.alloc(tokens, timeout=PATIENCE)
     if handle is None:
-        raise TimeoutError(f"no room: {pool.stats()}")
+        raise TimeoutError(f"no free blocks: {pool.stats()}")
     return handle
 
 

@@ -19,8 +19,8 @@ from shmblocks import (
     Field,
     Lease,
     PoolConfig,
+    PoolInspector,
     ShmBlocksError,
-    open_inspector,
 )
 from shmblocks._os.filelock import PLACE_BYTE, FileLocks
 from shmblocks._state.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
@@ -136,7 +136,7 @@ def _telling_words(image: bytes, layout: Layout) -> list[int]:
 def _plant_journal(
     data: bytearray, layout: Layout, telling: list[int], chooser: random.Random
 ) -> None:
-    """Entries as a dead holder of the lock could have left them, and as nobody could."""
+    """Entries that a dead holder of the lock could have left, and entries that none could."""
     entries = bytearray()
     for _ in range(chooser.choice((1, 1, 2, 3))):
         edge = chooser.choice((0, layout.ledger_bytes - 8, layout.ledger_bytes, 1 << 40))
@@ -166,13 +166,13 @@ def _image(pool: BlockPool) -> bytes:
 
 
 def _open(name: str, data: bytes) -> bool:
-    """Whether anybody got in; every operation is tried on those who did."""
+    """Whether an inspector or a participant could open it; then every operation is tried."""
     path = f"/dev/shm/{name}"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     locks = FileLocks(fd)
     try:
         os.write(fd, data)
-        # Somebody lives in it, or nobody could join.
+        # A living participant, or no process could join.
         locks.try_lock(PLACE_BYTE + 3)
         return _inspect(name) | _join(name)
     finally:
@@ -184,10 +184,10 @@ def _open(name: str, data: bytes) -> bool:
 
 def _inspect(name: str) -> bool:
     try:
-        with open_inspector(name) as pool:
-            for look in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
+        with PoolInspector(name) as pool:
+            for call in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
                 with contextlib.suppress(ShmBlocksError):
-                    look()
+                    call()
     except ShmBlocksError:
         return False
     return True
@@ -221,9 +221,9 @@ def _use(pool: BlockPool) -> None:
             with contextlib.suppress(ShmBlocksError):
                 pool.grow(handle, handle.num_tokens + 3)
             pool.free(handle)
-    for look in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
+    for call in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
         with contextlib.suppress(ShmBlocksError):
-            look()
+            call()
 
 
 def _touch(pool: BlockPool, view: BlockView) -> None:

@@ -17,7 +17,7 @@ ENDLESS = ("--requests", "1000000")
 
 @pytest.fixture(autouse=True)
 def _no_socket_stays(pool_name: str) -> Iterator[None]:
-    """Nobody may leave the socket of a test's pool behind."""
+    """No process may leave the socket of a test's pool behind."""
     yield
     path = Path(socket_path(pool_name))
     is_there = path.exists()

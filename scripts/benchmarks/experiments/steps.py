@@ -81,7 +81,7 @@ def handoff_steps(pool: BlockPool, queue: Queue, times: int) -> dict[str, float]
         handle = pool.alloc(TOKENS)
         stamps.append(now())
         if handle is None:
-            raise RuntimeError(f"no room: {pool.stats()}")
+            raise RuntimeError(f"no free blocks: {pool.stats()}")
         view = pool.view(handle)
         stamps.append(now())
         view[FIELD]

@@ -108,7 +108,7 @@ def allocate(pool: BlockPool, tokens: int) -> BlockHandle:
     """At once if there is room, as in a handoff; else wait until the consumers released some."""
     handle = pool.alloc(tokens) or pool.alloc(tokens, timeout=PATIENCE)
     if handle is None:
-        raise TimeoutError(f"no room for {tokens} tokens: {pool.stats()}")
+        raise TimeoutError(f"no free blocks for {tokens} tokens: {pool.stats()}")
     return handle
 
 

@@ -1,4 +1,4 @@
-"""The two kinds of process that launch.py starts, and what they tell the launcher.
+"""The two kinds of process that launch.py starts, and what they report to the launcher.
 
     launcher --Job--> embedding process --input_embeddings, fill_ids, mrope_positions--> pool
        |  ^                 |                                                             |
@@ -47,7 +47,7 @@ class Settings:
     language: LanguageConfig
     seed: int
     new_tokens: int
-    timeout: float  # seconds that one side waits for the other within a request
+    timeout: float  # seconds that one process waits for the other within a request
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -148,7 +148,7 @@ def embedding_process(
             ready_ns = time.monotonic_ns()  # the handoff begins: see Row.handoff_ms
             with quiet_when_all_end(control):
                 hand_over(pool, endpoints[job.reader], job, prompt, settings.timeout)
-            tell(control, Encoded(job.room, ready_ns, encode_ms))
+            report(control, Encoded(job.room, ready_ns, encode_ms))
 
 
 def hand_over(
@@ -177,9 +177,9 @@ def write_into_own_blocks(
     (`endpoint.send` would do it too, given a bf16 tensor; this is the way without that tensor.)
     """
     num_tokens = len(prompt.fill_ids)
-    handle = pool.alloc(num_tokens, req_id, timeout=timeout)  # waits until there is room
+    handle = pool.alloc(num_tokens, req_id, timeout=timeout)  # waits until enough blocks are free
     if handle is None:
-        raise TimeoutError(f"no room for {num_tokens} tokens within {timeout:g} s")
+        raise TimeoutError(f"no free blocks for {num_tokens} tokens within {timeout:g} s")
     view = pool.view(handle)
     view["input_embeddings"].copy_(prompt.input_embeddings)
     view["fill_ids"].copy_(prompt.fill_ids)
@@ -207,7 +207,7 @@ def language_process(
         while (job := next_job(control)) is not None:
             with quiet_when_all_end(control):
                 answered = receive(endpoint, job, answer, settings)
-            tell(control, answered)
+            report(control, answered)
 
 
 def receive(endpoint: LanguageEndpoint, job: Job, answer: Answerer, settings: Settings) -> Answered:
@@ -273,8 +273,8 @@ def quiet_when_all_end(control: Connection[bytes, bytes]) -> Iterator[None]:
         raise
 
 
-def tell(control: Connection[bytes, bytes], done: Encoded | Answered) -> None:
-    """Tell the launcher; without one there is nobody to work for."""
+def report(control: Connection[bytes, bytes], done: Encoded | Answered) -> None:
+    """Report to the launcher; without one there is no work left, so end."""
     try:
         control.send_bytes(msgspec.msgpack.encode(done))
     except BrokenPipeError:

@@ -1,6 +1,6 @@
 """Child processes of a launcher: started, watched, and ended whatever happens.
 
-- A child that ends before it was told to is a `ChildDiedError` that names it.
+- A child that ends before the launcher ended it is a `ChildDiedError` that names it.
 - Leaving the `with` ends every child: politely after a good run (its pipe is closed), by SIGTERM
   otherwise, by SIGKILL when that was not enough.
 - Ctrl-C is the launcher's alone: children are started with it blocked and never see it.
@@ -24,7 +24,7 @@ PATIENCE = 20.0
 
 
 class ChildDiedError(Exception):
-    """A child ended that nobody had told to end."""
+    """A child ended before the launcher ended it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Child:
 
     @property
     def death(self) -> ChildDiedError:
-        """What to tell when it has died."""
+        """The error that names it and how it ended."""
         self.process.join(10.0)  # the pipe closes a little before the process is gone
         code = self.process.exitcode
         how = f"with exit code {code}"
@@ -46,12 +46,12 @@ class Child:
         return ChildDiedError(f"the {self.name} process (pid {self.process.pid}) died {how}")
 
 
-class Fleet:
+class Children:
     """The children, in the order they were started."""
 
     def __init__(self, context: SpawnContext) -> None:
         self._context = context
-        self.children: list[Child] = []
+        self.all: list[Child] = []
 
     def start(self, name: str, target: Callable[..., None], *args: object) -> Child:
         """Start `target(control, *args)` in a process of its own."""
@@ -61,15 +61,15 @@ class Fleet:
             process.start()
         theirs.close()  # so that its death closes the pipe
         child = Child(name, process, ours)
-        self.children.append(child)
+        self.all.append(child)
         return child
 
     def receive(self, timeout: float) -> Iterator[tuple[Child, bytes]]:
         """The messages that are there, waiting at most `timeout` seconds for a first one."""
-        by_pipe = {child.control: child for child in self.children}
+        by_pipe = {child.control: child for child in self.all}
         ready = wait(list(by_pipe), timeout)
         if not ready:
-            names = ", ".join(f"{child.name} (pid {child.process.pid})" for child in self.children)
+            names = ", ".join(f"{child.name} (pid {child.process.pid})" for child in self.all)
             raise TimeoutError(f"none of {names} said anything within {timeout:g} s")
         for pipe in ready:
             child = by_pipe[pipe]  # type: ignore[index]  # wait() returns what it was given
@@ -85,18 +85,18 @@ class Fleet:
         except BrokenPipeError:
             raise child.death from None
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Children:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with blocked(SIGNALS):  # a second Ctrl-C changes nothing: ending is bounded in time
-            # All pipes first: who loses its partner before its own signal comes knows why.
-            for child in self.children:
+            # All pipes first: a child that loses its partner before its own signal knows why.
+            for child in self.all:
                 child.control.close()
-            for child in self.children:
+            for child in self.all:
                 if kind is not None:
                     child.process.terminate()
-            for child in self.children:
+            for child in self.all:
                 _end(child.process)
 
 

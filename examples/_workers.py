@@ -1,7 +1,9 @@
-"""The launcher's side of the work: which child gets which request, and which is done.
+"""The launcher's part of the work: which worker gets which request, and which is done.
 
 Every language process has one request at a time; the embedding process may have one waiting for
-each of them. What it does not do: start or end processes (_fleet.py), or compute (_sides.py).
+each of them.
+
+What is not here: starting and ending processes (_children.py), or the models (_processes.py).
 """
 
 from __future__ import annotations
@@ -11,19 +13,19 @@ from collections.abc import Iterator
 
 import msgspec
 
-from _fleet import Child, ChildDiedError, Fleet
+from _children import Child, ChildDiedError, Children
 from _photos import Photo
+from _processes import READY, Answer, Answered, Encoded, Job, Way
 from _rows import Row
-from _sides import READY, Answer, Answered, Encoded, Job, Way
 
 
-class Crew:
-    """One embedding process and some language processes at work."""
+class Workers:
+    """One embedding process and some language processes, and what each is working on."""
 
     def __init__(
-        self, fleet: Fleet, embedding: Child, languages: list[Child], timeout: float
+        self, children: Children, embedding: Child, languages: list[Child], timeout: float
     ) -> None:
-        self._fleet, self._embedding, self._languages = fleet, embedding, languages
+        self._children, self._embedding, self._languages = children, embedding, languages
         self._timeout = timeout
         self._idle = deque(range(len(languages)))
         self._jobs: dict[int, Job] = {}
@@ -32,9 +34,9 @@ class Crew:
 
     def wait_ready(self) -> Iterator[None]:
         """One step per child whose models are there."""
-        waiting = {child.name for child in self._fleet.children}
+        waiting = {child.name for child in self._children.all}
         while waiting:
-            for child, message in self._fleet.receive(self._timeout):
+            for child, message in self._children.receive(self._timeout):
                 if message != READY:
                     raise ChildDiedError(f"{child.name}: expected {READY!r}, got {message!r}")
                 waiting.discard(child.name)
@@ -47,17 +49,17 @@ class Crew:
             while waiting and self._idle:
                 room, (photo, way) = waiting.popleft()
                 self._begin(Job(room, photo, way, self._idle.popleft()))
-            self._hear()
+            self._receive()
             yield from self._finished(expected)
 
     def _begin(self, job: Job) -> None:
         self._jobs[job.room] = job
         message = msgspec.msgpack.encode(job)
-        self._fleet.send(self._languages[job.reader], message)  # first: it has to ask
-        self._fleet.send(self._embedding, message)
+        self._children.send(self._languages[job.reader], message)  # first: it has to ask
+        self._children.send(self._embedding, message)
 
-    def _hear(self) -> None:
-        for child, message in self._fleet.receive(self._timeout):
+    def _receive(self) -> None:
+        for child, message in self._children.receive(self._timeout):
             if child is self._embedding:
                 encoded = msgspec.msgpack.decode(message, type=Encoded)
                 self._encoded[encoded.room] = encoded
@@ -66,7 +68,7 @@ class Crew:
                 self._answered[answered.room] = answered
 
     def _finished(self, expected: dict[Photo, Answer]) -> Iterator[Row]:
-        """Both sides have said that they are done with it."""
+        """The requests that both processes are done with."""
         for room in self._encoded.keys() & self._answered.keys():
             job = self._jobs.pop(room)
             self._idle.append(job.reader)

@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 
-from _sides import quiet_when_all_end
+from _processes import quiet_when_all_end
 from shmblocks import PeerDiedError
 
 

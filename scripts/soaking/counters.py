@@ -1,7 +1,7 @@
-"""What the processes of a soak tell each other outside of the pool: counters, and a stop sign.
+"""What the processes of a soak share outside of the pool: counters, and a flag that it is over.
 
-Shared by fork, one 8-byte word per counter and worker, so that a worker that is killed takes
-nothing with it. Violations are lines in a file per worker.
+They lie in memory that is shared by fork, one 8-byte word per counter and worker: a worker that is
+killed loses none. Violations are written to a file per worker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Count(enum.IntEnum):
-    """A column of the board."""
+    """What is counted."""
 
     OPERATIONS = 0
     PAYLOADS = 1
@@ -23,10 +23,10 @@ class Count(enum.IntEnum):
     RESUMED = 3
     PEER_DEATHS = 4
     STALE = 5
-    NO_ROOM = 6
+    NO_FREE_BLOCKS = 6
     TIMEOUTS = 7
     REATTACHED = 8
-    WORST_WAIT = 9  # ns, without the time in which somebody was stopped
+    WORST_WAIT = 9  # ns, without the time in which a worker was stopped
     WORST_NOTICE = 10  # ns from the kill of a peer to the failure of its room
     VIOLATIONS = 11
 
@@ -36,7 +36,7 @@ _PRIVATE = 16  # words per worker
 _OVER, _STOPS, _STOPPED_NOW, _KILLED_AT = range(4)
 
 
-class Board:
+class Counters:
     """The counters of all workers."""
 
     def __init__(self, workers: int, folder: Path) -> None:
@@ -67,7 +67,7 @@ class Board:
             file.write(text.replace("\n", "\n    ") + "\n")
 
     def violations(self) -> list[str]:
-        """All that were told."""
+        """All that were written."""
         return [
             line
             for path in sorted(self._folder.glob("violations-*"))
@@ -80,12 +80,12 @@ class Board:
         return bool(self._words[self._common + _OVER])
 
     def finish(self) -> None:
-        """Tell the workers to finish."""
+        """Ask the workers to finish."""
         self._words[self._common + _OVER] = 1
 
     @contextmanager
-    def someone_stopped(self) -> Iterator[None]:
-        """While this is open, waits do not count: their holder may be the one that is stopped."""
+    def worker_stopped(self) -> Iterator[None]:
+        """While this is open, waits do not count: the stopped worker may hold the lock."""
         self._words[self._common + _STOPS] += 1
         self._words[self._common + _STOPPED_NOW] = 1
         try:
@@ -96,7 +96,7 @@ class Board:
 
     @contextmanager
     def timed(self, worker: int) -> Iterator[None]:
-        """An operation that must not take long, whoever dies meanwhile."""
+        """An operation that must not take long, whichever worker dies meanwhile."""
         stops = self._words[self._common + _STOPS]
         stopped = self._words[self._common + _STOPPED_NOW]
         started = time.monotonic_ns()

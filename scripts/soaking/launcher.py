@@ -1,10 +1,10 @@
 """Starts the workers, kills and stops them at random, replaces them, and judges the end.
 
-    worker 0 .. 2 * pairs - 1      embedding and language sides, two and two
+    worker 0 .. 2 * pairs - 1      embedding and language workers, in pairs
     the others                     mixers
 
-A killed mixer is replaced at once. When one side of a pair is killed the other must end by itself;
-then both are started anew, with new queues.
+A killed mixer is replaced at once. When one worker of a pair is killed, the other must end by
+itself; then both are started anew, with new queues.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import torch
 from shmblocks import BlockHandle, BlockPool, HandleQueue, PoolConfig
 from shmblocks.testing import cont, stop
 from soaking import payload
-from soaking.board import Board, Count
+from soaking.counters import Count, Counters
 from soaking.mixer import Mixer
-from soaking.pair import Side, embedding_side, language_side
+from soaking.transfers import Member, embedding_worker, language_worker
 
 # Seconds that a worker has to end after it was told to, or its peer died.
 ENDS_WITHIN = 90.0
 BLOCK_SIZE = 16
 BLOCKS = 512
 # Seconds; long enough for a loaded machine to open what was published for it, short enough that
-# what the dead left in the market is reclaimed within the soak.
+# what dead workers left in the shared queue is reclaimed within the soak.
 UNCLAIMED_TIMEOUT = 10.0
 
 
@@ -68,7 +68,7 @@ class Pair(NamedTuple):
     back: HandleQueue[bytes]
 
 
-class Conductor:
+class Launcher:
     """One soak."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
@@ -76,7 +76,7 @@ class Conductor:
         self._random = random.Random(settings.seed)
         self._folder = folder
         self._pairs = max(1, settings.processes // 4)
-        self._board = Board(settings.processes, folder)
+        self._counters = Counters(settings.processes, folder)
         config = PoolConfig(
             total_tokens=BLOCKS * BLOCK_SIZE,
             fields=payload.FIELDS,
@@ -86,8 +86,10 @@ class Conductor:
             unclaimed_timeout=UNCLAIMED_TIMEOUT,
             lock_timeout=60.0,
         )
-        self._pool = BlockPool.create(settings.name, config, role="conductor")
-        self._market = HandleQueue.create(f"{settings.name}-market", 256, message_type=BlockHandle)
+        self._pool = BlockPool.create(settings.name, config, role="launcher")
+        self._shared_queue = HandleQueue.create(
+            f"{settings.name}-shared-queue", 256, message_type=BlockHandle
+        )
         self._pids: dict[int, int] = {}
         self._queues: dict[int, Pair] = {}
         self._ending: dict[int, float] = {}
@@ -106,21 +108,23 @@ class Conductor:
             self._disturb()
             self._end()
         finally:
-            self._kill_the_rest()
+            self._kill_rest()
             for pair in list(self._queues):
                 self._close_queues(pair)
-            self._market.close()
+            self._shared_queue.close()
             self._pool.close()
-        counts = {count.name.lower(): self._board.total(count) for count in Count}
-        return Verdict(counts, self._kills, self._stops, self._reclaimed, self._board.violations())
+        counts = {count.name.lower(): self._counters.total(count) for count in Count}
+        return Verdict(
+            counts, self._kills, self._stops, self._reclaimed, self._counters.violations()
+        )
 
     # ---- workers -----------------------------------------------------------------------------
 
     def _start_mixer(self, worker: int) -> None:
         seed = self._next_seed()
-        names = (self._settings.name, f"{self._settings.name}-market")
+        names = (self._settings.name, f"{self._settings.name}-shared-queue")
         self._fork(
-            worker, lambda: Mixer(worker, seed, *names, self._board, self._settings.pace).run()
+            worker, lambda: Mixer(worker, seed, *names, self._counters, self._settings.pace).run()
         )
 
     def _start_pair(self, pair: int) -> None:
@@ -133,14 +137,14 @@ class Conductor:
         pool = self._settings.name
         self._fork(
             embedding,
-            lambda: embedding_side(
-                Side(embedding, language, seed, (pool, there, back), self._board, started)
+            lambda: embedding_worker(
+                Member(embedding, language, seed, (pool, there, back), self._counters, started)
             ),
         )
         self._fork(
             language,
-            lambda: language_side(
-                Side(language, embedding, seed, (pool, back, there), self._board, started)
+            lambda: language_worker(
+                Member(language, embedding, seed, (pool, back, there), self._counters, started)
             ),
         )
 
@@ -161,8 +165,8 @@ class Conductor:
             faulthandler.register(signal.SIGUSR1, file)
             try:
                 life()
-            except BaseException:  # noqa: BLE001  told as a violation, whatever it is
-                self._board.violation(worker, traceback.format_exc())
+            except BaseException:  # noqa: BLE001  a violation, whatever it is
+                self._counters.violation(worker, traceback.format_exc())
             finally:
                 os._exit(0)
 
@@ -183,24 +187,24 @@ class Conductor:
             if now >= next_reap:
                 self._reclaimed += self._pool.reap().blocks
                 next_reap = now + 0.5
-            self._replace_the_ended()
+            self._replace_ended()
             time.sleep(0.005)
 
     def _kill_one(self) -> None:
         worker = self._random.choice(sorted(self._pids))
-        self._board.note_kill(worker)
+        self._counters.note_kill(worker)
         os.kill(self._pids[worker], signal.SIGKILL)
         self._kills += 1
 
     def _stop_one(self) -> None:
         pid = self._pids[self._random.choice(sorted(self._pids))]
-        with self._board.someone_stopped():
+        with self._counters.worker_stopped():
             stop(pid)
             time.sleep(0.02 + 0.2 * self._random.random())
             cont(pid)
         self._stops += 1
 
-    def _replace_the_ended(self) -> None:
+    def _replace_ended(self) -> None:
         for worker, pid in list(self._pids.items()):
             if os.waitpid(pid, os.WNOHANG)[0] == 0:
                 continue
@@ -210,15 +214,15 @@ class Conductor:
             else:
                 self._ending.setdefault(worker // 2, time.monotonic() + ENDS_WITHIN)
         for pair, deadline in list(self._ending.items()):
-            self._go_on_ending(pair, deadline)
+            self._end_pair(pair, deadline)
 
-    def _go_on_ending(self, pair: int, deadline: float) -> None:
-        """One side of a pair has ended: the other must too, by itself; then both start anew."""
+    def _end_pair(self, pair: int, deadline: float) -> None:
+        """One worker of a pair has ended: the other must too, by itself; then both start anew."""
         left = [worker for worker in (2 * pair, 2 * pair + 1) if worker in self._pids]
         if left and time.monotonic() < deadline:
             return
         for worker in left:
-            self._tell_hang(worker, self._pids.pop(worker))
+            self._report_hang(worker, self._pids.pop(worker))
         del self._ending[pair]
         self._close_queues(pair)
         self._start_pair(pair)
@@ -233,42 +237,42 @@ class Conductor:
         deadline = time.monotonic() + ENDS_WITHIN
         while pid is not None and os.waitpid(pid, os.WNOHANG)[0] == 0:
             if time.monotonic() > deadline:
-                self._tell_hang(worker, pid)
+                self._report_hang(worker, pid)
                 return
             time.sleep(0.002)
 
-    def _tell_hang(self, worker: int, pid: int) -> None:
+    def _report_hang(self, worker: int, pid: int) -> None:
         os.kill(pid, signal.SIGUSR1)
         time.sleep(1.0)
         where = (self._folder / f"hang-{worker}").read_text()
-        self._board.violation(worker, f"did not end within {ENDS_WITHIN} s:\n{where}")
+        self._counters.violation(worker, f"did not end within {ENDS_WITHIN} s:\n{where}")
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
     # ---- the end -----------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """Everyone leaves; then nothing may be held by anybody."""
-        self._board.finish()
+        """All workers leave; then no process may hold anything."""
+        self._counters.finish()
         for worker in list(self._pids):
             self._await(worker)
-        while not self._market.empty():
-            self._market.get()
+        while not self._shared_queue.empty():
+            self._shared_queue.get()
         deadline = time.monotonic() + 2 * UNCLAIMED_TIMEOUT + 5
         while self._pool.available_blocks() < BLOCKS and time.monotonic() < deadline:
             self._reclaimed += self._pool.reap().blocks
             time.sleep(0.05)
         for violation in self._pool.check():
-            self._board.violation(0, str(violation))
+            self._counters.violation(0, str(violation))
         if self._pool.available_blocks() != BLOCKS:
             held = "\n".join(str(allocation) for allocation in self._pool.allocations())
-            self._board.violation(
+            self._counters.violation(
                 0, f"{BLOCKS - self._pool.available_blocks()} blocks are lost:\n{held}"
             )
         if self._pool.stats().waiters:
-            self._board.violation(0, "somebody is left in the waiting line")
+            self._counters.violation(0, "a waiter is left in the wait queue")
 
-    def _kill_the_rest(self) -> None:
+    def _kill_rest(self) -> None:
         for pid in self._pids.values():
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -280,7 +284,7 @@ def soak(settings: Settings) -> Verdict:
     # A forked child cannot use the threads of its parent's torch.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="shmblocks-soak-") as folder:
-        verdict = Conductor(settings, Path(folder)).run()
+        verdict = Launcher(settings, Path(folder)).run()
     left = [name for name in os.listdir("/dev/shm") if name.startswith(settings.name)]
     if left:
         verdict.violations.append(f"segments are left: {', '.join(left)}")
