@@ -96,7 +96,7 @@ TRANSPORTS: tuple[Transport, ...] = (
         "torch.multiprocessing.Queue, sharing strategy file_system",
     ),
     Transport(
-        "numpy-queue", "numpy pickled, mp.Queue", Kind.PEER, _optional("numpy_queue"),
+        "numpy-queue", "numpy pickled, mp.Queue", Kind.PEER, standard.connect_numpy_queue,
         "a numpy array pickled through multiprocessing.Queue", package="numpy",
     ),
     Transport(
