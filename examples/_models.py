@@ -276,9 +276,9 @@ class LanguageModel(nn.Module):
         """
         caches: list[list[Tensor]] = [[] for _ in self.layers]
         tokens = [self._next(prompt.float(), positions, caches)]
-        for place in range(len(prompt), len(prompt) + count - 1):
+        for index in range(len(prompt), len(prompt) + count - 1):
             last = embedding(torch.tensor(tokens[-1:]), self.table)
-            tokens.append(self._next(last, torch.full((3, 1), place + delta), caches))
+            tokens.append(self._next(last, torch.full((3, 1), index + delta), caches))
         return tokens
 
     def _next(self, x: Tensor, positions: Tensor, caches: list[list[Tensor]]) -> int:
@@ -291,6 +291,6 @@ class LanguageModel(nn.Module):
         """A quarter of each head turns with time, the rest with height and with width."""
         half = self.config.head // 2
         parts = [half // 4, half * 3 // 8, half * 3 // 8]
-        turns = positions.unsqueeze(2) * frequencies(half)
-        axes = enumerate(torch.split(turns, parts, dim=2))
+        angles = positions.unsqueeze(2) * frequencies(half)
+        axes = enumerate(torch.split(angles, parts, dim=2))
         return torch.cat([part[axis] for axis, part in axes], dim=1)

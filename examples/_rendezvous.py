@@ -21,7 +21,7 @@ RETRY_SECONDS = 0.02  # smaller: a busier wait for the producer; larger: a later
 
 
 def socket_path(pool_name: str) -> str:
-    """Where the producer of this pool listens. One per user, so that nobody's is in the way."""
+    """Where the producer of this pool listens. One per user, so that users do not meet."""
     file = f"shmblocks-{os.getuid()}-{pool_name.strip('/')}.sock"
     return os.path.join(tempfile.gettempdir(), file)
 

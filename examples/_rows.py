@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from _sides import Answer, Answered, Encoded, Job
+from _processes import Answer, Answered, Encoded, Job
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -43,7 +43,7 @@ class Row:
         directions, the resume's too when the landing allocation was too small; and the waking of
         the other process, on whatever processors there are. Not in it: either model's computing, as
         long as encoding takes longer than asking does: a language process has one request at a
-        time, and is told of it before the embedding process is.
+        time, and gets it before the embedding process does.
         """
         return (self.answered.holding_ns - self.encoded.ready_ns) / 1e6
 

@@ -56,13 +56,13 @@ def consume(pool: BlockPool, producer: socket.socket) -> int:
 
 
 def read(pool: BlockPool, handle: BlockHandle) -> bool:
-    """Open one request's blocks, look at them where they lie, and release them."""
+    """Open one request's blocks, read them in place, and release them."""
     started = time.perf_counter()
     with pool.open(handle) as lease:  # the last reader's release frees the blocks
         embeddings = lease["input_embeddings"]  # a torch tensor over the shared memory
         microseconds = (time.perf_counter() - started) * 1e6
         request = int(lease["fill_ids"][0])
-        right = checksum(embeddings) == int(lease.view.aux[2])
+        right = checksum(embeddings) == int(lease.aux[2])
         print(row(request, embeddings, microseconds, right), flush=True)
     return right
 

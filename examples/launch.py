@@ -19,12 +19,10 @@ import signal
 import sys
 from types import FrameType
 
-from _crew import Crew
-from _fleet import ChildDiedError, Fleet
+from _children import ChildDiedError, Children
 from _models import LanguageConfig, VisionConfig
 from _photos import PHOTOS, Photo, PhotosMissingError
-from _rows import HEADER, Report, Row, make_report
-from _sides import (
+from _processes import (
     Answer,
     Answerer,
     Encoder,
@@ -34,6 +32,8 @@ from _sides import (
     language_process,
     same_arithmetic_everywhere,
 )
+from _rows import HEADER, Report, Row, make_report
+from _workers import Workers
 from shmblocks import BlockPool, PoolConfig, ShmBlocksError, list_pools, multimodal_fields
 
 READERS = 2  # language processes
@@ -89,11 +89,11 @@ class Launch:
         expected = self.reference()
         rows: list[Row] = []
         with BlockPool.create(self.name, self.config, role="launcher") as pool:
-            with Fleet(multiprocessing.get_context("spawn")) as fleet:
-                crew = self.start(fleet)
+            with Children(multiprocessing.get_context("spawn")) as children:
+                workers = self.start(children)
                 self.report.stage("requests", len(self.ways))
                 self.report.say(HEADER)
-                for row in crew.serve(self.jobs(), expected):
+                for row in workers.serve(self.jobs(), expected):
                     rows.append(row)
                     self.report.row(row)
             ok = self.summary(pool, rows)
@@ -121,22 +121,22 @@ class Launch:
             self.report.step()
         return expected
 
-    def start(self, fleet: Fleet) -> Crew:
+    def start(self, children: Children) -> Workers:
         """Start the children, with two queues between each two that talk, and wait for them."""
         context = multiprocessing.get_context("spawn")
         queues = [(context.SimpleQueue(), context.SimpleQueue()) for _ in range(READERS)]
         self.report.stage("processes start", READERS + 1)
-        embedding = fleet.start("embedding", embedding_process, self.settings, queues)
+        embedding = children.start("embedding", embedding_process, self.settings, queues)
         languages = [
-            fleet.start(f"language {i}", language_process, self.settings, back, out)
+            children.start(f"language {i}", language_process, self.settings, back, out)
             for i, (out, back) in enumerate(queues)
         ]
-        pids = ", ".join(f"{child.name} {child.process.pid}" for child in fleet.children)
+        pids = ", ".join(f"{child.name} {child.process.pid}" for child in children.all)
         self.report.say(f"pool {self.name!r}; pids: launcher {os.getpid()}, {pids}")
-        crew = Crew(fleet, embedding, languages, self.settings.timeout)
-        for _ in crew.wait_ready():
+        workers = Workers(children, embedding, languages, self.settings.timeout)
+        for _ in workers.wait_ready():
             self.report.step()
-        return crew
+        return workers
 
     def summary(self, pool: BlockPool, rows: list[Row]) -> bool:
         """Say how it went; False if anything was not as it must be."""
@@ -162,8 +162,8 @@ def plan(mode: str, requests: int) -> list[Way]:
         return ["landing"] * requests
     if mode == "push":
         return ["push"] * requests
-    turn: tuple[Way, Way] = ("landing", "push")
-    return [turn[(i + i // len(PHOTOS)) % 2] for i in range(requests)]
+    both: tuple[Way, Way] = ("landing", "push")
+    return [both[(i + i // len(PHOTOS)) % 2] for i in range(requests)]
 
 
 def at_least_one(text: str) -> int:

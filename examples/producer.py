@@ -18,10 +18,19 @@ import time
 import torch
 
 from _rendezvous import END, has_hung_up, wait_for_consumer
-from shmblocks import BlockHandle, BlockPool, PoolConfig, ShmBlocksError, multimodal_fields
+from shmblocks import (
+    BlockHandle,
+    BlockPool,
+    PoolConfig,
+    PoolTimeoutError,
+    Reservation,
+    ShmBlocksError,
+    multimodal_fields,
+)
 
 HIDDEN = 3584  # of Qwen2.5-VL-7B
 FEATURES = 16
+POLL_SECONDS = 0.05  # smaller: a busier wait for blocks; larger: a lost consumer is noticed later
 LENGTHS = (256, 976, 64, 2000, 1024)  # tokens, one request after the other
 
 
@@ -50,10 +59,10 @@ def serve(pool: BlockPool, consumer: socket.socket, requests: int, timeout: floa
     projection = torch.randn(FEATURES, HIDDEN).bfloat16()
     for request in range(requests):
         num_tokens = LENGTHS[request % len(LENGTHS)]
-        reserved = reserve(pool, num_tokens, consumer, timeout)
-        started = time.perf_counter()
-        handle = embed(pool, reserved, request, projection)
-        milliseconds = (time.perf_counter() - started) * 1e3
+        with reserve(pool, num_tokens, consumer, timeout) as reserved:
+            started = time.perf_counter()
+            handle = embed(reserved, num_tokens, request, projection)
+            milliseconds = (time.perf_counter() - started) * 1e3
         consumer.send(handle.encode())
         print(row(request, handle, milliseconds), flush=True)
     consumer.send(END)
@@ -63,32 +72,34 @@ def serve(pool: BlockPool, consumer: socket.socket, requests: int, timeout: floa
 
 def reserve(
     pool: BlockPool, num_tokens: int, consumer: socket.socket, timeout: float
-) -> BlockHandle:
-    """`alloc` says None while the pool is full, that is until the consumer releases something.
+) -> Reservation:
+    """Blocks that are ours until they are published, or freed at the end of the `with`.
 
-    (`alloc(num_tokens, timeout=...)` waits by itself, and fairly among many; but a wait for
-    somebody who may go away is better ended when he has gone.)
+    While the pool is full, `reserve` waits until the consumer releases something. Here the only
+    consumer may go away, and then no wait would ever end: so it waits for short times.
     """
     deadline = time.monotonic() + timeout
-    while (handle := pool.alloc(num_tokens)) is None:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no room for {num_tokens} tokens within {timeout:g} s")
-        if has_hung_up(consumer, within=0.001):
-            raise BrokenPipeError
-    return handle
+    while True:
+        try:
+            return pool.reserve(num_tokens, timeout=POLL_SECONDS)
+        except PoolTimeoutError:
+            if time.monotonic() > deadline:
+                raise
+            if has_hung_up(consumer, within=0.0):
+                raise BrokenPipeError from None
 
 
 def embed(
-    pool: BlockPool, handle: BlockHandle, request: int, projection: torch.Tensor
+    reserved: Reservation, num_tokens: int, request: int, projection: torch.Tensor
 ) -> BlockHandle:
     """One request's embeddings, computed where the consumer will read them."""
-    features = torch.randn(handle.num_tokens, FEATURES).bfloat16()
-    view = pool.view(handle)  # every field as a tensor over the shared memory
-    torch.mm(features, projection, out=view["input_embeddings"])  # no copy: this is the pool
-    view["fill_ids"].fill_(request)
-    view["mrope_positions"].copy_(torch.arange(handle.num_tokens).expand(3, -1))
-    view.aux[2] = checksum(view["input_embeddings"])  # words 0 and 1 have meanings, 2 has none
-    return pool.publish(handle)  # from here on one reader may open it, and we may not write
+    features = torch.randn(num_tokens, FEATURES).bfloat16()
+    embeddings = reserved["input_embeddings"]  # a tensor over the shared memory
+    torch.mm(features, projection, out=embeddings)  # no copy: this is the pool
+    reserved["fill_ids"].fill_(request)
+    reserved["mrope_positions"].copy_(torch.arange(num_tokens).expand(3, -1))
+    reserved.aux[2] = checksum(embeddings)  # words 0 and 1 have meanings, 2 has none
+    return reserved.publish()  # from here on one reader may open it, and we may not write
 
 
 def checksum(embeddings: torch.Tensor) -> int:

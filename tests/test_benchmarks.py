@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -11,18 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results, stats, table, targets
+from benchmarks import report as reports
+from benchmarks import table, targets
 from benchmarks.payload import CHUNK_TOKENS, Pattern, PayloadMismatchError
 from benchmarks.plot import spread
-from benchmarks.results import Machine, Point, Report, Series, Study
+from benchmarks.report import Experiment, Machine, Point, Report, Series
 from tests.support.naming import new_pool_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
-CANDIDATES = {
-    "memcpy": "floor",
-    "wake-pipe": "floor",
-    "wake-semaphore": "floor",
+TRANSPORTS = {
+    "memcpy": "baseline",
+    "wake-pipe": "baseline",
+    "wake-semaphore": "baseline",
     "shmblocks-in-place": "shmblocks",
     "shmblocks-asleep": "shmblocks",
     "shmblocks-in-place-pipe": "shmblocks",
@@ -35,10 +37,9 @@ CANDIDATES = {
     "numpy-queue": "peer",
     "zmq-copy": "peer",
     "zmq-no-copy": "peer",
-    "alloc-free": "shmblocks",
 }
 
-STUDIES = ["budget", "throughput", "contention", "attach", "fragmentation"]
+EXPERIMENTS = ["steps", "throughput", "contention", "pool_sizes", "lock_time", "fragmentation"]
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -64,39 +65,38 @@ def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 # One test, and not one per promise: they share a run of many processes, and parallel workers that
 # take tests from each other would each make their own.
 @pytest.mark.watchdog(300)
-def test_a_quick_run_of_every_candidate_is_complete_and_can_be_shown_again(tmp_path: Path) -> None:
+def test_a_quick_run_of_every_transport_is_complete_and_can_be_shown_again(tmp_path: Path) -> None:
     pytest.importorskip("numpy")
     pytest.importorskip("matplotlib")
     saved = tmp_path / "run.json"
     options = ("--tokens", "64,300", "--rounds", "1", "--seed", "7", "--json", saved)
     # Ray is left out: its daemons take longer to start than all the rest together.
-    only = ("--only", ",".join(CANDIDATES))
-    run = bench("handoffs", *STUDIES, "--quick", *options, *only, "--plots", tmp_path)
+    only = ("--only", ",".join(TRANSPORTS))
+    run = bench("handoffs", *EXPERIMENTS, "--quick", *options, *only, "--plots", tmp_path)
     assert run.returncode == 0, run.stderr
-    report = results.load(saved.read_bytes())
+    report = reports.load(saved.read_bytes())
     assert (report.tokens, report.rounds, report.seed) == ([64, 300], 1, 7)
-    assert {series.name: series.kind for series in report.series} == CANDIDATES
+    assert {series.name: series.kind for series in report.series} == TRANSPORTS
     assert all(series.peak_pss_bytes > 0 for series in report.series)
-    for study in report.studies:
-        assert study.title in run.stdout
-        assert study.rows
-        assert all(len(row) == len(study.header) for row in study.rows)
-        assert all(value >= 0 for value in study.numbers.values()), study.numbers
-    assert [study.name for study in report.studies] == STUDIES
+    for experiment in report.experiments:
+        assert experiment.title in run.stdout
+        assert experiment.rows
+        assert all(len(row) == len(experiment.header) for row in experiment.rows)
+        assert all(value >= 0 for value in experiment.numbers.values()), experiment.numbers
+    assert [experiment.name for experiment in report.experiments] == EXPERIMENTS
     for series in report.series:
         check_series(series)
         assert series.label in run.stdout
     for target in report.targets:
         assert target.statement in run.stdout
-    for name in ("handoff", "throughput", "contention", "fragmentation"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    assert (tmp_path / "handoff.png").read_bytes().startswith(b"\x89PNG")
     assert bench("--load", saved).stdout == run.stdout
 
 
 def check_series(series: Series) -> None:
     """Every size is there, and every point says how it came about."""
-    sizes = {"tokens": [64, 300], "none": [0], "blocks": [512, 8_192, 65_536, 1_048_576]}
-    assert [point.size for point in series.points] == sizes[series.size_unit], series.name
+    sizes = [64, 300] if series.carries_data else [0]
+    assert [point.size for point in series.points] == sizes, series.name
     for point in series.points:
         assert point.count == len(point.latencies_us) >= 2
         assert 0 < point.min_us <= point.p50_us <= point.p99_us <= point.max_us
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
     assert "missing required field" in run.stderr
 
 
-def test_an_unknown_candidate_is_named_with_those_there_are() -> None:
+def test_an_unknown_transport_is_named_with_those_there_are() -> None:
     run = bench("--only", "memcpy,carrier-pigeon")
     assert run.returncode == 2
     assert "got 'carrier-pigeon'" in run.stderr
@@ -121,43 +121,36 @@ def test_an_unknown_candidate_is_named_with_those_there_are() -> None:
 
 FAULTY = """
 import os, sys
+from contextlib import contextmanager
 from functools import partial
-from benchmarks.conductor import measure
-from benchmarks.link import Candidate, Ends, Kind
-from benchmarks.links import floors, registry, shared_memory
-from benchmarks.links.channel import pipe
-from benchmarks.settings import quick
+from benchmarks.launcher import measure
+from benchmarks.settings import QUICK
+from benchmarks.transport import Ends, Kind, Receiver, Transport
+from benchmarks.transports import choose
+from benchmarks.transports.shmblocks_pool import pipe
+from benchmarks.transports.standard import connect_shared_memory
 
-class Dies(floors.PipeSleeper):
-    def receive(self):
-        os._exit(5)
+def dies(receiver):
+    os._exit(5)
 
-class Stale(shared_memory.SegmentReceiver):
-    def receive(self):
-        incoming = super().receive()
-        incoming.tensor[-1, 100] += 1
-        return incoming
+def stale(receiver):
+    incoming = receiver.receive()
+    incoming.tensor[-1, 100] += 1
+    return incoming
 
-def connect_dies(context, settings):
-    from contextlib import contextmanager
-    @contextmanager
-    def connected():
-        with floors.connect_pipe(context, settings) as ends:
-            yield Ends(ends.sender, partial(Dies, *ends.receiver.args))
-    return connected()
+def faulty_receiver(fault, receiver):
+    made = receiver()
+    return Receiver(partial(fault, made), made.close)
 
-def connect_stale(context, settings):
-    from contextlib import contextmanager
-    @contextmanager
-    def connected():
-        with shared_memory.connect(pipe, context, settings) as ends:
-            yield Ends(ends.sender, partial(Stale, *ends.receiver.args))
-    return connected()
+@contextmanager
+def connect(fault, context, settings):
+    with connect_shared_memory(pipe, context, settings) as ends:
+        yield Ends(ends.sender, partial(faulty_receiver, fault, ends.receiver))
 
 if __name__ == "__main__":
-    connect = {"dies": connect_dies, "stale": connect_stale}[sys.argv[1]]
-    faulty = Candidate("faulty", "faulty", Kind.PEER, "", connect, sys.argv[1] == "stale")
-    measure([registry.WAKE_SEMAPHORE, faulty], quick(0), lambda done, rounds: None)
+    how = partial(connect, {"dies": dies, "stale": stale}[sys.argv[1]])
+    faulty = Transport("faulty", "faulty", Kind.PEER, how, "")
+    measure([*choose(["wake-semaphore"]), faulty], QUICK, lambda done, rounds: None)
 """
 
 
@@ -168,17 +161,51 @@ def faulty(tmp_path: Path) -> Path:
     return script
 
 
-def test_a_candidate_that_dies_ends_the_run_and_is_named(faulty: Path) -> None:
+def test_a_transport_that_dies_ends_the_run_and_is_named(faulty: Path) -> None:
     run = python(faulty, "dies")
     assert run.returncode == 1
-    assert "CrewError: faulty: consumer died (exit code 5)" in run.stderr
+    assert "WorkerError: faulty: consumer died (exit code 5)" in run.stderr
 
 
 def test_a_wrong_value_ends_the_run_and_says_where(faulty: Path) -> None:
     run = python(faulty, "stale")
     assert run.returncode == 1
     assert "token 31 arrived with other bytes than were sent" in run.stderr
-    assert "CrewError: faulty: consumer died (exit code 1)" in run.stderr
+    assert "WorkerError: faulty: consumer died (exit code 1)" in run.stderr
+
+
+# --- beside another checkout ------------------------------------------------------------------
+
+
+@pytest.mark.watchdog(180)
+def test_a_checkout_can_be_measured_against_another(tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    run = bench("--against", ROOT, "--quick", "--tokens", "64", "--rounds", "2", "--json", saved)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(saved.read_text())
+    names = ["shmblocks, in place, 64 tokens", "shmblocks, with copy, 64 tokens"]
+    assert list(found)[:3] == [*names, "one process, whole handoff"]
+    for what, kept in found.items():
+        assert what in run.stdout
+        assert {name: len(values) for name, values in kept.items()} == dict.fromkeys(kept, 2)
+        assert set(kept) == {"other", "this", "ratio"}
+
+
+def test_a_folder_without_shmblocks_is_no_checkout(tmp_path: Path) -> None:
+    run = bench("--against", tmp_path)
+    assert run.returncode == 2
+    assert f"expected a checkout of shmblocks, got {tmp_path}" in run.stderr
+
+
+# --- counts of a handoff ----------------------------------------------------------------------
+
+
+def test_the_counts_of_a_handoff_are_the_same_each_time() -> None:
+    runs = [python("-m", "benchmarks.handoff_trace") for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert "One handoff by alloc" in runs[0].stdout
+    assert " sections, " in runs[0].stdout
 
 
 # --- the payload ------------------------------------------------------------------------------
@@ -228,7 +255,7 @@ def test_a_short_payload_is_noticed() -> None:
 # --- what is said of the numbers --------------------------------------------------------------
 
 
-def series_of(name: str, unit: str, p50_us: dict[int, float]) -> Series:
+def series_of(name: str, p50_us: dict[int, float]) -> Series:
     points = [
         Point(
             size=size,
@@ -242,28 +269,28 @@ def series_of(name: str, unit: str, p50_us: dict[int, float]) -> Series:
         )
         for size, value in p50_us.items()
     ]
-    kind = CANDIDATES[name]
-    return Series(name=name, label=name, kind=kind, about="", size_unit=unit, points=points)
+    kind = TRANSPORTS[name]
+    data = not name.startswith("wake")
+    return Series(name=name, label=name, kind=kind, about="", carries_data=data, points=points)
 
 
-def a_run(copy_us: float = 2_200.0, slow_alloc_us: float = 11.2) -> list[Series]:
+def a_run(copy_us: float = 2_200.0) -> list[Series]:
     return [
-        series_of("memcpy", "tokens", {2_000: 2_000.0}),
-        series_of("wake-pipe", "none", {0: 90.0}),
-        series_of("wake-semaphore", "none", {0: 80.0}),
-        series_of("shmblocks-in-place", "tokens", {64: 30.0, 2_000: 31.0, 16_384: 32.1}),
-        series_of("shmblocks-asleep", "tokens", {64: 96.0}),
-        series_of("shmblocks-copy", "tokens", {2_000: copy_us}),
-        series_of("iceoryx2-in-place", "tokens", {2_000: 40.0}),
-        series_of("torch-queue-fd", "tokens", {2_000: 15_000.0}),
-        series_of("torch-queue-fs", "tokens", {2_000: 50_000.0}),
-        series_of("alloc-free", "blocks", {512: 8.0, 1_048_576: slow_alloc_us}),
+        series_of("memcpy", {2_000: 2_000.0}),
+        series_of("wake-pipe", {0: 90.0}),
+        series_of("wake-semaphore", {0: 80.0}),
+        series_of("shmblocks-in-place", {64: 30.0, 2_000: 31.0, 16_384: 32.1}),
+        series_of("shmblocks-asleep", {64: 96.0}),
+        series_of("shmblocks-copy", {2_000: copy_us}),
+        series_of("iceoryx2-in-place", {2_000: 40.0}),
+        series_of("torch-queue-fd", {2_000: 15_000.0}),
+        series_of("torch-queue-fs", {2_000: 50_000.0}),
     ]
 
 
-def a_study(share: float = 0.9) -> Study:
-    return Study(
-        name="study",
+def an_experiment(share: float = 0.9, slow_alloc_us: float = 11.2) -> Experiment:
+    return Experiment(
+        name="experiment",
         title="",
         note="",
         header=[],
@@ -271,19 +298,24 @@ def a_study(share: float = 0.9) -> Study:
         numbers={
             "put + get": 10.0,
             "price of the journal": 1.1,
+            "pair in a pool of 512 blocks": 8.0,
+            "pair in a pool of 1048576 blocks": slow_alloc_us,
+            "longest hold but check": 400.0,
             "share of the bare lock, 8 processes": share,
-            "share of the bare lock by words, 8 processes": share,
             "unfairness, 8 processes": 1.25,
             "attach, 8 GiB": 5_000.0,
         },
     )
 
 
-def judged(series: list[Series]) -> dict[str, tuple[float | None, bool | None]]:
+Judged = dict[str, tuple[float | None, bool | None]]
+
+
+def judged(series: list[Series], *experiments: Experiment) -> Judged:
     """Measured, to two digits behind the point, and whether that is enough."""
     return {
         target.name: (target.measured and round(target.measured, 2), target.met)
-        for target in targets.judge(series, [a_study()])
+        for target in targets.judge(series, experiments or [an_experiment()])
     }
 
 
@@ -292,7 +324,7 @@ def test_a_fast_run_meets_every_target() -> None:
         "in-place": (32.1, True),
         "in-place-flat": (1.07, True),
         "asleep": (1.2, True),
-        "copy-to-floor": (1.06, True),
+        "copy-to-baseline": (1.06, True),
         "in-place-to-torch": (483.87, True),
         "copy-to-torch": (6.82, True),
         "ahead": (0, True),
@@ -301,28 +333,23 @@ def test_a_fast_run_meets_every_target() -> None:
         "alloc-flat": (1.4, True),
         "journal": (1.1, True),
         "contention": (0.9, True),
-        "contention-words": (0.9, True),
+        "lock-time": (0.4, True),
         "fairness": (1.25, True),
         "attach": (5.0, True),
     }
 
 
 def test_a_slow_run_misses_its_targets() -> None:
-    slow = judged(a_run(copy_us=20_000.0, slow_alloc_us=26.0))
+    slow = judged(a_run(copy_us=20_000.0), an_experiment(share=0.4, slow_alloc_us=26.0))
     missed = {
-        "copy-to-floor": (9.62, False),
+        "copy-to-baseline": (9.62, False),
         "copy-to-torch": (0.75, False),
         "ahead": (2, False),  # p50 and p99 of the queue that is faster
         "alloc-cost": (26.0, False),
         "alloc-flat": (3.25, False),
+        "contention": (0.4, False),
     }
     assert {name: slow[name] for name in missed} == missed
-    (contention,) = [
-        target
-        for target in targets.judge(a_run(), [a_study(share=0.4)])
-        if target.name == "contention"
-    ]
-    assert contention.met is False
 
 
 def test_a_target_whose_parts_were_not_measured_is_neither_met_nor_missed() -> None:
@@ -332,20 +359,20 @@ def test_a_target_whose_parts_were_not_measured_is_neither_met_nor_missed() -> N
 
 
 def test_the_verdict_cannot_be_overlooked() -> None:
-    found = targets.judge(a_run(slow_alloc_us=26.0), [])
+    found = targets.judge(a_run(copy_us=20_000.0), [])
     words = {target.name: table.verdict(target) for target in found}
     assert words["in-place"] == "met"
-    assert words["alloc-cost"] == "NOT met"
+    assert words["copy-to-torch"] == "NOT met"
     assert words["put-get"] == "not measured"
 
 
 def test_a_quantile_is_a_value_that_was_measured() -> None:
     values = [float(value) for value in range(200, 0, -1)]
-    assert stats.quantile(values, 0.5) == 100.0
-    assert stats.quantile(values, 0.99) == 198.0
-    assert stats.quantile([3.0, 1.0, 2.0], 0.99) == 3.0
+    assert reports.quantile(values, 0.5) == 100.0
+    assert reports.quantile(values, 0.99) == 198.0
+    assert reports.quantile([3.0, 1.0, 2.0], 0.99) == 3.0
     with pytest.raises(ValueError, match="at least one value"):
-        stats.quantile([], 0.5)
+        reports.quantile([], 0.5)
 
 
 def test_durations_keep_three_digits_and_change_their_unit() -> None:
@@ -353,9 +380,9 @@ def test_durations_keep_three_digits_and_change_their_unit() -> None:
     assert shown == ["6.78 us", "87.2 us", "512 us", "1.69 ms", "2.50 s"]
 
 
-def test_a_plain_table_has_columns() -> None:
+def test_a_table_has_columns() -> None:
     grid = table.Grid("Title", ["", "n"], [["a", "10"], ["long", "7"]])
-    assert table.plain(grid).splitlines() == [
+    assert table.drawn(grid).splitlines() == [
         "Title",
         "       n",
         "--------",
@@ -380,12 +407,11 @@ def test_a_report_of_another_format_is_refused() -> None:
         hidden=8,
         rounds=1,
         seed=0,
-        rehearsals=0,
         seconds=0.0,
         series=[],
-        studies=[],
+        experiments=[],
         left_out=[],
         targets=[],
     )
-    with pytest.raises(ValueError, match="Expected format 2, got 99"):
-        results.load(results.save(report))
+    with pytest.raises(ValueError, match="Expected format 3, got 99"):
+        reports.load(reports.save(report))

@@ -1,6 +1,6 @@
 """Child processes of an asyncio launcher: started with spawn, started again when they die, ended.
 
-- `Child.run` keeps one process there: when it dies it tells `on_death` and starts another one. A
+- `Child.run` keeps one process running: when it dies, `run` calls `on_death` and starts another. A
   child that dies three times before it is ready ends the launcher with `ChildError`.
 - Messages of a child come to `on_message` in the event loop; sending never blocks the loop.
 - Ending is polite (the pipe is closed), then SIGTERM, then SIGKILL, each after a bounded time.
@@ -34,7 +34,7 @@ class ChildError(Exception):
 
 
 class Child:
-    """One place for a process: whichever runs there now."""
+    """A process that is started again when it dies."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Child:
         return self._process.pid if self._process is not None and self.ready is not None else None
 
     async def run(self) -> None:
-        """Keep a process there until this is cancelled; then end it."""
+        """Keep a process running until this is cancelled; then end it."""
         failures = 0
         try:
             while failures < MOST_FAILURES:
@@ -82,10 +82,9 @@ class Child:
     async def send(
         self, message: FromLauncher, is_wanted: Callable[[], bool] = lambda: True
     ) -> None:
-        """Tell it, once it is ready, if that is wanted still.
+        """Send a message once the process is ready, if the message is still wanted.
 
-        What is sent to one that dies meanwhile is lost with it: `on_death` tells who waits for an
-        answer.
+        A message to a process that dies is lost: `on_death` must answer those who wait for it.
         """
         async with self._sending:
             await self.wait_ready()
@@ -112,7 +111,7 @@ class Child:
         finally:
             loop.remove_reader(pipe.fileno())
         await asyncio.to_thread(process.join, PATIENCE)  # the pipe closes a little before it ends
-        if process.is_alive():  # it closed its pipe and stays: of no use to anybody
+        if process.is_alive():  # it closed its pipe and did not end: of no use
             process.kill()
             await asyncio.to_thread(process.join)
         pipe.close()

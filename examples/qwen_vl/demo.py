@@ -27,7 +27,7 @@ from qwen_vl.cases import cases
 from qwen_vl.children import ChildError
 from qwen_vl.engine import Engine, NoAnswerError, Request
 from qwen_vl.halves import Step, Whole, return_memory, same_arithmetic_everywhere
-from qwen_vl.handoff import PoolLine
+from qwen_vl.handoff import PoolTransport
 from qwen_vl.messages import Crossed, Holding, Ready, Sent, Token, Way
 from qwen_vl.models import ModelSettings
 from qwen_vl.prompts import Prompt
@@ -43,7 +43,7 @@ HEADER = (
 
 
 @dataclass
-class Told:
+class Reported:
     """What one attempt's processes have said."""
 
     sent: Sent | None = None
@@ -84,16 +84,16 @@ async def show(settings: ModelSettings, args: argparse.Namespace) -> bool:
     names = Names()
     expected = reference(settings, prompts, args.tokens, names)
     name = f"qwen-{os.getpid()}"
-    line = PoolLine(name, READERS)
-    with line.created(settings) as pool:
-        async with Engine(settings, line, READERS) as engine:
+    transport = PoolTransport(name, READERS)
+    with transport.created(settings) as pool:
+        async with Engine(settings, transport, READERS) as engine:
             ok = names.compare(await engine.wait_ready())
             print(HEADER)
             for case, prompt in prompts.items():
                 for way in WAYS:
                     request = Request(prompt, args.tokens, way, True, with_digests=True)
-                    told = await collect(engine, request)
-                    ok = row(case, way, told, expected[case], settings) and ok
+                    reported = await collect(engine, request)
+                    ok = row(case, way, reported, expected[case], settings) and ok
         violations, free, total = pool.check(), pool.available_blocks(), pool.config.total_blocks
         print(f"pool after: {free} of {total} blocks free, {len(violations)} violations by check()")
     left = [each.name for each in list_pools() if each.name == pool.name]
@@ -125,35 +125,39 @@ def _same_bits(one: list[Step], other: list[Step]) -> bool:
     return [step.digest for step in one] == [step.digest for step in other]
 
 
-async def collect(engine: Engine, request: Request) -> Told:
+async def collect(engine: Engine, request: Request) -> Reported:
     """One attempt to its end."""
-    told = Told()
+    reported = Reported()
     async for who, what in engine.ask(request):
         if isinstance(what, Sent):
-            told.sent = what
+            reported.sent = what
         elif isinstance(what, Holding):
-            told.holding[who] = what
+            reported.holding[who] = what
         elif isinstance(what, Crossed):
-            told.crossed[who] = what.digest
+            reported.crossed[who] = what.digest
         else:
-            told.tokens.setdefault(who, []).append(what)
-    return told
+            reported.tokens.setdefault(who, []).append(what)
+    return reported
 
 
-def row(case: str, way: Way, told: Told, expected: list[Step], settings: ModelSettings) -> bool:
+def row(
+    case: str, way: Way, reported: Reported, expected: list[Step], settings: ModelSettings
+) -> bool:
     """Print one attempt; whether it is right."""
     wanted = [step.token for step in expected]
     digests = [step.digest for step in expected]
-    answers = list(told.tokens.values())
+    answers = list(reported.tokens.values())
     same_tokens = all([token.token for token in answer] == wanted for answer in answers)
     same_first = all(answer[0].digest == digests[0] for answer in answers)
     same_logits = all([token.digest for token in answer] == digests for answer in answers)
-    same_crossed = len(set(told.crossed.values())) == 1 and len(told.crossed) == 1 + len(answers)
-    if told.sent is None or not answers:
+    same_crossed = len(set(reported.crossed.values())) == 1 and len(reported.crossed) == 1 + len(
+        answers
+    )
+    if reported.sent is None or not answers:
         return False
-    held = max(told.holding.values(), key=lambda holding: holding.at_ns)
-    embed_ms = (told.sent.ready_ns - told.sent.started_ns) / 1e6
-    handoff_ms = (held.at_ns - told.sent.ready_ns) / 1e6
+    held = max(reported.holding.values(), key=lambda holding: holding.at_ns)
+    embed_ms = (reported.sent.ready_ns - reported.sent.started_ns) / 1e6
+    handoff_ms = (held.at_ns - reported.sent.ready_ns) / 1e6
     first = settings.tokens.decode(wanted[:4])
     print(
         f"{case:13}  {way:7}  {held.num_tokens:6}  {held.num_blocks:6}  {held.rounds:6}"

@@ -1,11 +1,11 @@
-"""The launcher's side: requests in, tokens out, whatever happens to the processes.
+"""The launcher: requests in, tokens out, whatever happens to the processes.
 
-    async with Engine(settings, line) as engine:
+    async with Engine(settings, transport) as engine:
         async for token in engine.generate(prompt, count): ...
 
 - One embedding process, and language processes that have one request at a time each.
 - A request whose embeddings do not arrive, because a process died or was too slow, is tried again
-  with the processes that take their places, up to ATTEMPTS times; then it is `NoAnswerError`. After
+  with the processes that replace them, up to ATTEMPTS times; then it is `NoAnswerError`. After
   its first token it is not tried again: a language process that dies then ends the answer with that
   error.
 - `ask` is one attempt, with everything that the processes say about it.
@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from qwen_vl.children import Child
-from qwen_vl.handoff import Line
+from qwen_vl.handoff import Transport
 from qwen_vl.messages import (
     Crossed,
     Embed,
@@ -67,20 +67,20 @@ Said = Event | Refused | Ended
 
 @dataclass
 class Room:
-    """One attempt that is going on: who has not finished with it, and what was said of it."""
+    """One attempt: the processes that have not finished with it, and what they reported."""
 
     running: set[int]
     readers: tuple[int, ...]
-    said: asyncio.Queue[tuple[int, Said] | None]  # None: everybody has finished
+    said: asyncio.Queue[tuple[int, Said] | None]  # None: all processes have finished
 
 
 class Engine:
     """The processes of one model and the requests they work on. An async context manager."""
 
     def __init__(
-        self, settings: ModelSettings, line: Line, readers: int, way: Way = "push"
+        self, settings: ModelSettings, transport: Transport, readers: int, way: Way = "push"
     ) -> None:
-        setup = Setup(settings, line)
+        setup = Setup(settings, transport)
         self.embedding = Child(
             "embedding", embedding_process, (setup,), self._on_message, self._on_death
         )
@@ -92,7 +92,7 @@ class Engine:
         self._rooms: dict[int, Room] = {}
         self._next_room = 0
         self._idle: set[int] = set()
-        self._changed = asyncio.Condition()  # who is idle or there
+        self._changed = asyncio.Condition()  # the set of idle processes, or a process became ready
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- life --------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Engine:
         await asyncio.gather(*self._running, *self._tasks, return_exceptions=True)
 
     async def wait_ready(self) -> list[Ready]:
-        """Until every process has its half of the model; `ChildError` when one cannot."""
+        """Wait until every process has its half of the model; `ChildError` when one cannot."""
         waiting = asyncio.create_task(self._all_ready())
         watched: set[asyncio.Task[Any]] = {waiting, *self._running}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -135,7 +135,7 @@ class Engine:
         return [await child.wait_ready() for child in self.children]
 
     async def wait_broken(self) -> None:
-        """Until a process cannot be kept there; raises its `ChildError`."""
+        """Wait until a process cannot be kept running; raises its `ChildError`."""
         done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
@@ -145,14 +145,14 @@ class Engine:
     async def generate(self, prompt: Prompt, count: int) -> AsyncGenerator[int, None]:
         """`count` tokens, each as soon as it is there. `PromptError`, `NoAnswerError`.
 
-        Of several language processes with the same answer (fan-out) the first one tells it.
+        When several language processes give the same answer (fan-out), the first one counts.
         """
         for attempt in range(1, ATTEMPTS + 1):
-            got, teller = 0, None
+            got, answering = 0, None
             try:
                 async for who, event in self.ask(Request(prompt, count, self.way)):
-                    if isinstance(event, Token) and teller in (None, who):
-                        got, teller = got + 1, who
+                    if isinstance(event, Token) and answering in (None, who):
+                        got, answering = got + 1, who
                         yield event.token
                 return
             except NoAnswerError:
@@ -178,7 +178,7 @@ class Engine:
             raise problems[0]
 
     async def _open(self, request: Request) -> Room:
-        """Take language processes that are free, and tell everybody what to do."""
+        """Choose idle language processes, and send each process its part of the request."""
         readers = await self._take_readers(request)
         number = self._next_room
         self._next_room += 1
@@ -207,7 +207,7 @@ class Engine:
         return readers
 
     def _send(self, who: int, room: Room, message: FromLauncher) -> None:
-        """Not to a successor of the process that was meant: it knows nothing of the room."""
+        """Not to a restarted process: it knows nothing of the room."""
         child = self.embedding if who == EMBEDDING else self.languages[who]
         self._later(child.send(message, is_wanted=lambda: who in room.running))
 
@@ -218,10 +218,10 @@ class Engine:
         if who != EMBEDDING and isinstance(message, Ready | Ended):
             self._idle.add(who)
         if isinstance(message, Ready):
-            self._later(self._tell_waiting())
+            self._later(self._notify_waiting())
             return
         if isinstance(message, Ended):
-            self._later(self._tell_waiting())
+            self._later(self._notify_waiting())
         self._note(message.room, who, message)
 
     def _on_death(self, child: Child, how: str) -> None:
@@ -253,7 +253,7 @@ class Engine:
     def _index(self, child: Child) -> int:
         return EMBEDDING if child is self.embedding else self.languages.index(child)
 
-    async def _tell_waiting(self) -> None:
+    async def _notify_waiting(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 

@@ -170,13 +170,13 @@ class LanguageHalf:
         rows = embedded.fields["input_embeddings"].unsqueeze(0)
         positions = embedded.fields["mrope_positions"].long().unsqueeze(1)
         more = self._deepstack(embedded)
-        place, delta = embedded.num_tokens, embedded.delta
+        index, delta = embedded.num_tokens, embedded.delta
         del embedded
         for _ in range(count):
             yield (step := self._step(rows, positions, cache, **more))
             rows = self._language.embed_tokens(torch.tensor([[step.token]], device=self._device))
-            positions = torch.full((3, 1, 1), place + delta, device=self._device)
-            place, more = place + 1, {}
+            positions = torch.full((3, 1, 1), index + delta, device=self._device)
+            index, more = index + 1, {}
 
     def _step(self, rows: torch.Tensor, positions: torch.Tensor, cache: Any, **more: Any) -> Step:  # noqa: ANN401
         more[self._cache_name] = cache

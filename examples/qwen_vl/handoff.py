@@ -7,8 +7,8 @@
                       deepstack_embeddings, aux
 
 - The queues are `HandleQueue`s: a process may be killed in the middle of a put or get, and the one
-  that takes its place attaches to the same queues by name.
-- `Received` holds blocks until it is left; the last reader's leaving frees them.
+  that replaces it attaches to the same queues by name.
+- `Received` holds blocks until its `with` ends; the last reader frees them.
 
 What is not here: the models, or the launcher. torch_queue.py has the same ends without a pool.
 """
@@ -87,8 +87,8 @@ class EmbeddingEnd(Protocol):
         """Begin to hand over. `embedded` stays as it is until that has ended."""
 
 
-class Line(Protocol):
-    """What both sides are given to make their ends of; it is pickled when processes start."""
+class Transport(Protocol):
+    """What processes make their ends of; it is pickled when they start."""
 
     def embedding_end(self) -> AbstractContextManager[EmbeddingEnd]:
         """In the embedding process."""
@@ -113,16 +113,16 @@ def pool_config(settings: ModelSettings) -> PoolConfig:
 
 
 @dataclass(frozen=True)
-class PoolLine:
+class PoolTransport:
     """A pool and two queues for each language process, all of them found by name."""
 
     name: str
     readers: int
-    timeout: float = 30.0  # seconds that one side waits for the other within a room
+    timeout: float = 30.0  # seconds that one process waits for the other within a room
 
     @contextmanager
     def created(self, settings: ModelSettings) -> Iterator[BlockPool]:
-        """In the launcher: they stay while this is open, whoever dies."""
+        """In the launcher: pool and queues stay while this is open, whichever process dies."""
         with ExitStack() as stack:
             config = pool_config(settings)
             pool = BlockPool.create(self.name, config, role="launcher", device=settings.device)
@@ -202,7 +202,7 @@ class PoolEmbeddingEnd:
         count = embedded.num_tokens
         handle = self._pool.alloc(count, f"room {room}", timeout=self._timeout)
         if handle is None:
-            raise PoolTimeoutError(f"no room for {count} tokens within {self._timeout:g} s")
+            raise PoolTimeoutError(f"no free blocks for {count} tokens within {self._timeout:g} s")
         view = self._pool.view(handle)
         for name, tensor in embedded.fields.items():
             view[name].copy_(tensor)
@@ -245,7 +245,7 @@ class PoolSending:
                 all_of_it.callback(sender.abort, reason)
 
     def _free(self) -> None:
-        """Published blocks stay ours when a room fails, unless all readers have been there."""
+        """When a room fails, published blocks stay ours until all readers have released them."""
         if self._published is not None:
             with suppress(StaleHandleError):
                 self._pool.free(self._published)

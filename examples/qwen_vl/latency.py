@@ -4,7 +4,8 @@
     python -m qwen_vl.plot latency.json --out qwen_vl/latency.png
 
 From the prompt (encoded pictures) to the first token, in the launcher for the split ones. All kinds
-take turns, so that a busy moment of the machine hits each of them; medians are printed. The parts:
+run alternately, so that a busy moment of the machine hits each of them; medians are printed. The
+parts:
 
     prepare   decoding, resizing and normalising the pictures
     vision    the vision tower, and the merging of its embeddings with the text's
@@ -33,12 +34,12 @@ import torch
 from qwen_vl.cases import cases
 from qwen_vl.engine import Engine, Request
 from qwen_vl.halves import Whole, same_arithmetic_everywhere
-from qwen_vl.handoff import PoolLine
+from qwen_vl.handoff import PoolTransport
 from qwen_vl.messages import Holding, Sent, Token, Way
 from qwen_vl.models import ModelSettings
 from qwen_vl.prompts import Prompt
 from qwen_vl.sizes import FAMILIES, SIZE_NAMES
-from qwen_vl.torch_queue import TorchQueueLine
+from qwen_vl.torch_queue import TorchQueueTransport
 
 KINDS = ("unsplit", "pool, push", "pool, landing", "torch queue")
 PARTS = ("prepare", "vision", "handoff", "prefill", "rest")
@@ -86,13 +87,13 @@ class Results(msgspec.Struct, frozen=True):
 
 
 async def measure(settings: ModelSettings, args: argparse.Namespace) -> Results:
-    """All kinds, taking turns."""
+    """All kinds, alternately."""
     whole = Whole(settings)
     async with AsyncExitStack() as stack:
-        pool_line = PoolLine(f"qwen-latency-{os.getpid()}", 1)
-        stack.enter_context(pool_line.created(settings))
-        pool = await stack.enter_async_context(Engine(settings, pool_line, 1))
-        plain = await stack.enter_async_context(Engine(settings, TorchQueueLine.create(1), 1))
+        pool_transport = PoolTransport(f"qwen-latency-{os.getpid()}", 1)
+        stack.enter_context(pool_transport.created(settings))
+        pool = await stack.enter_async_context(Engine(settings, pool_transport, 1))
+        plain = await stack.enter_async_context(Engine(settings, TorchQueueTransport.create(1), 1))
         await pool.wait_ready()
         await plain.wait_ready()
         prompts = cases(8 if args.size == "tiny" else 1)
@@ -162,7 +163,7 @@ async def _split(engine: Engine, prompt: Prompt, way: Way) -> tuple[Parts, tuple
 
 
 def table(results: Results, say: Callable[[str], None]) -> None:
-    """Medians, one line for each prompt and kind."""
+    """Medians, one row for each prompt and kind."""
     say(f"{results.family} {results.size}, {results.dtype}, {results.device}, medians in ms")
     say(f"{'prompt':13} {'kind':14} tokens    MiB  first token  handoff  " + " ".join(PARTS))
     for each in results.series:

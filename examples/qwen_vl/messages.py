@@ -1,4 +1,4 @@
-"""What the launcher and its processes tell each other, over a pipe of each process's own.
+"""The messages between the launcher and its processes, over one pipe for each process.
 
     launcher --Embed, Withdraw-----> embedding process --Crossed, Sent, Refused---------> launcher
     launcher --Generate, Withdraw--> language process --Holding, Token, Crossed, Ended--> launcher
@@ -43,7 +43,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
-    """The other side of this room is gone: nothing comes, or nobody takes it."""
+    """The partner in this room is gone: nothing will come, or nothing will be taken."""
 
     room: int
     reason: str

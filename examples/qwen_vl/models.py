@@ -114,7 +114,7 @@ class Seam(nn.Module):
         self.given: dict[str, Any] = {}
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Where the model looks for its text tokens' embeddings."""
+        """Where the model takes its text tokens' embeddings from."""
         return self.embed_tokens
 
     def forward(self, **given: Any) -> Any:  # noqa: ANN401

@@ -26,22 +26,22 @@ def draw(results: list[Results], out: Path) -> None:
     figure, panels = plt.subplots(rows, 2, figsize=(14, 5 * rows), squeeze=False)
     for panel, result in zip(panels.flat, results, strict=False):
         labels, bottoms = [], [0.0] * len(result.series)
-        places = [
+        positions = [
             PROMPTS.index(each.prompt) * (len(KINDS) + 1) + KINDS.index(each.kind)
             for each in result.series
         ]
         for part, colour in zip(PARTS, COLOURS, strict=True):
             heights = [each.median(part) for each in result.series]
-            panel.bar(places, heights, bottom=bottoms, color=colour, label=part)
+            panel.bar(positions, heights, bottom=bottoms, color=colour, label=part)
             bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
-        for each, place, top in zip(result.series, places, bottoms, strict=True):
+        for each, position, top in zip(result.series, positions, bottoms, strict=True):
             labels.append(f"{each.kind} | {each.prompt}")
             if each.kind == KINDS[0]:
                 continue  # nothing is handed over; its prefill has the vision tower in it
             panel.text(
-                place, top, f"{each.median('handoff'):.1f}", ha="center", va="bottom", size=7
+                position, top, f"{each.median('handoff'):.1f}", ha="center", va="bottom", size=7
             )
-        panel.set_xticks(places, labels, rotation=90, size=7)
+        panel.set_xticks(positions, labels, rotation=90, size=7)
         panel.set_ylabel("ms to the first token (medians)")
         panel.set_title(f"{result.family} {result.size}, {result.dtype}, {result.device}", size=10)
         panel.legend(fontsize=8)

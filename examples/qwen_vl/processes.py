@@ -1,7 +1,7 @@
 """The two kinds of process that the launcher starts.
 
-Each does one thing at a time, tells the launcher over its pipe, and ends when the launcher closes
-that pipe or sends SIGTERM. Whatever else happens to it, the others go on without it.
+Each does one thing at a time, reports to the launcher over its pipe, and ends when the launcher
+closes that pipe or sends SIGTERM. Whatever else happens to it, the others go on without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 
 from qwen_vl.halves import Embedded, LanguageHalf, VisionHalf, same_arithmetic_everywhere
-from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd, Line, Received
+from qwen_vl.handoff import Asked, EmbeddingEnd, LanguageEnd, Received, Transport
 from qwen_vl.memory import own_bytes
 from qwen_vl.messages import (
     ENCODER,
@@ -40,9 +40,9 @@ from qwen_vl.models import ModelSettings, parameter_bytes
 from qwen_vl.prompts import PromptError
 from shmblocks import ShmBlocksError, TransferError
 
-# Seconds between two looks whether the launcher has withdrawn what a process waits for. Smaller:
-# more wake-ups for nothing. Larger: after a death of the other side, this one goes on later.
-LOOK_SECONDS = 0.1
+# Seconds between two polls of the launcher, which may have withdrawn what a process waits for.
+# Smaller: more wake-ups for nothing. Larger: when its partner died, a process goes on later.
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Setup:
     """What a process of the model is started with."""
 
     settings: ModelSettings
-    line: Line
+    transport: Transport
 
 
 # ---------------------------------------------------------------------------- embedding process
@@ -63,12 +63,12 @@ def embedding_process(pipe: Connection[bytes, bytes], setup: Setup) -> None:
         before = own_bytes(setup.settings.device)
         half = VisionHalf(setup.settings)
         launcher = Launcher(pipe, setup.settings.device)
-        with setup.line.embedding_end() as end:
+        with setup.transport.embedding_end() as end:
             # Its names are those of the whole model's inner part.
-            launcher.tell(_ready(half.model, "model.", before, setup))
+            launcher.report(_ready(half.model, "model.", before, setup))
             while (message := launcher.next()) is not None:
                 if isinstance(message, Embed):
-                    launcher.tell(_embed(half, end, message, launcher))
+                    launcher.report(_embed(half, end, message, launcher))
 
 
 def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher) -> Sent | Refused:
@@ -81,23 +81,23 @@ def _embed(half: VisionHalf, end: EmbeddingEnd, asked: Embed, launcher: Launcher
         ready_ns = launcher.now(asked.is_timed)
         _send(end, asked, embedded, launcher)
         if asked.with_digest:
-            launcher.tell(Crossed(asked.room, embedded.digest))
+            launcher.report(Crossed(asked.room, embedded.digest))
     except PromptError as error:
         return Refused(asked.room, str(error), is_prompt=True)
-    except ShmBlocksError as error:  # the other side died, gave up or was too slow
+    except ShmBlocksError as error:  # a language process died, gave up or was too slow
         return Refused(asked.room, str(error), is_prompt=False)
     return Sent(asked.room, started, prepared_ns, ready_ns)
 
 
 def _send(end: EmbeddingEnd, asked: Embed, embedded: Embedded, launcher: Launcher) -> None:
-    """Hand over, with an eye on the launcher: it knows first when a reader has died."""
+    """Hand over, polling the launcher meanwhile: it knows first when a reader has died."""
     launcher.refuse_withdrawn(asked.room)
     sending = end.send(asked.room, embedded, asked.way, asked.readers)
     try:
-        while not sending.wait(LOOK_SECONDS):
+        while not sending.wait(POLL_SECONDS):
             launcher.refuse_withdrawn(asked.room)
     except BaseException as error:
-        with suppress(ShmBlocksError):  # what it says of the end is not why it ends
+        with suppress(ShmBlocksError):  # the error of `give_up` is not the cause
             sending.give_up(str(error))
         raise
 
@@ -112,35 +112,37 @@ def language_process(pipe: Connection[bytes, bytes], setup: Setup, index: int) -
         before = own_bytes(setup.settings.device)
         half = LanguageHalf(setup.settings)
         launcher = Launcher(pipe, setup.settings.device)
-        with setup.line.language_end(index) as end:
-            launcher.tell(_ready(half.model, "", before, setup))
+        with setup.transport.language_end(index) as end:
+            launcher.report(_ready(half.model, "", before, setup))
             while (message := launcher.next()) is not None:
                 if isinstance(message, Generate):
-                    launcher.tell(_answer(half, end, message, launcher))
+                    launcher.report(_answer(half, end, message, launcher))
 
 
 def _answer(half: LanguageHalf, end: LanguageEnd, asked: Generate, launcher: Launcher) -> Ended:
     try:
         with _received(end.ask(asked.room, asked.way), asked, launcher) as received:
-            launcher.tell(_holding(asked, received, launcher))
+            launcher.report(_holding(asked, received, launcher))
             # A digest now would wait for the GPU, and so hide what came too late.
             given = received.embedded.copy() if asked.with_digests else None
             steps = half.generate(received.embedded, asked.count)
             step = next(steps)
         # The prompt has been read: its blocks are free for the next one while this one goes on.
-        launcher.tell(Token(asked.room, step.token, step.digest if asked.with_digests else ""))
+        launcher.report(Token(asked.room, step.token, step.digest if asked.with_digests else ""))
         if given is not None:
-            launcher.tell(Crossed(asked.room, given.digest))
+            launcher.report(Crossed(asked.room, given.digest))
         for step in steps:
-            launcher.tell(Token(asked.room, step.token, step.digest if asked.with_digests else ""))
+            launcher.report(
+                Token(asked.room, step.token, step.digest if asked.with_digests else "")
+            )
     except ShmBlocksError as error:
         return Ended(asked.room, failure=str(error))
     return Ended(asked.room)
 
 
 def _received(room: Asked, asked: Generate, launcher: Launcher) -> AbstractContextManager[Received]:
-    """Wait for the embeddings, with an eye on the launcher: it knows first that none will come."""
-    while (received := room.wait(LOOK_SECONDS)) is None:
+    """Wait for the embeddings, polling the launcher: it knows first that none will come."""
+    while (received := room.wait(POLL_SECONDS)) is None:
         reason = launcher.withdrawn(asked.room)
         if reason is not None:
             room.give_up(reason)
@@ -176,8 +178,8 @@ class Launcher:
         self._later: deque[Embed | Generate] = deque()
         self._withdrawn: dict[int, str] = {}  # room -> why
 
-    def tell(self, message: ToLauncher) -> None:
-        """Tell it; without a launcher there is nobody to work for."""
+    def report(self, message: ToLauncher) -> None:
+        """Send a message; without a launcher there is no work left, so end."""
         try:
             self._pipe.send_bytes(ENCODER.encode(message))
         except BrokenPipeError:
@@ -189,7 +191,7 @@ class Launcher:
             if not self._read():
                 return None
         message = self._later.popleft()
-        # Rooms only ever go up: what is behind this one is over.
+        # Room numbers only go up: every room before this one has ended.
         self._withdrawn = {r: why for r, why in self._withdrawn.items() if r >= message.room}
         return message
 
@@ -231,7 +233,7 @@ def obeying_the_launcher() -> Iterator[None]:
 
     Ctrl-C reaches every process of the terminal at once; the launcher alone acts on it. Its
     SIGTERM becomes SystemExit, once, so that every `with` closes what it opened. The launcher
-    started this process with both signals blocked, so none could come before this line.
+    started this process with both signals blocked, so none could come earlier.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)

@@ -30,7 +30,7 @@ from aiohttp import web
 from qwen_vl import chat
 from qwen_vl.children import ChildError
 from qwen_vl.engine import Engine, NoAnswerError
-from qwen_vl.handoff import PoolLine
+from qwen_vl.handoff import PoolTransport
 from qwen_vl.messages import Way
 from qwen_vl.models import ModelSettings
 from qwen_vl.prompts import PromptError
@@ -123,9 +123,9 @@ async def serve(args: argparse.Namespace, say: Callable[[str], None] = print) ->
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     settings = ModelSettings(args.family, args.size, args.seed, args.device, args.exact)
-    line = PoolLine(args.name, args.readers)
-    with line.created(settings) as pool:
-        async with Engine(settings, line, args.readers, args.way) as engine:
+    transport = PoolTransport(args.name, args.readers)
+    with transport.created(settings) as pool:
+        async with Engine(settings, transport, args.readers, args.way) as engine:
             if await _unless(stop, engine.wait_ready()):
                 await _listen(Server(engine, pool, settings), args, stop, say)
     say("serve: ended")

@@ -1,7 +1,7 @@
 """Token ids without a downloaded tokenizer: text is its UTF-8 bytes, one token each.
 
 The models have learned nothing, so which ids a word has does not matter; that the special tokens
-are where the model's code looks for them does. Their order is that of Qwen's vocabulary.
+are where the model's code expects them does. Their order is that of Qwen's vocabulary.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ class Tokens:
 
     @property
     def visual(self) -> tuple[int, int]:
-        """The ids in whose places embeddings of the vision tower stand."""
+        """The ids that embeddings of the vision tower replace."""
         return self.image, self.video

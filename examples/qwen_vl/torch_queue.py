@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TorchQueueLine:
+class TorchQueueTransport:
     """A queue for each language process."""
 
     queues: tuple[Any, ...]
 
     @classmethod
-    def create(cls, readers: int) -> TorchQueueLine:
+    def create(cls, readers: int) -> TorchQueueTransport:
         """In the launcher."""
         context = torch.multiprocessing.get_context("spawn")
         return cls(tuple(context.Queue() for _ in range(readers)))
@@ -52,7 +52,7 @@ class TorchEmbeddingEnd:
         self._queues = queues
 
     def send(self, room: int, embedded: Embedded, way: Way, readers: Sequence[int]) -> Sending:
-        """The same to each reader, `way` or not; nobody knows when they have it."""
+        """The same to each reader, whatever `way` says; there is no acknowledgement."""
         for reader in readers:
             self._queues[reader].put((room, dict(embedded.fields), embedded.delta))
         return TorchSending()
@@ -76,7 +76,7 @@ class TorchLanguageEnd:
         self._queue = tensors
 
     def ask(self, room: int, way: Way) -> Asked:
-        """Nobody is asked: what is put comes."""
+        """Nothing is asked: what was put arrives."""
         return TorchAsked(self._queue, room)
 
 
@@ -100,4 +100,4 @@ class TorchAsked:
         )
 
     def give_up(self, reason: str) -> None:
-        """Nothing holds anything."""
+        """There is nothing to give back."""

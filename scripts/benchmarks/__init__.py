@@ -1,19 +1,20 @@
-"""What a handoff costs, against the floors of the machine and what one would use instead.
+"""What a handoff costs, beside baselines of the machine and what one would use instead.
 
-Parts, from the bottom up (each knows only what is above it in this list):
+From the bottom up; each part knows only those above it in this list:
 
-- ``settings``, ``results``: what a run is asked to do, and what it found.
-- ``payload``: the bytes, and the proof that they arrived.
-- ``link``: what a candidate has to offer; ``links``: the candidates, one per file.
-- ``pingpong``, ``solo``: how a candidate is measured, inside its own processes.
-- ``memory``: what its processes take.
-- ``crew``, ``conductor``: start those processes, give each its turn, leave nothing behind.
-- ``studies``: throughput, contention, attaching, fragmentation, the budget of a handoff.
-- ``stats``, ``targets``, ``table``, ``plot``, ``plot_studies``: what is said about the numbers.
+- ``settings``, ``report``: what a run measures, and what it found.
+- ``payload``: the bytes of a message, and the proof that all of them arrived.
+- ``transport``: what a transport has to offer; ``transports``: one file for each kind.
+- ``pingpong``: how one message is timed, in the producer and in the consumer.
+- ``workers``, ``launcher``: start the processes of a transport, give each its turn, end them.
+- ``experiments``: what is no handoff: steps, throughput, contention, sizes of pools, fragmentation.
+  ``experiments/internals.py`` is the only file that knows what is private in shmblocks.
+- ``targets``, ``table``, ``plot``: what is said about the numbers.
+- ``against``: the same code with the shmblocks of another checkout, in turns.
+- ``handoff_trace``: counts of one handoff (frames, calls upward, locks). ``cuda``: GPU handoffs.
 - ``cli``: the command line.
 
-A new peer is a file in ``links`` and a line in ``links/registry.py``; a new study a file in
-``studies`` and two lines in ``studies/registry.py``.
+A new peer is a file in ``transports`` and an entry in its table; a new experiment likewise.
 """
 
 from __future__ import annotations

@@ -6,6 +6,6 @@ import sys
 
 from benchmarks.cli import main
 
-# Each of the candidates' processes imports this file again, under another name.
+# Each of the worker processes imports this file again, under another name.
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,8 @@
 """``scripts/bench``: measure, say what was found, keep it.
 
 Exit code 0 when the run came to its end, whether or not targets are met; 2 for wrong arguments;
-130 or 143 when it was ended from outside, after it tidied up. A wrong byte, a candidate's death or
-its hanging ends the run with an exception.
+130 or 143 when it was ended from outside, after it tidied up. A wrong byte, or a worker that dies
+or hangs, ends the run with an exception.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import NoReturn
 
 import msgspec
 
-from benchmarks import results, table
+from benchmarks import report, table
+from benchmarks.experiments import EXPERIMENTS, experiments
 from benchmarks.plot import NothingToPlotError, save_plot
-from benchmarks.plot_studies import save_study_plots
-from benchmarks.results import Report
-from benchmarks.settings import Settings, full, quick
-from benchmarks.targets import judge
+from benchmarks.report import Report
+from benchmarks.settings import QUICK, Settings
 
-PARTS = ("handoffs", "budget", "throughput", "contention", "attach", "fragmentation")
+HANDOFFS = "handoffs"
+# Fewer: half of the rounds lie further apart than what is to be found.
+ROUNDS_AGAINST = 30
+PARTS = (HANDOFFS, *EXPERIMENTS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,24 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return cuda.main(options.rounds or (30 if options.quick else 500), options.json)
     try:
-        report = _load(options.load, parser) if options.load else _measure(options, parser)
+        if options.against:
+            from benchmarks import against
+
+            return against.main(options.against, _settings(options), options.json)
+        found = _load(options.load, parser) if options.load else _measure(options, parser)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if options.json:
-        options.json.write_bytes(results.save(report))
-    table.show(report)
-    if options.plots:
-        save_study_plots(report, options.plots)
-    if options.plot or options.plots:
-        return _plot(report, options.plot or options.plots / "handoff.png")
-    return 0
+        options.json.write_bytes(report.save(found))
+    table.show(found)
+    return _plot(found, options.plots) if options.plots else 0
 
 
-def _plot(report: Report, path: Path) -> int:
+def _plot(found: Report, folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_plot(report, path)
+        save_plot(found, folder / "handoff.png")
     except NothingToPlotError as problem:
-        print(f"scripts/bench: --plot: {problem}", file=sys.stderr)
+        print(f"scripts/bench: --plots: {problem}", file=sys.stderr)
         return 2
     return 0
 
@@ -67,26 +70,25 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="What a handoff costs: floors of this machine, shmblocks, and its peers.",
+        description="What a handoff costs: baselines of this machine, shmblocks, and its peers.",
     )
     add = parser.add_argument
     add("parts", metavar="PART", nargs="*", type=_part, help=f"of {', '.join(PARTS)}: all")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: handoffs on a GPU")
+    add("--against", metavar="DIR", type=Path, help="handoffs of another checkout, in turns")
     add("--quick", action="store_true", help="small and short: shows that it works, not numbers")
-    add("--only", metavar="NAME,NAME", type=_names, help="only these candidates (see --list)")
+    add("--only", metavar="NAME,NAME", type=_names, help="only these transports (see --list)")
     add("--tokens", metavar="N,N", type=_sizes, help="other payloads, in tokens")
-    add("--rounds", metavar="N", type=_positive, help="how often each candidate has its turn")
+    add("--rounds", metavar="N", type=_positive, help="how often each transport has its turn")
     add("--seed", type=int, default=0, help="of the payloads and of the order of turns")
-    add("--cold", action="store_true", help="no untimed small messages before each timed one")
     add("--json", metavar="FILE", type=Path, help="write everything measured")
-    add("--plot", metavar="FILE", type=Path, help="write a picture of the handoffs (.png, .svg)")
-    add("--plots", metavar="FOLDER", type=Path, help="write every picture there, as .png")
+    add("--plots", metavar="FOLDER", type=Path, help="draw the handoffs: FOLDER/handoff.png")
     add("--load", metavar="FILE", type=Path, help="show a run saved with --json; measure nothing")
-    add("--list", action=_ListCandidates, nargs=0, help="name the candidates")
+    add("--list", action=_ListTransports, nargs=0, help="name the transports")
     return parser
 
 
-class _ListCandidates(argparse.Action):
+class _ListTransports(argparse.Action):
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -94,10 +96,10 @@ class _ListCandidates(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> None:
-        from benchmarks.links.registry import CANDIDATES
+        from benchmarks.transports import TRANSPORTS
 
-        for candidate in CANDIDATES:
-            print(f"{candidate.name:20} {candidate.kind.value:10} {candidate.about}")
+        for transport in TRANSPORTS:
+            print(f"{transport.name:24} {transport.kind.value:10} {transport.about}")
         parser.exit()
 
 
@@ -124,52 +126,51 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _load(path: Path, parser: argparse.ArgumentParser) -> Report:
     try:
-        return results.load(path.read_bytes())
+        return report.load(path.read_bytes())
     except (OSError, msgspec.DecodeError) as problem:
         parser.error(f"--load: {problem}")
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    settings = quick(options.seed) if options.quick else full(options.seed)
+    full = Settings(rounds=ROUNDS_AGAINST) if options.against else Settings()
+    settings = QUICK if options.quick else full
     return msgspec.structs.replace(
         settings,
         tokens=options.tokens or settings.tokens,
         rounds=options.rounds or settings.rounds,
-        rehearsals=0 if options.cold else settings.rehearsals,
+        seed=options.seed,
     )
 
 
 def _measure(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Report:
-    from benchmarks.conductor import measure
-    from benchmarks.links.registry import UnknownCandidateError, choose, left_out
-    from benchmarks.machine import this_machine
-    from benchmarks.studies.registry import study
+    from benchmarks.launcher import measure
+    from benchmarks.targets import judge
+    from benchmarks.transports import UnknownTransportError, choose, left_out
 
     settings = _settings(options)
     try:
-        candidates = choose(options.only)
-    except UnknownCandidateError as problem:
+        transports = choose(options.only)
+    except UnknownTransportError as problem:
         parser.error(f"--only: {problem}")
     start = time.monotonic()
-    parts = options.parts or (["handoffs"] if options.only else PARTS)
-    series = measure(candidates, settings, _progress) if "handoffs" in parts else []
-    studies = study(parts, options.quick)
+    parts = options.parts or ([HANDOFFS] if options.only else PARTS)
+    series = measure(transports, settings, progress) if HANDOFFS in parts else []
+    found = experiments(parts, options.quick)
     return Report(
-        machine=this_machine(),
+        machine=report.this_machine(),
         tokens=list(settings.tokens),
         hidden=settings.hidden,
         rounds=settings.rounds,
         seed=settings.seed,
-        rehearsals=settings.rehearsals,
         seconds=time.monotonic() - start,
         series=series,
-        studies=studies,
+        experiments=found,
         left_out=[] if options.only else left_out(),
-        targets=judge(series, studies),
+        targets=judge(series, found),
     )
 
 
-def _progress(done: int, rounds: int) -> None:
+def progress(done: int, rounds: int) -> None:
     """One line that is written over, and only to a person."""
     if sys.stderr.isatty():
         end = "\n" if done == rounds else ""

@@ -15,8 +15,8 @@ as a yardstick, what torch needs to slice a tensor in host memory.
 - *pool, with copy*   the data lies in a tensor of the producer's own: alloc, copy, publish, carry,
                       open
 - *torch queue*       `torch.multiprocessing.Queue` carries a new CUDA tensor each time
-- *d2d copy*          floor: one copy of the payload on the GPU, waited for
-- *bare wake*         floor: the carrier with a message of 40 bytes and nothing else
+- *d2d copy*          baseline: one copy of the payload on the GPU, waited for
+- *bare wake*         baseline: the carrier with a message of 40 bytes and nothing else
 
 Every payload is checked in the consumer after the clock was read; a wrong one ends the run.
 """
@@ -26,59 +26,65 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.multiprocessing
 
-from benchmarks.stats import quantile
+from benchmarks.report import quantile
+from benchmarks.transport import PATIENCE, unique_name
+from benchmarks.transports.shmblocks_pool import FIELD, BytesIn, BytesOut, QueueEnd
 from shmblocks import BlockHandle, BlockPool, Field, HandleQueue, PoolConfig
 
 T = TypeVar("T")
 
 TOKENS = 2000
 HIDDEN = 3584
-FIELD = "input_embeddings"
-PATIENCE = 120.0
 IDLE_SECONDS = {"": 0.0, ", after 2 ms of sleep": 0.002}
 # Longer than the longest pause between two handoffs.
 AWAKE_SPIN = 0.01
 # So often each way has its turn: the machine is not the same from one second to the next.
 TURNS = 5
 CARRIERS = ("HandleQueue, awake", "HandleQueue", "Pipe")
-# Times of one way: microseconds, smallest first when shown.
-Times = dict[str, list[float]]
+WAKE, IN_PLACE, COPY, TORCH = "bare wake", "pool, in place", "pool, with copy", "torch queue"
+# What is measured: a way, and what carries its handle.
+WAYS = [(way, carrier) for carrier in CARRIERS for way in (WAKE, IN_PLACE, COPY)] + [(TORCH, "")]
 
 
 class WrongBytesError(Exception):
     """The consumer did not get what the producer wrote."""
 
 
-class Carrier(Protocol):
-    """Carries encoded handles one way."""
-
-    def send_bytes(self, data: bytes) -> None: ...
-
-    def recv_bytes(self) -> bytes: ...
+def pool_config(blocks: int) -> PoolConfig:
+    return PoolConfig(total_tokens=blocks * 128, fields=(Field(FIELD, (HIDDEN,), "bf16"),))
 
 
-class QueueCarrier:
-    """A `HandleQueue` by its name."""
+def allocate(pool: BlockPool, tokens: int) -> BlockHandle:
+    handle = pool.alloc(tokens, timeout=PATIENCE)
+    if handle is None:
+        raise TimeoutError(f"no free blocks: {pool.stats()}")
+    return handle
 
-    def __init__(self, queue: HandleQueue[bytes]) -> None:
-        self._queue = queue
 
-    def send_bytes(self, data: bytes) -> None:
-        self._queue.put(data)
+@contextlib.contextmanager
+def queues(name: str) -> Iterator[tuple[QueueEnd, QueueEnd]]:
+    """The ends of one side: one that spins until the next handoff, one that goes to sleep."""
+    with (
+        contextlib.closing(QueueEnd(HandleQueue.attach(name, spin=AWAKE_SPIN))) as awake,
+        contextlib.closing(QueueEnd(HandleQueue.attach(name))) as asleep,
+    ):
+        yield awake, asleep
 
-    def recv_bytes(self) -> bytes:
-        return self._queue.get(timeout=PATIENCE)
+
+def check(tensor: torch.Tensor, seed: int) -> None:
+    if not bool((tensor == seed % 128).all()):
+        raise WrongBytesError(f"handoff {seed}: expected {seed % 128} everywhere")
 
 
 class Names(NamedTuple):
@@ -88,65 +94,41 @@ class Names(NamedTuple):
     queue: str
 
 
-def pool_config() -> PoolConfig:
-    return PoolConfig(total_tokens=64 * 128, fields=(Field(FIELD, (HIDDEN,), "bf16"),))
-
-
-@contextlib.contextmanager
-def carriers(names: Names, pipe: Connection) -> Iterator[dict[str, Carrier]]:
-    """Of one side; the queue is there already."""
-    with (
-        contextlib.closing(HandleQueue.attach(names.queue)) as queue,
-        contextlib.closing(HandleQueue.attach(names.queue, spin=AWAKE_SPIN)) as awake,
-    ):
-        ways = (QueueCarrier(awake), QueueCarrier(queue), pipe)
-        yield dict(zip(CARRIERS, ways, strict=True))
-
-
-def check(tensor: torch.Tensor, seed: int) -> None:
-    if not bool((tensor == seed % 128).all()):
-        raise WrongBytesError(f"handoff {seed}: expected {seed % 128} everywhere")
-
-
 # --- the consumer -----------------------------------------------------------------------------
 
 
 def consume(
-    names: Names,
-    handles: Connection,
-    tensors: Queue[torch.Tensor],
-    back: Connection,
-    plan: list[tuple[str, str, int]],
+    names: Names, pipe: Connection, tensors: Queue[torch.Tensor], back: Connection, each: int
 ) -> None:
-    """The other process: receives as planned, tells when it had what."""
+    """The other process: receives in the producer's order, and tells when it had what."""
     torch.zeros(1, device="cuda")
     with (
         BlockPool.attach(names.pool, prefault="now", role="consumer") as pool,
-        carriers(names, handles) as ways,
+        queues(names.queue) as (awake, asleep),
     ):
+        carriers: dict[str, BytesIn] = dict(zip(CARRIERS, (awake, asleep, pipe), strict=True))
         back.send("ready")
-        for way, carrier, rounds in plan:
-            for seed in range(rounds):
-                back.send(_receive(way, ways.get(carrier), tensors, pool, seed))
+        for way, carrier in WAYS * TURNS * len(IDLE_SECONDS):
+            for seed in range(each):
+                if way == TORCH:
+                    back.send(_receive_tensor(tensors, seed))
+                else:
+                    back.send(_receive(way, carriers[carrier], pool, seed))
         torch.cuda.synchronize()
         back.recv()
 
 
-def _receive(
-    way: str,
-    carrier: Carrier | None,
-    tensors: Queue[torch.Tensor],
-    pool: BlockPool,
-    seed: int,
-) -> tuple[int, int]:
+def _receive_tensor(tensors: Queue[torch.Tensor], seed: int) -> tuple[int, int]:
+    tensor = tensors.get(timeout=PATIENCE)
+    there = time.monotonic_ns()
+    check(tensor, seed)
+    return there, 0
+
+
+def _receive(way: str, carrier: BytesIn, pool: BlockPool, seed: int) -> tuple[int, int]:
     """When the tensor was there, and how long `open` took; nanoseconds."""
-    if carrier is None:
-        tensor = tensors.get(timeout=PATIENCE)
-        there = time.monotonic_ns()
-        check(tensor, seed)
-        return there, 0
     data = carrier.recv_bytes()
-    if way == "bare wake":
+    if way == WAKE:
         return time.monotonic_ns(), 0
     handle = BlockHandle.decode(data)
     before = time.monotonic_ns()
@@ -178,31 +160,26 @@ class Producer:
     def __init__(
         self,
         pool: BlockPool,
-        ways: dict[str, Carrier],
+        carriers: dict[str, BytesOut],
         tensors: Queue[torch.Tensor],
         back: Connection,
     ) -> None:
         self._pool = pool
-        self._ways = ways
+        self._carriers = carriers
         self._tensors = tensors
         self._back = back
         self._own = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
-        self._publish_us: list[float] = []
 
     def run(self, way: str, carrier: str, rounds: int, idle: float) -> Turn:
         """So many handoffs."""
-        send = {
-            "bare wake": self._wake,
-            "pool, in place": self._in_place,
-            "pool, with copy": self._with_copy,
-            "torch queue": self._tensor,
-        }[way]
         turn = Turn([], [], [])
-        self._publish_us = turn.publish_us
         for seed in range(rounds):
             if idle:
                 time.sleep(idle)
-            begun = send(self._ways.get(carrier), seed)
+            if way == TORCH:
+                begun = self._send_tensor(seed)
+            else:
+                begun = self._send(way, self._carriers[carrier], seed, turn.publish_us)
             there, opening = self._answer(is_busy=not idle)
             turn.handoff_us.append((there - begun) / 1e3)
             if opening:
@@ -218,43 +195,30 @@ class Producer:
         there, opening = self._back.recv()
         return there, opening
 
-    def _wake(self, carrier: Carrier | None, seed: int) -> int:
-        begun = time.monotonic_ns()
-        if carrier is not None:
+    def _send(self, way: str, carrier: BytesOut, seed: int, publish_us: list[float]) -> int:
+        """When it began: with what the encoder would do in any case behind it."""
+        if way == WAKE:
+            begun = time.monotonic_ns()
             carrier.send_bytes(bytes(40))
-        return begun
-
-    def _in_place(self, carrier: Carrier | None, seed: int) -> int:
-        handle = self._alloc()
-        self._pool.view(handle)[FIELD].fill_(seed % 128)
-        torch.cuda.synchronize()
-        begun = time.monotonic_ns()
-        self._publish(handle, carrier)
-        return begun
-
-    def _with_copy(self, carrier: Carrier | None, seed: int) -> int:
-        self._own.fill_(seed % 128)
-        torch.cuda.synchronize()
-        begun = time.monotonic_ns()
-        handle = self._alloc()
-        self._pool.view(handle)[FIELD].copy_(self._own)
-        self._publish(handle, carrier)
-        return begun
-
-    def _alloc(self) -> BlockHandle:
-        handle = self._pool.alloc(TOKENS, timeout=PATIENCE)
-        if handle is None:
-            raise TimeoutError(f"no room: {self._pool.stats()}")
-        return handle
-
-    def _publish(self, handle: BlockHandle, carrier: Carrier | None) -> None:
+            return begun
+        if way == IN_PLACE:
+            handle = allocate(self._pool, TOKENS)
+            self._pool.view(handle)[FIELD].fill_(seed % 128)
+            torch.cuda.synchronize()
+            begun = time.monotonic_ns()
+        else:
+            self._own.fill_(seed % 128)
+            torch.cuda.synchronize()
+            begun = time.monotonic_ns()
+            handle = allocate(self._pool, TOKENS)
+            self._pool.view(handle)[FIELD].copy_(self._own)
         before = time.monotonic_ns()
         handle = self._pool.publish(handle)
-        self._publish_us.append((time.monotonic_ns() - before) / 1e3)
-        if carrier is not None:
-            carrier.send_bytes(handle.encode())
+        publish_us.append((time.monotonic_ns() - before) / 1e3)
+        carrier.send_bytes(handle.encode())
+        return begun
 
-    def _tensor(self, carrier: Carrier | None, seed: int) -> int:
+    def _send_tensor(self, seed: int) -> int:
         tensor = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
         tensor.fill_(seed % 128)
         torch.cuda.synchronize()
@@ -266,42 +230,33 @@ class Producer:
 def handoffs(rounds: int) -> dict[str, list[float]]:
     """Name -> microseconds, of every way with every carrier, in turns."""
     context = multiprocessing.get_context("spawn")
-    names = Names(f"bench-cuda-{os.getpid()}", f"bench-cuda-q-{os.getpid()}")
+    names = Names(unique_name("cuda"), unique_name("cuda-queue"))
     theirs, ours = context.Pipe(duplex=False)
     back, back_theirs = context.Pipe()
     tensors: Queue[torch.Tensor] = torch.multiprocessing.get_context("spawn").Queue()
-    ways_and_carriers = [
-        (way, carrier)
-        for carrier in CARRIERS
-        for way in ("bare wake", "pool, in place", "pool, with copy")
-    ]
-    ways_and_carriers.append(("torch queue", ""))
     each = rounds // TURNS
-    plan = [(way, carrier, each) for way, carrier in ways_and_carriers] * TURNS * len(IDLE_SECONDS)
+    found: dict[str, list[float]] = {}
     with (
-        BlockPool.create(names.pool, pool_config(), prefault="now", device="cuda") as pool,
-        contextlib.closing(HandleQueue.create(names.queue, message_type=None)),
-        carriers(names, ours) as ways,
+        BlockPool.create(names.pool, pool_config(64), prefault="now", device="cuda") as pool,
+        contextlib.closing(HandleQueue.create(names.queue)),
+        queues(names.queue) as (awake, asleep),
     ):
-        child = context.Process(target=consume, args=(names, theirs, tensors, back_theirs, plan))
+        child = context.Process(
+            target=consume, args=(names, theirs, tensors, back_theirs, each), daemon=True
+        )
         child.start()
-        producer = Producer(pool, ways, tensors, back)
+        carriers: dict[str, BytesOut] = dict(zip(CARRIERS, (awake, asleep, ours), strict=True))
+        producer = Producer(pool, carriers, tensors, back)
         if not back.poll(PATIENCE) or back.recv() != "ready":
             raise TimeoutError("the consumer did not start")
-        found: dict[str, list[float]] = {}
-        skip = each // 10
         for label, idle in IDLE_SECONDS.items():
-            for way, carrier in ways_and_carriers * TURNS:
+            for way, carrier in WAYS * TURNS:
                 turn = producer.run(way, carrier, each, idle)
-                comma = ", " if carrier else ""
-                for what, times in (
-                    (way, turn.handoff_us),
-                    ("publish, host time", turn.publish_us),
-                    ("open, host time", turn.open_us),
-                ):
+                calls = (way, "publish, host time", "open, host time")
+                for call, times in zip(calls, turn, strict=True):
                     if times:
-                        name = f"{what}{comma}{carrier}{label}"
-                        found.setdefault(name, []).extend(times[skip:])
+                        name = f"{call}{', ' if carrier else ''}{carrier}{label}"
+                        found.setdefault(name, []).extend(times[each // 10 :])
         back.send("end")
         child.join(PATIENCE)
         if child.exitcode != 0:
@@ -309,7 +264,7 @@ def handoffs(rounds: int) -> dict[str, list[float]]:
     return found
 
 
-# --- floors and copies ------------------------------------------------------------------------
+# --- baselines and copies ------------------------------------------------------------------------
 
 
 def device_copy(rounds: int) -> list[float]:
@@ -317,10 +272,7 @@ def device_copy(rounds: int) -> list[float]:
     source = torch.ones(TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
 
-    def copy() -> None:
-        target.copy_(source)
-
-    return _timed(copy, rounds)
+    return _timed(lambda: target.copy_(source), rounds)
 
 
 def host_times(rounds: int, idle: float) -> dict[str, list[float]]:
@@ -338,13 +290,11 @@ def host_times(rounds: int, idle: float) -> dict[str, list[float]]:
         found.setdefault(call, []).append((time.perf_counter_ns() - begun) / 1e3)
         return result
 
-    name = f"bench-host-{os.getpid()}"
     rows = torch.zeros(TOKENS, 64)
-    with BlockPool.create(name, pool_config(), prefault="now", device="cuda") as pool:
+    config = pool_config(64)
+    with BlockPool.create(unique_name("host"), config, prefault="now", device="cuda") as pool:
         for seed in range(rounds * 2):
-            handle = timed("alloc", pool.alloc, TOKENS, None, False, PATIENCE)
-            if handle is None:
-                raise TimeoutError("no room")
+            handle = timed("alloc", allocate, pool, TOKENS)
             pool.view(handle)
             handle = timed("publish", pool.publish, handle)
             lease = timed("open", pool.open, handle)
@@ -355,7 +305,7 @@ def host_times(rounds: int, idle: float) -> dict[str, list[float]]:
     return {call: times[rounds:] for call, times in found.items()}
 
 
-def _timed(call: Callable[[], None], rounds: int) -> list[float]:
+def _timed(call: Callable[[], object], rounds: int) -> list[float]:
     for _ in range(3):
         call()
     found = []
@@ -371,12 +321,9 @@ def _timed(call: Callable[[], None], rounds: int) -> list[float]:
 def host_to_device(rounds: int) -> dict[str, float]:
     """GB/s at the median, of one payload and of a large copy, from three kinds of host memory."""
     rates: dict[str, float] = {}
-    name = f"bench-pin-{os.getpid()}"
-    config = PoolConfig(total_tokens=320 * 128, fields=(Field(FIELD, (HIDDEN,), "bf16"),))
-    with BlockPool.create(name, config, prefault="now") as pool:
-        handle = pool.alloc(config.total_tokens)
-        if handle is None:
-            raise TimeoutError("a new pool has no room")
+    config = pool_config(320)
+    with BlockPool.create(unique_name("pinned"), config, prefault="now") as pool:
+        handle = allocate(pool, config.total_tokens)
         whole = pool.view(handle)[FIELD].fill_(1)
         rates |= _rates({"pageable": whole}, rounds)
         begun = time.monotonic()
@@ -397,10 +344,7 @@ def _rates(sources: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
             for kind, source in sources.items():
                 part = source[:tokens]
                 target = torch.empty_like(part, device="cuda")
-
-                def copy(target: torch.Tensor = target, part: torch.Tensor = part) -> None:
-                    target.copy_(part, non_blocking=True)
-
+                copy = partial(target.copy_, part, non_blocking=True)
                 times[kind] += _timed(copy, max(20, rounds // 5 // TURNS))
         for kind, source in sources.items():
             size = source[:tokens].nbytes

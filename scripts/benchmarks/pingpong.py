@@ -1,4 +1,4 @@
-"""How a link is measured: one message at a time from a producer's process to a consumer's.
+"""How a transport is measured: one message at a time from a producer's process to a consumer's.
 
 Latency runs from the producer's start of the handoff to the moment the consumer has read one
 value of a tensor of the right shape. Both stamps are CLOCK_MONOTONIC, which is one clock for
@@ -15,13 +15,13 @@ all processes of a Linux system, so no half of a round trip is assumed.
 
     latency = (t1 - t0) + (t3 - t2)
 
-Rehearsals stand before `begin` too. Why: to fill and check 117 MB takes tens of milliseconds, in
-which the other side's processor falls asleep ever deeper, and both lose the code of the link from
-their caches. On a virtual machine a bare wake costs several times as much after 10 ms of idleness
-as after 50 us; so what a handoff costs would depend on the size of the payload for a reason that is
-not the handoff's. The small messages put both sides into the same state before every timed part,
-for every candidate, floors included: code in the caches, the consumer just gone to sleep. Without
-them (`--cold`) the sizes are not comparable with each other.
+Rehearsals stand before `begin` too. Why: to fill and check 117 MB takes tens of milliseconds. In
+that time the other side's processor falls asleep ever deeper, and both lose the code of the
+transport from their caches. On a virtual machine a bare wake costs several times as much after 10
+ms of idleness as after 50 us; so what a handoff costs would depend on the size of the payload for a
+reason that is not the handoff's. The small messages put both sides into the same state before every
+timed part, for every transport, baselines included: code in the caches, the consumer just gone to
+sleep. Without them the sizes are not comparable with each other.
 
 It measures no throughput: there is never more than one message on its way.
 """
@@ -35,10 +35,10 @@ from multiprocessing.connection import Connection
 
 from torch import Tensor
 
-from benchmarks.link import Outgoing, Receiver, Sender
 from benchmarks.payload import Pattern
-from benchmarks.results import Sample, Turn
+from benchmarks.report import Done, Sample, Turn
 from benchmarks.settings import REHEARSAL_TOKENS, Settings
+from benchmarks.transport import Outgoing, Receiver, Sender
 
 # CLOCK_MONOTONIC in nanoseconds: time.monotonic_ns reads no other clock on Linux.
 now = time.monotonic_ns
@@ -64,7 +64,7 @@ def numbers_per_message(settings: Settings) -> int:
 
 
 class Producer:
-    """The producer's side of a link."""
+    """The producer's side of a transport."""
 
     def __init__(self, sender: Sender, acknowledgements: Connection, settings: Settings) -> None:
         self._sender = sender
@@ -72,9 +72,9 @@ class Producer:
         self._settings = settings
         self._pattern = Pattern(settings.hidden, settings.seed)
 
-    def turn(self, turn: Turn) -> list[Sample]:
+    def turn(self, turn: Turn) -> Done:
         samples = [self._message(turn.size, number) for number in numbers(turn, self._settings)]
-        return samples[turn.warm_up :]
+        return Done(samples[turn.warm_up :])
 
     def close(self) -> None:
         self._sender.close()
@@ -112,7 +112,7 @@ class Producer:
 
 
 class Consumer:
-    """The consumer's side of a link."""
+    """The consumer's side of a transport."""
 
     def __init__(self, receiver: Receiver, acknowledge: Connection, settings: Settings) -> None:
         self._receiver = receiver
@@ -120,10 +120,10 @@ class Consumer:
         self._settings = settings
         self._pattern = Pattern(settings.hidden, settings.seed)
 
-    def turn(self, turn: Turn) -> list[Sample]:
+    def turn(self, turn: Turn) -> Done:
         for number, tokens in self._expected(turn):
             self._message(number, tokens)
-        return []
+        return Done()
 
     def close(self) -> None:
         self._receiver.close()

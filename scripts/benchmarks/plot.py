@@ -1,38 +1,30 @@
 """A report as one picture: latency of a handoff against tokens, both logarithmic.
 
-Floors are dashed and grey, shmblocks is thick and coloured, peers are thin; each line is named
+Baselines are dashed and grey, shmblocks is thick and coloured, peers are thin; each line is named
 at its right end, so nothing has to be looked up in a legend. Needs matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.link import Kind
-from benchmarks.results import Report, Series
+from benchmarks.report import Report, Series
 from benchmarks.table import duration, megabytes
+from benchmarks.transport import Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OURS_COLOURS = ("#c2410c", "#0f766e", "#f59e0b", "#15803d")
 PEER_COLOURS = (
-    "#2563eb",
-    "#7c3aed",
-    "#be185d",
-    "#a16207",
-    "#4d7c0f",
-    "#0e7490",
-    "#9f1239",
-    "#4338ca",
+    "#2563eb", "#7c3aed", "#be185d", "#a16207", "#4d7c0f", "#0e7490", "#9f1239", "#4338ca",
     "#57534e",
-)
-FLOOR_COLOUR = "#6b7280"
+)  # fmt: skip
+BASELINE_COLOUR = "#6b7280"
 
-# Candidates that the title names, and how.
+# Transports that the title names, and how.
 HEADLINE = (
     ("shmblocks-in-place", "in place"),
     ("shmblocks-copy", "with a copy"),
@@ -43,18 +35,14 @@ HEADLINE = (
 LABEL_GAP = 0.048
 
 
-@dataclass(frozen=True)
-class Line:
-    """One candidate, ready to be drawn."""
+class End(NamedTuple):
+    """The last point of a line, and how it is named there."""
 
+    size: int
+    p50_us: float
     label: str
-    kind: Kind
     colour: str
-    sizes: list[int]
-    p50_us: list[float]
-    p99_us: list[float]
-    # Named in the title, and drawn with its p99.
-    is_headline: bool
+    weight: str
 
 
 class NothingToPlotError(ValueError):
@@ -63,74 +51,53 @@ class NothingToPlotError(ValueError):
 
 def save_plot(report: Report, path: Path) -> None:
     """Write the picture; the name's ending says in which format."""
-    lines = lines_of(report)
-    if not lines:
-        raise NothingToPlotError("expected at least one candidate with sizes in tokens, got none")
+    if not report.series:
+        raise NothingToPlotError("expected at least one transport, got none")
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(11, 6.6), layout="constrained")
-    for line in lines:
-        _draw(axes, line)
-    _scales(axes, report, lines)
-    _name_lines(axes, lines)
+    colours = {Kind.OURS: iter(OURS_COLOURS), Kind.PEER: iter(PEER_COLOURS)}
+    ends = [_draw(axes, one, report.tokens, colours) for one in report.series]
+    _scales(axes, report)
+    _name_lines(axes, ends)
     figure.suptitle(_title(report), x=0.01, ha="left", fontsize=14, fontweight="bold")
     axes.set_title(_subtitle(report), loc="left", fontsize=9, color="#4b5563")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def lines_of(report: Report) -> list[Line]:
-    ours, peers = iter(OURS_COLOURS * 4), iter(PEER_COLOURS * 4)
-    colours = {Kind.OURS: ours, Kind.PEER: peers}
-    lines = []
-    for series in report.series:
-        kind = Kind(series.kind)
-        if series.size_unit != "blocks":
-            colour = FLOOR_COLOUR if kind is Kind.FLOOR else next(colours[kind])
-            lines.append(_line(series, kind, colour, report.tokens))
-    return lines
-
-
-def _line(series: Series, kind: Kind, colour: str, tokens: Sequence[int]) -> Line:
-    """A candidate without sizes (a bare wake) is a level line over all of them."""
-    points = series.points
-    if series.size_unit == "none":
-        sizes, points = list(tokens), points * len(tokens)
+def _draw(
+    axes: Axes, series: Series, tokens: Sequence[int], colours: Mapping[Kind, Iterator[str]]
+) -> End:
+    """A transport without sizes (a bare wake) is a level line over all of them."""
+    kind = Kind(series.kind)
+    is_ours = kind is Kind.OURS
+    repeats = 1 if series.carries_data else len(tokens)
+    sizes = [point.size for point in series.points] if series.carries_data else list(tokens)
+    p50 = [point.p50_us for point in series.points] * repeats
+    if kind is Kind.BASELINE:
+        colour = BASELINE_COLOUR
+        axes.plot(sizes, p50, color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
     else:
-        sizes = [point.size for point in points]
-    p50, p99 = [point.p50_us for point in points], [point.p99_us for point in points]
-    is_headline = series.name in dict(HEADLINE)
-    return Line(series.label, kind, colour, sizes, p50, p99, is_headline)
+        colour = next(colours[kind], BASELINE_COLOUR)
+        width, size, order = (3.2, 6, 3) if is_ours else (1.6, 4, 2)
+        axes.plot(sizes, p50, color=colour, lw=width, marker="o", markersize=size, zorder=order)
+    if is_ours and series.name in dict(HEADLINE):
+        p99 = [point.p99_us for point in series.points]
+        axes.fill_between(sizes, p50, p99, color=colour, alpha=0.12, lw=0)
+    return End(sizes[-1], p50[-1], series.label, colour, "bold" if is_ours else "normal")
 
 
-def _draw(axes: Axes, line: Line) -> None:
-    if line.kind is Kind.FLOOR:
-        axes.plot(line.sizes, line.p50_us, color=line.colour, linestyle=(0, (5, 3)), linewidth=1.4)
-        return
-    ours = line.kind is Kind.OURS
-    axes.plot(
-        line.sizes,
-        line.p50_us,
-        color=line.colour,
-        linewidth=3.2 if ours else 1.6,
-        marker="o",
-        markersize=6 if ours else 4,
-        zorder=3 if ours else 2,
-    )
-    if ours and line.is_headline:
-        axes.fill_between(line.sizes, line.p50_us, line.p99_us, color=line.colour, alpha=0.12, lw=0)
-
-
-def _scales(axes: Axes, report: Report, lines: Sequence[Line]) -> None:
+def _scales(axes: Axes, report: Report) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(report.tokens, [_size_label(size, report) for size in report.tokens])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: _short_duration(value))
-    axes.set_ylim(bottom=min(min(line.p50_us) for line in lines) / 2)
+    axes.set_ylim(bottom=min(point.p50_us for one in report.series for point in one.points) / 2)
     axes.set_xlabel(f"tokens of {report.hidden} x {report.dtype}")
     axes.set_ylabel("latency of one handoff (lower is better)")
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -138,27 +105,23 @@ def _scales(axes: Axes, report: Report, lines: Sequence[Line]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _name_lines(axes: Axes, lines: Sequence[Line]) -> None:
+def _name_lines(axes: Axes, ends: Sequence[End]) -> None:
     """Labels right of the lines' ends, pushed apart where they would touch."""
     to_fraction = axes.transAxes.inverted()
-    ends = [
-        (
-            to_fraction.transform(axes.transData.transform((line.sizes[-1], line.p50_us[-1])))[1],
-            line,
-        )
-        for line in lines
-    ]
-    ends.sort(key=lambda end: float(end[0]))
-    heights = spread([float(height) for height, _ in ends], LABEL_GAP)
-    for height, (_, line) in zip(heights, ends, strict=True):
+
+    def height(end: End) -> float:
+        return float(to_fraction.transform(axes.transData.transform((end.size, end.p50_us)))[1])
+
+    ordered = sorted(ends, key=height)
+    for end, at in zip(ordered, spread([height(end) for end in ordered], LABEL_GAP), strict=True):
         axes.annotate(
-            f"{line.label}  {duration(line.p50_us[-1])}",
-            (1.01, height),
+            f"{end.label}  {duration(end.p50_us)}",
+            (1.01, at),
             xycoords="axes fraction",
             va="center",
-            color=line.colour,
+            color=end.colour,
             fontsize=10,
-            fontweight="bold" if line.kind is Kind.OURS else "normal",
+            fontweight=end.weight,
         )
 
 
@@ -170,7 +133,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
         while placed and _top(placed[-1], gap) + gap > _bottom(group, gap):
             group = placed.pop() + group
         placed.append(group)
-    return [_bottom(group, gap) + gap * place for group in placed for place in range(len(group))]
+    return [_bottom(group, gap) + gap * index for group in placed for index in range(len(group))]
 
 
 def _middle(group: Sequence[float]) -> float:
@@ -212,6 +175,6 @@ def _title(report: Report) -> str:
 def _subtitle(report: Report) -> str:
     machine = report.machine
     return (
-        "Median of one handoff. Shaded: up to the p99. Dashed: floors of the machine.  "
+        "Median of one handoff. Shaded: up to the p99. Dashed: baselines of the machine.  "
         f"{machine.cores} cores, Python {machine.python}, torch {machine.torch}"
     )

@@ -58,8 +58,10 @@ def main() -> int:
         counts = part(
             f"{options.name}-{title.replace(' ', '-')}", inputs, random.Random(f"{seed} {title}")
         )
-        told = ", ".join(f"{count} {what}" for what, count in counts.items())
-        print(f"{title}: {inputs} inputs in {time.monotonic() - started:.0f} s: {told}", flush=True)
+        found = ", ".join(f"{count} {what}" for what, count in counts.items())
+        print(
+            f"{title}: {inputs} inputs in {time.monotonic() - started:.0f} s: {found}", flush=True
+        )
         faulthandler.cancel_dump_traceback_later()
     return guided(options.guided, seed, f"{options.name}-guided") if options.guided else 0
 

@@ -3,8 +3,8 @@
     scripts/fuzz --guided 100000
 
 It needs `pip install atheris` (there is no wheel of it for every Python). The first byte of an
-input says who gets the rest: a pool, as an encoded handle, or an endpoint of a transfer, as a
-message. What is right is what is right in handles.py and messages.py.
+input says where the rest goes: to a pool, as an encoded handle, or to an endpoint of a transfer,
+as a message. What is right is what is right in handles.py and messages.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import atheris
 
-# Before anything of it is imported: what is not instrumented guides nobody.
+# Before shmblocks is imported: only instrumented modules guide the search.
 with atheris.instrument_imports(include=["shmblocks"]):
     import torch
 
@@ -89,7 +89,7 @@ class Target:
 def main() -> None:
     """Ends with 0 when nothing was found, else with libFuzzer's code and the input in a file.
 
-    It ends on the spot. The pools and the corpus stay: whoever started it removes them.
+    It ends on the spot. The pools and the corpus stay: the caller removes them.
     """
     parser = argparse.ArgumentParser(prog="python -m fuzzing.guided", description=__doc__)
     parser.add_argument("--runs", type=int, default=100_000)

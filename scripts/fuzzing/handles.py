@@ -74,10 +74,10 @@ class Scene:
         try:
             operation = chooser.randrange(4)
             if operation == 0:
-                self._look(self._pool.view(handle)["stamp"].tolist(), handle)
+                self._check(self._pool.view(handle)["stamp"].tolist(), handle)
             elif operation == 1:
                 with self._pool.open(handle) as lease:
-                    self._look(lease["stamp"].tolist(), handle)
+                    self._check(lease["stamp"].tolist(), handle)
             elif operation == 2:
                 self._pool.grow(handle, handle.num_tokens)
             else:
@@ -88,7 +88,7 @@ class Scene:
             self._reset()
         return True
 
-    def _look(self, stamps: list[int], handle: BlockHandle) -> None:
+    def _check(self, stamps: list[int], handle: BlockHandle) -> None:
         true = self._by_generation.get(handle.generation)
         if handle != true or stamps != [handle.generation] * handle.num_tokens:
             raise AssertionError(f"a wrong view: {handle} gave {stamps}, {true} is there")

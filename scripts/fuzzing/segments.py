@@ -19,8 +19,8 @@ from shmblocks import (
     Field,
     Lease,
     PoolConfig,
+    PoolInspector,
     ShmBlocksError,
-    open_inspector,
 )
 from shmblocks._os.filelock import PLACE_BYTE, FileLocks
 from shmblocks._state.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
@@ -80,7 +80,7 @@ def fuzz_living(name: str, inputs: int, chooser: random.Random) -> dict[str, int
 
 def _damage(pool: BlockPool, layout: Layout, chooser: random.Random) -> None:
     memory = pool.state.segment.memory
-    data = bytearray(memory[: layout.ledger_bytes])
+    data = bytearray(memory[: layout.state_bytes])
     identity = bytes(data[:64])
     telling = _telling_words(bytes(data), layout)
     if chooser.random() < 0.15:
@@ -88,7 +88,7 @@ def _damage(pool: BlockPool, layout: Layout, chooser: random.Random) -> None:
     words_mutated(data, chooser, telling)
     # Read once, when it was attached.
     data[:64] = identity
-    memory[: layout.ledger_bytes] = bytes(data)
+    memory[: layout.state_bytes] = bytes(data)
 
 
 def _use_again(pool: BlockPool, handles: list[BlockHandle], leases: list[Lease]) -> None:
@@ -97,7 +97,7 @@ def _use_again(pool: BlockPool, handles: list[BlockHandle], leases: list[Lease])
         with contextlib.suppress(ShmBlocksError):
             lease.release()
     for handle in handles:
-        for operation in (pool.free, pool.view, pool.open, pool.write, pool.publish):
+        for operation in (pool.free, pool.view, pool.open, pool.open_for_write, pool.publish):
             with contextlib.suppress(ShmBlocksError):
                 operation(handle)
     with contextlib.suppress(ShmBlocksError):
@@ -114,7 +114,7 @@ def _telling_words(image: bytes, layout: Layout) -> list[int]:
     header = list(range(32))
     filled = [
         index
-        for index in range(layout.ledger_bytes // WORD)
+        for index in range(layout.state_bytes // WORD)
         if any(image[index * WORD : index * WORD + WORD])
     ]
     tables = [
@@ -128,7 +128,7 @@ def _telling_words(image: bytes, layout: Layout) -> list[int]:
     words = [
         index
         for start, size in tables
-        for index in range(start // WORD, min(start + size, layout.ledger_bytes) // WORD)
+        for index in range(start // WORD, min(start + size, layout.state_bytes) // WORD)
     ]
     return 3 * header + 2 * filled + words + 10 * [layout.journal // WORD]
 
@@ -136,10 +136,10 @@ def _telling_words(image: bytes, layout: Layout) -> list[int]:
 def _plant_journal(
     data: bytearray, layout: Layout, telling: list[int], chooser: random.Random
 ) -> None:
-    """Entries as a dead holder of the lock could have left them, and as nobody could."""
+    """Entries that a dead holder of the lock could have left, and entries that none could."""
     entries = bytearray()
     for _ in range(chooser.choice((1, 1, 2, 3))):
-        edge = chooser.choice((0, layout.ledger_bytes - 8, layout.ledger_bytes, 1 << 40))
+        edge = chooser.choice((0, layout.state_bytes - 8, layout.state_bytes, 1 << 40))
         offset = edge if chooser.random() < 0.3 else chooser.choice(telling) * WORD
         length = chooser.choice((0, 8, 8, 16, 24, 72, 3, 1 << 30))
         entries += offset.to_bytes(WORD, "little") + length.to_bytes(WORD, "little")
@@ -166,13 +166,13 @@ def _image(pool: BlockPool) -> bytes:
 
 
 def _open(name: str, data: bytes) -> bool:
-    """Whether anybody got in; every operation is tried on those who did."""
+    """Whether an inspector or a participant could open it; then every operation is tried."""
     path = f"/dev/shm/{name}"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     locks = FileLocks(fd)
     try:
         os.write(fd, data)
-        # Somebody lives in it, or nobody could join.
+        # A living participant, or no process could join.
         locks.try_lock(PLACE_BYTE + 3)
         return _inspect(name) | _join(name)
     finally:
@@ -184,10 +184,10 @@ def _open(name: str, data: bytes) -> bool:
 
 def _inspect(name: str) -> bool:
     try:
-        with open_inspector(name) as pool:
-            for look in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
+        with PoolInspector(name) as pool:
+            for call in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
                 with contextlib.suppress(ShmBlocksError):
-                    look()
+                    call()
     except ShmBlocksError:
         return False
     return True
@@ -221,9 +221,9 @@ def _use(pool: BlockPool) -> None:
             with contextlib.suppress(ShmBlocksError):
                 pool.grow(handle, handle.num_tokens + 3)
             pool.free(handle)
-    for look in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
+    for call in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
         with contextlib.suppress(ShmBlocksError):
-            look()
+            call()
 
 
 def _touch(pool: BlockPool, view: BlockView) -> None:

@@ -9,7 +9,7 @@ import random
 import sys
 import time
 
-from soaking.conductor import Settings, soak
+from soaking.launcher import Settings, soak
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """A worker that does everything at random: allocate, write, publish, hand on, read, free, reap.
 
-What it publishes goes to the market, a queue that all mixers put to and get from. What the market
-holds may be stale: its publisher's deadline passed, or it was freed; that is counted, not wrong.
+It puts what it publishes into one queue, which all mixers put to and get from. A handle in that
+queue may be stale: its deadline passed, or it was freed; that is counted, not wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shmblocks import (
     TooManyLeasesError,
 )
 from soaking import payload
-from soaking.board import Board, Count
+from soaking.counters import Count, Counters
 
 
 class Mixer:
@@ -32,8 +32,8 @@ class Mixer:
         worker: int,
         seed: int,
         pool_name: str,
-        market_name: str,
-        board: Board,
+        queue_name: str,
+        counters: Counters,
         pace: float,
     ) -> None:
         """`pace`: seconds of rest between two operations, on average."""
@@ -41,9 +41,9 @@ class Mixer:
         self._worker = worker
         self._random = random.Random(seed)
         self._name = pool_name
-        self._board = board
+        self._counters = counters
         self._pool = BlockPool.attach(pool_name, timeout=10, role="mixer", prefault="off")
-        self._market = HandleQueue.attach(market_name, timeout=10, message_type=BlockHandle)
+        self._queue = HandleQueue.attach(queue_name, timeout=10, message_type=BlockHandle)
         self._held: list[BlockHandle] = []
 
     def run(self) -> None:
@@ -60,13 +60,13 @@ class Mixer:
             (1, self._attach_again),
         ]
         weights = [weight for weight, _ in operations]
-        while not self._board.is_over:
+        while not self._counters.is_over:
             (_, operation) = self._random.choices(operations, weights)[0]
             operation()
             if self._pace:
                 time.sleep(self._random.expovariate(1 / self._pace))
         self._pool.close()
-        self._market.close()
+        self._queue.close()
 
     def _tokens(self) -> int:
         """Mostly a few blocks, sometimes many."""
@@ -74,7 +74,7 @@ class Mixer:
         return max(1, int(blocks * self._pool.config.block_size))
 
     def _reserve(self) -> None:
-        with self._board.timed(self._worker):
+        with self._counters.timed(self._worker):
             handle = self._pool.alloc(self._tokens(), req_id=f"mixer-{self._worker}")
         self._keep(handle)
 
@@ -82,11 +82,11 @@ class Mixer:
         try:
             self._keep(self._pool.alloc(self._tokens(), timeout=self._random.random() * 0.2))
         except PoolTimeoutError:
-            self._board.add(self._worker, Count.TIMEOUTS)
+            self._counters.add(self._worker, Count.TIMEOUTS)
 
     def _keep(self, handle: BlockHandle | None) -> None:
         if handle is None:
-            self._board.add(self._worker, Count.NO_ROOM)
+            self._counters.add(self._worker, Count.NO_FREE_BLOCKS)
         else:
             self._held.append(handle)
             if len(self._held) > 6:
@@ -95,14 +95,14 @@ class Mixer:
     def _grow(self) -> None:
         if self._held:
             handle = self._held.pop()
-            with self._board.timed(self._worker):
+            with self._counters.timed(self._worker):
                 grown = self._pool.grow(handle, handle.num_tokens + self._tokens() // 2)
             self._held.append(grown or handle)
 
     def _free(self) -> None:
         if self._held:
             handle = self._held.pop(self._random.randrange(len(self._held)))
-            with self._board.timed(self._worker):
+            with self._counters.timed(self._worker):
                 self._pool.free(handle)
 
     def _publish(self) -> None:
@@ -115,11 +115,11 @@ class Mixer:
         view.aux[0] = handle.num_tokens
         view.aux[1] = self._worker
         readers = self._random.choice((1, 1, 2, 3))
-        with self._board.timed(self._worker):
+        with self._counters.timed(self._worker):
             handle = self._pool.publish(handle, readers=readers)
         for _ in range(readers):
             try:
-                self._market.put(handle, timeout=0.05)
+                self._queue.put(handle, timeout=0.05)
             except queue.Full:
                 break
         if self._random.random() < 0.02:
@@ -127,7 +127,7 @@ class Mixer:
 
     def _read(self) -> None:
         try:
-            handle = self._market.get(timeout=0.02)
+            handle = self._queue.get(timeout=0.02)
         except queue.Empty:
             return
         self._try(lambda: self._read_one(handle))
@@ -136,10 +136,10 @@ class Mixer:
         try:
             operation()
         except (StaleHandleError, InvalidStateError, TooManyLeasesError):
-            self._board.add(self._worker, Count.STALE)
+            self._counters.add(self._worker, Count.STALE)
 
     def _read_one(self, handle: BlockHandle) -> None:
-        with self._board.timed(self._worker):
+        with self._counters.timed(self._worker):
             lease = self._pool.open(handle)
         with lease:
             writer = int(lease.aux[1])
@@ -147,20 +147,20 @@ class Mixer:
                 lease["rows"], lease["marks"], writer, handle.generation, handle.num_tokens
             )
             if problem:
-                self._board.violation(self._worker, f"{handle}: {problem}")
-            self._board.add(self._worker, Count.PAYLOADS)
+                self._counters.violation(self._worker, f"{handle}: {problem}")
+            self._counters.add(self._worker, Count.PAYLOADS)
 
     def _reap(self) -> None:
-        with self._board.timed(self._worker):
+        with self._counters.timed(self._worker):
             self._pool.reap()
 
     def _check(self) -> None:
         for violation in self._pool.check():
-            self._board.violation(self._worker, str(violation))
+            self._counters.violation(self._worker, str(violation))
 
     def _attach_again(self) -> None:
         """What was held comes back by leaving."""
         self._held.clear()
         self._pool.close()
         self._pool = BlockPool.attach(self._name, timeout=10, role="mixer", prefault="off")
-        self._board.add(self._worker, Count.REATTACHED)
+        self._counters.add(self._worker, Count.REATTACHED)

@@ -31,7 +31,7 @@ def test_the_four_patches_of_a_token_are_neighbours() -> None:
         [0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3],
     ]  # fmt: skip
     for patch, (row, column) in zip(patches, grid.tolist(), strict=True):
-        rows, columns = (slice(14 * place, 14 * place + 14) for place in (row, column))
+        rows, columns = (slice(14 * index, 14 * index + 14) for index in (row, column))
         assert torch.equal(patch, image[:, rows, columns].flatten())
 
 

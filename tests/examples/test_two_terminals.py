@@ -17,7 +17,7 @@ ENDLESS = ("--requests", "1000000")
 
 @pytest.fixture(autouse=True)
 def _no_socket_stays(pool_name: str) -> Iterator[None]:
-    """Nobody may leave the socket of a test's pool behind."""
+    """No process may leave the socket of a test's pool behind."""
     yield
     path = Path(socket_path(pool_name))
     is_there = path.exists()
@@ -132,6 +132,6 @@ def test_a_second_producer_of_one_name_is_refused(pool_name: str) -> None:
         first.wait_for("waiting for a consumer")
         with producer(pool_name) as second:
             assert second.wait() == 1
-            assert "a living pool holds the name" in second.lines[-1]
+            assert "a living pool or queue holds the name" in second.lines[-1]
         first.press_ctrl_c()
         assert first.wait() == 130

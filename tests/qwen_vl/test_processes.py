@@ -1,4 +1,4 @@
-"""Who waits for the other side of a room goes on when the launcher says that it is gone."""
+"""A process stops waiting for its partner in a room when the launcher says that it is gone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qwen_vl.cases import cases
 from qwen_vl.children import Child
 from qwen_vl.engine import Engine, NoAnswerError, Request
 from qwen_vl.halves import Embedded, Whole
-from qwen_vl.handoff import PoolLine, PoolSending, pool_config
+from qwen_vl.handoff import PoolSending, PoolTransport, pool_config
 from qwen_vl.messages import (
     ENCODER,
     Embed,
@@ -54,13 +54,13 @@ class Half:
 
 
 class End:
-    """Readers that take what is sent at the n-th look; None: never.
+    """Readers that take what is sent at the n-th poll; None: never.
 
-    `meanwhile` runs at each look.
+    `meanwhile` runs at each poll.
     """
 
-    def __init__(self, looks: int | None, meanwhile: Callable[[], object] = list) -> None:
-        self._left = looks
+    def __init__(self, polls: int | None, meanwhile: Callable[[], object] = list) -> None:
+        self._left = polls
         self._meanwhile = meanwhile
         self.sent: list[int] = []
         self.gave_up: list[str] = []
@@ -140,9 +140,9 @@ def test_without_a_launcher_nobody_waits(
 async def started(name: str, way: Way) -> AsyncIterator[Engine]:
     """An engine of a tiny model whose rooms never end by themselves; its pool is right after."""
     settings = ModelSettings("qwen2.5-vl", "tiny")
-    line = PoolLine(name, 2, timeout=FOR_EVER)
-    with line.created(settings) as pool:
-        async with Engine(settings, line, 2, way) as engine:
+    transport = PoolTransport(name, 2, timeout=FOR_EVER)
+    with transport.created(settings) as pool:
+        async with Engine(settings, transport, 2, way) as engine:
             await engine.wait_ready()
             yield engine
         assert pool.check() == []
@@ -192,7 +192,7 @@ def test_a_language_process_that_dies_before_it_asks_holds_nobody_up(
             killing = asyncio.create_task(kill_when_asked(engine, asked))
             got = [token async for token in engine.generate(prompt, 4)]
             await killing
-            # Without it, the room would last until another process has taken the dead one's place.
+            # Without it, the room would last until another process has replaced the dead one.
             assert {message.room for message in told if isinstance(message, Withdraw)} == {0}
         return got
 

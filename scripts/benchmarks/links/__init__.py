@@ -1,3 +1,0 @@
-"""The candidates, one per file; ``registry`` lists them."""
-
-from __future__ import annotations
