@@ -140,9 +140,9 @@ def test_every_python_block_passes_mypy_strict(tmp_path: Path) -> None:
     for path, text in sources.items():
         path.write_text(text)
     # The cache of `scripts/test`, which has checked the package just before.
-    options = ["--strict", "--config-file", ROOT / "pyproject.toml", "--no-error-summary"]
+    options = ["--strict", "--config-file", str(ROOT / "pyproject.toml"), "--no-error-summary"]
     checked = subprocess.run(
-        [sys.executable, "-m", "mypy", *options, *sources],
+        [sys.executable, "-m", "mypy", *options, *map(str, sources)],
         cwd=ROOT,
         capture_output=True,
         text=True,

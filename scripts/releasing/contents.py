@@ -1,4 +1,4 @@
-"""Looks at what was built: one sdist and one wheel of the right version, with the right files in them.
+"""Looks at what was built: an sdist and a wheel of the right version, with the right files in them.
 
 python scripts/releasing/contents.py dist
 """

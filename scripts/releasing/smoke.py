@@ -20,7 +20,9 @@ from shmblocks import BlockHandle, BlockPool, Field, HandleQueue, PoolConfig
 NAME = f"release-check-{os.getpid()}"
 
 
-def double(pool: BlockPool, queue: HandleQueue[BlockHandle], done: HandleQueue[BlockHandle]) -> None:
+def double(
+    pool: BlockPool, queue: HandleQueue[BlockHandle], done: HandleQueue[BlockHandle]
+) -> None:
     """In a second process: read in place, send back twice as much."""
     with pool.open(queue.get(timeout=60)) as lease:
         done.put(pool.put({"x": lease["x"] * 2}))
