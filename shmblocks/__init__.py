@@ -3,7 +3,7 @@
 Start with `BlockPool.create` and `BlockPool.attach`; `README.md` shows both in one example. Where
 things live, from the bottom to the top (a part imports only parts of the lines above its own):
 
-    errors                                      every error, and who has to act
+    errors  _words                              every error, and who has to act; numbers as text
     config  handle                              what a pool holds; the value that crosses a queue
     _os/                                        one kernel facility each; knows nothing of pools
     _state/                                     every shared byte, and every change to it

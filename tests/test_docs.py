@@ -12,6 +12,7 @@ stand, so that mypy names the line of the page.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -250,6 +251,24 @@ def test_every_script_and_command_that_a_page_shows_is_there() -> None:
             re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
         )
         for script in re.findall(r"(?:^|\s)(scripts/[\w-]+)", shell):
-            assert (ROOT / script).exists(), f"{page}: {script}"
+            assert os.access(ROOT / script, os.X_OK), f"{page}: {script}"
         shown = set(re.findall(r"^(?:\$ )?shmblocks ([a-z]+)", shell, re.MULTILINE))
         assert shown <= commands, page
+
+
+# ---- the version ---------------------------------------------------------------------------------
+
+
+def test_the_version_is_that_of_the_changelog() -> None:
+    """Between two releases it is the next one's, `.dev0`; a release has nothing unreleased."""
+    project = (ROOT / "pyproject.toml").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    headings = re.findall(r"^## (.+)$", changes, re.MULTILINE)
+    released = [heading.split(" - ") for heading in headings if heading != "Unreleased"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in released)
+    if headings[0] == "Unreleased":
+        assert version.endswith(".dev0")
+        assert version.removesuffix(".dev0") not in [number for number, _ in released]
+    else:
+        assert version == released[0][0]
