@@ -1,13 +1,18 @@
 """Shared blocks for multimodal models on one node: write once, hand over a handle, read in place.
 
-Start with `BlockPool.create` and `BlockPool.attach`; `README.md` shows both in twenty lines.
+Start with `BlockPool.create` and `BlockPool.attach`; `README.md` shows both in one example. Where
+things live, from the bottom to the top (a part imports only parts of the lines above its own):
 
-    pool  lease  view  queue     what users hold: small, checks arguments, one state call each
-    _alloc_wait                  waiting for blocks
-    _state/                      every shared byte and every change to it, under the segment's lock
-    _os/                         one kernel facility each
-    cuda/                        the GPU part; imported only by a process that asks for it
-    transfer/  cli/  doctor/  testing/                 what stands on that
+    errors  _words                              every error, and who has to act; numbers as text
+    config  handle                              what a pool holds; the value that crosses a queue
+    _os/                                        one kernel facility each; knows nothing of pools
+    _state/                                     every shared byte, and every change to it
+    queue  view  inspector  _alloc_wait  cuda/  HandleQueue, tensors, looking, waiting, GPU memory
+    lease                                       what a process holds, as context managers
+    pool                                        BlockPool
+    sglang  testing/  transfer/                 the original's API; deaths; encode/language
+    doctor/                                     what will fail on this machine
+    cli/                                        the command line
 """
 
 from __future__ import annotations

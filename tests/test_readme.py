@@ -1,50 +1,75 @@
-"""The README's twenty lines do what it says, as two programs."""
+"""The README is short, has its parts in order, and its map of the code is the table of layers.
+
+(That its examples run and pass mypy is in `test_docs.py`, with those of the other pages.)
+"""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+import shmblocks
+from tests.test_project import LAYERS
 
 README = Path(__file__).parent.parent / "README.md"
 
-
-def programs(pool_name: str, folder: Path) -> list[Path]:
-    """The README's Python blocks as files, under names that nobody else uses."""
-    blocks = re.findall(r"```python\n(# (\w+\.py)\n.*?)```", README.read_text(), re.DOTALL)
-    assert [file for _, file in blocks] == ["encoder.py", "language.py"]
-    paths = []
-    for text, file in blocks:
-        mine = text.replace('"vision"', f'"{pool_name}-pool"').replace("65_536", "4096")
-        paths.append(folder / file)
-        paths[-1].write_text(mine.replace('"handles"', f'"{pool_name}-queue"'))
-    return paths
-
-
-def test_the_twenty_lines_hand_an_embedding_over(pool_name: str, tmp_path: Path) -> None:
-    encoder, language = (
-        subprocess.Popen(
-            [sys.executable, str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for program in programs(pool_name, tmp_path)
-    )
-    printed, _ = language.communicate(timeout=100)
-    encoder.communicate("\n", timeout=100)
-    assert printed.startswith("torch.Size([2000, 3584]) tensor(")
-    assert (encoder.returncode, language.returncode) == (0, 0)
+# Longer: the part that grew belongs to docs/.
+MOST_LINES = 180
 
 
 def test_the_readme_has_its_parts_in_order() -> None:
     headings = re.findall(r"^## (.*)$", README.read_text(), re.MULTILINE)
-    assert headings[:5] == [
+    assert headings == [
         "Two commands",
-        "Twenty lines",
+        "An example",
         "When to use it, and when not",
-        "Concepts",
-        "What the design puts first",
+        "Words",
+        "Documents",
+        "Numbers",
+        "Layout of the code",
     ]
-    assert "Layout of the code" in headings
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.read_text().splitlines()) <= MOST_LINES
+
+
+def readme_map() -> str:
+    text = README.read_text()
+    return text[text.index("## Layout of the code") :].split("```")[1].strip("\n")
+
+
+def docstring_map() -> str:
+    """The indented lines of the package's docstring."""
+    lines = (shmblocks.__doc__ or "").splitlines()
+    return "\n".join(line.removeprefix("    ") for line in lines if line.startswith("    "))
+
+
+def parts_by_line(text: str) -> list[list[str]]:
+    """The names at the front of each line: up to the first two spaces that no name follows."""
+    known = {part for layer in LAYERS for part in layer}
+    rows = []
+    for line in text.splitlines():
+        row = []
+        for word in line.split():
+            if word.rstrip("/") not in known:
+                break
+            row.append(word.rstrip("/"))
+        assert row, f"expected the names of parts at the front, got {line!r}"
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("text", [readme_map, docstring_map], ids=lambda each: each.__name__)
+def test_a_map_of_the_code_is_the_table_of_layers(text: object) -> None:
+    assert callable(text)
+    rows = parts_by_line(text())
+    layer_of = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+    numbers = [{layer_of[part] for part in row} for row in rows]
+    assert all(len(number) == 1 for number in numbers), "a line names parts of one layer only"
+    flat = [number for row in numbers for number in row]
+    assert flat == sorted(flat), "from the bottom to the top"
+    named = [part for row in rows for part in row]
+    assert sorted(named) == sorted(set(layer_of) - {"__init__"}), "each part, once"
