@@ -154,10 +154,15 @@ class Channel:
         if limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
         deadline = deadline_of(timeout)
-        while not (leases := self._take(limit)):
-            if not self._receiving.until_changed(deadline):
-                raise self._is_empty(timeout)
-        return leases
+        leases: list[Lease] = []
+        try:
+            while not (leases := self._take(limit)):
+                if not self._receiving.until_changed(deadline):
+                    raise self._is_empty(timeout)
+            return leases
+        except BaseException:
+            self._put_back(leases)
+            raise
 
     async def receive_async(self, timeout: float | None = None) -> Lease:
         """`receive` for asyncio; cancelling it takes no message."""
@@ -168,11 +173,16 @@ class Channel:
         if limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
         deadline = deadline_of(timeout)
-        while not (leases := self._take(limit)):
-            changed = await self._receiving.until_changed_async(deadline)
-            if not changed and seconds_left(deadline) <= 0:
-                raise self._is_empty(timeout)
-        return leases
+        leases: list[Lease] = []
+        try:
+            while not (leases := self._take(limit)):
+                changed = await self._receiving.until_changed_async(deadline)
+                if not changed and seconds_left(deadline) <= 0:
+                    raise self._is_empty(timeout)
+            return leases
+        except BaseException:
+            self._put_back(leases)
+            raise
 
     def _is_empty(self, timeout: float | None) -> PoolTimeoutError:
         return PoolTimeoutError(
@@ -194,11 +204,17 @@ class Channel:
         except BaseException:
             # What was made is known here: a list that is lost half-made would release its leases,
             # and the messages would be gone.
-            for lease in leases:
-                lease.disown()
+            for made in leases:
+                made.disown()
             if received:
                 self.pool.state.undo_receives(received[0].opened.key.opened_ns)
             raise
+
+    def _put_back(self, leases: list[Lease]) -> None:
+        """Interrupted before the caller had them: the messages are at the front again."""
+        moments = {lease.disown() for lease in leases}
+        for moment in moments:
+            self.pool.state.undo_receives(moment)
 
     # ---- life --------------------------------------------------------------------------------
 

@@ -165,9 +165,10 @@ class Lease(_Owner):
             self._pool.state.release(key, unread=True)
         self._key = None
 
-    def disown(self) -> None:
-        """Somebody else ends the claim; for the parts of this package."""
-        self._key = None
+    def disown(self) -> int:
+        """Somebody else ends the claim; when it was opened, in ns. For this package alone."""
+        key, self._key = self._key, None
+        return key.opened_ns if key is not None else 0
 
     def ticket(self) -> bytes:
         """Give the claim away, as at most 64 bytes, to whoever calls `BlockPool.adopt` with them.

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from shmblocks import BlockHandle, BlockPool, PoolConfig, State
+from shmblocks import BlockHandle, BlockPool, Lease, PoolConfig, State
 from shmblocks.channel import Channel
 from shmblocks.testing import (
     Coverage,
@@ -50,12 +50,17 @@ class Scene:
         self.survivor = pool
         self.mine = pool
         self.redeliver = redeliver
+        self.kept: list[Lease] = []
         self.channel = self.open(pool)
         for message in THERE:
             self.channel.send(reserve(pool), message=message)
 
     def open(self, pool: BlockPool, name: str = "one") -> Channel:
         return pool.channel(name, capacity=4, redeliver=self.redeliver, spin=0)
+
+    def keep(self, leases: list[Lease]) -> None:
+        """Hold them, until death or the end of the scene."""
+        self.kept = leases
 
     def messages(self, name: str = "one") -> list[bytes]:
         """Take everything that is there."""
@@ -173,7 +178,7 @@ def receive_many(scene: Scene) -> Call:
 @case(killed=[THERE], interrupted=[THERE], setup=redelivering)
 def receive_what_is_redelivered(scene: Scene) -> Call:
     _, channel = joined(scene)
-    return lambda: channel.receive_many(2, timeout=0)
+    return lambda: scene.keep(channel.receive_many(2, timeout=0))
 
 
 @case(killed=[THERE], setup=dead_receiver)
@@ -198,7 +203,7 @@ def receive_and_release(scene: Scene) -> Call:
     return receive
 
 
-@case(killed=[[THERE[1]]])
+@case(killed=[[THERE[1]], []], interrupted=[[THERE[1]]])
 def receive_past_what_was_freed(scene: Scene) -> Call:
     pool, channel = joined(scene)
     first = min(
@@ -207,11 +212,7 @@ def receive_past_what_was_freed(scene: Scene) -> Call:
     )
     pool.free(pool.handle_at(first.start_block))
 
-    def receive() -> None:
-        channel.receive(timeout=0).give_back()
-        scene.mine.send([channel], reserve(pool), message=THERE[1])
-
-    return receive
+    return lambda: scene.keep(channel.receive_many(1, timeout=0))
 
 
 def _judge(scene: Scene, allowed: list[list[bytes]], also: str) -> None:
@@ -259,6 +260,7 @@ def interrupt(name: str) -> Coverage:
             mine.available_blocks()
         assert_clean(mine, "seen by the one who was interrupted")
         mine.close()
+        scene.kept = []
         _judge(scene, allowed, case.also)
 
     return interrupt_at_every_line(case.setup, operation, verify)
