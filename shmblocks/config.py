@@ -187,7 +187,7 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stream_timeout      seconds that a CPU waits for a CUDA stream before `PoolTimeoutError`
     max_waiters         threads and coroutines that can wait for blocks at once, over all processes
     channels            message channels that the pool has room for
-    channel_slots       messages of all channels together
+    channel_slots       message slots of all channels together; one of capacity n takes n + 16
     max_claims          keys that can be claimed (being encoded) at once
     device              where the fields lie: `cpu` (shared memory) or `cuda:N`, as the creator
                         counts its devices
@@ -205,7 +205,7 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stream_timeout: float = 300.0
     max_waiters: int = 1024
     channels: int = 8
-    channel_slots: int = 4096
+    channel_slots: int = 8 * (1024 + 16)
     max_claims: int = 256
     group: str | None = None
     device: str = "cpu"

@@ -58,6 +58,7 @@ from shmblocks._state.layout import (
     RECORD_BODY,
     RECORD_HEAD,
     RECORD_HEAD_WORDS,
+    RECORD_READY,
     UNBOUNDED,
     WORD,
     WORD_STRUCT,
@@ -234,6 +235,15 @@ class BlockTable:
         if count and max(starts) >= self._total:
             raise _damaged("the list of allocations leads outside of the pool")
         return starts
+
+    def heads(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Every allocation's start block and the words of its record up to `ready`, unchecked.
+
+        For those who look at all and act on few: a third of the price of `record`.
+        """
+        unpack, memory, records = RECORD_READY.unpack_from, self._memory, self._records
+        size = RECORD.size
+        return [(start, unpack(memory, records + start * size)) for start in self.live_starts()]
 
     def live(self) -> Iterator[tuple[int, Record]]:
         """Every allocation, by start block."""

@@ -151,6 +151,8 @@ RECORD_HEAD = struct.Struct("=9Q")
 RECORD_BODY = struct.Struct("=12Q")
 # The words of an entry, from `is keyed` on: keyed, key, chain, hold, used, hits.
 ENTRY = struct.Struct("=Q32s4Q")
+# The words up to `ready`: what tells who holds it and whether it is complete.
+RECORD_READY = struct.Struct("=10Q")
 R_STATE = 0
 R_GENERATION = 1
 R_NUM_BLOCKS = 2

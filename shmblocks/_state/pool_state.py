@@ -737,6 +737,8 @@ class PoolState(PoolParts):
         return True
 
     def _reap(self) -> ReapReport:
+        if not is_due(self.blocks, self.participants):
+            return ReapReport()  # nobody died, nothing is overdue: no allocation need be looked at
         report = reap(
             self.blocks,
             self.queue,

@@ -56,23 +56,18 @@ def reclaim(
     patience = int(unclaimed_timeout * 1e9)
     reservations = unclaimed = 0
     earliest = 0
-    for start in blocks.live_starts():
-        record = blocks.record(start)
-        state = record.state
-        if state == _RESERVED and is_gone(record.owner):
-            blocks.free(start, record)
+    for start, head in blocks.heads():
+        state, owner, readers_left, published_ns = head[0], head[4], head[5], head[8]
+        if state == _RESERVED and is_gone(owner):
+            blocks.free(start, blocks.record(start))
             reservations += 1
-        elif _is_unfinished(record) and is_gone(record.owner):
-            _end_unfinished(blocks, start, record)
-        elif (
-            state == _PUBLISHED
-            and record.readers_left < UNBOUNDED
-            and record.published_ns + patience <= now
-        ):
-            blocks.free(start, record)
+        elif published_ns and head[9] != head[1] and is_gone(owner):
+            _end_unfinished(blocks, start, blocks.record(start))
+        elif state == _PUBLISHED and readers_left < UNBOUNDED and published_ns + patience <= now:
+            blocks.free(start, blocks.record(start))
             unclaimed += 1
-        elif 0 < record.readers_left < UNBOUNDED:
-            moment = record.published_ns + patience
+        elif 0 < readers_left < UNBOUNDED:
+            moment = published_ns + patience
             earliest = min(earliest, moment) if earliest else moment
     if blocks.unclaimed_ns != earliest:
         blocks.note_unclaimed(earliest)
@@ -82,11 +77,6 @@ def reclaim(
         unclaimed=unclaimed,
         blocks=blocks.free_blocks - free_before,
     )
-
-
-def _is_unfinished(record: Record) -> bool:
-    """Whether a stream was to say that it is ready, and has not."""
-    return record.published_ns != 0 and record.ready != record.generation
 
 
 def _end_unfinished(blocks: BlockTable, start: int, record: Record) -> None:
