@@ -12,7 +12,7 @@ import pytest
 
 from shmblocks import BlockPool, HandleQueue, PoolExistsError, list_pools
 from shmblocks._os import segment as segment_module
-from shmblocks._os.filelock import FileLocks
+from shmblocks._os.filelock import NEW_BYTE, FileLocks, lock_byte
 from shmblocks._os.segment import (
     HIDDEN,
     SHM_DIRECTORY,
@@ -171,14 +171,13 @@ def test_of_two_creators_of_a_name_one_has_it(pool_name: str) -> None:
 def test_a_file_that_was_taken_for_abandoned_before_it_was_locked_is_made_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = segment_module.lock_byte
-    stolen = []
+    stolen: list[str | None] = []
 
     def after_another_creator(fd: int, byte: int) -> bool:
         if not stolen:
             stolen.append(segment_module._hidden_path(fd))
             os.unlink(stolen[0] or "")  # as one does who finds its byte free
-        return original(fd, byte)
+        return lock_byte(fd, byte)
 
     monkeypatch.setattr(segment_module, "lock_byte", after_another_creator)
     with create_unnamed(4096, "/any", None) as file:
@@ -186,7 +185,7 @@ def test_a_file_that_was_taken_for_abandoned_before_it_was_locked_is_made_anew(
         assert path is not None
         assert stolen != [path]
         with contextlib.closing(FileLocks(file.fileno())) as locks:
-            assert locks.is_locked_by_others(segment_module.NEW_BYTE)
+            assert locks.is_locked_by_others(NEW_BYTE)
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL])

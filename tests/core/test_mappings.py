@@ -49,7 +49,7 @@ def test_a_stray_write_through_a_read_only_mapping_is_a_fault(segment: Segment) 
         flags = ctypes.pythonapi.PyObject_GetBuffer
         buffer = (ctypes.c_void_p * 16)()
         assert flags(ctypes.py_object(readonly), ctypes.byref(buffer), 0) == 0
-        ctypes.memset(buffer[0], 1, 1)
+        ctypes.memset(buffer[0] or 0, 1, 1)
 
     with fork(lambda _: write()) as child:
         assert child.wait() == -signal.SIGSEGV

@@ -149,7 +149,7 @@ def test_one_that_nobody_holds_any_more_still_ends(mapping: mmap.mmap) -> None:
 
 
 FORKING = """
-import os, sys, threading
+import os, sys, threading, warnings
 from shmblocks import BlockPool, PoolConfig
 from shmblocks._os import prefault
 
@@ -158,10 +158,13 @@ config = PoolConfig(total_tokens=64, block_size=4)
 with BlockPool.create(sys.argv[1], config) as pool:
     for _ in range(20):
         assert any(thread.name == "shmblocks-prefault" for thread in threading.enumerate())
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
+        with warnings.catch_warnings(record=True) as warned:  # as errors they would be lost
+            warnings.simplefilter("always")
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+        assert not warned, warned
 print("forked")
 """
 
