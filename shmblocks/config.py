@@ -10,31 +10,39 @@ turns them into `torch.dtype`.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeVar
 
 import msgspec
 
 if TYPE_CHECKING:
     import torch
 
-# Bytes per element, and the name of the `torch.dtype`.
+# Bytes per element, and the name of the `torch.dtype`. (Torch has `fp8_e8m0fnu` from 2.7 on; a view
+# of such a field says so where torch is older.)
 DTYPES: dict[str, tuple[int, str]] = {
-    "bf16": (2, "bfloat16"),
-    "fp16": (2, "float16"),
-    "fp32": (4, "float32"),
-    "fp8_e4m3": (1, "float8_e4m3fn"),
-    "fp8_e5m2": (1, "float8_e5m2"),
     "uint8": (1, "uint8"),
     "int8": (1, "int8"),
     "int16": (2, "int16"),
-    "uint16": (2, "uint16"),
     "int32": (4, "int32"),
-    "uint32": (4, "uint32"),
     "int64": (8, "int64"),
+    "uint16": (2, "uint16"),
+    "uint32": (4, "uint32"),
     "uint64": (8, "uint64"),
+    "bf16": (2, "bfloat16"),
+    "fp16": (2, "float16"),
+    "fp32": (4, "float32"),
     "fp64": (8, "float64"),
+    "fp8_e4m3": (1, "float8_e4m3fn"),
+    "fp8_e5m2": (1, "float8_e5m2"),
+    "fp8_e4m3fnuz": (1, "float8_e4m3fnuz"),
+    "fp8_e5m2fnuz": (1, "float8_e5m2fnuz"),
+    "fp8_e8m0fnu": (1, "float8_e8m0fnu"),
+    "complex64": (8, "complex64"),
+    "complex128": (16, "complex128"),
     "bool": (1, "bool"),
 }
 
@@ -46,21 +54,30 @@ DEFAULT_BLOCKS_ENV = "SGLANG_DEFAULT_MULTIMODAL_BLOCKS"
 MAX_BLOCKS = 1 << 24
 MAX_BLOCK_SIZE = 1 << 20
 # Smaller: fewer processes can attach. Larger: each check for the dead asks the kernel more often
-# (about 1 us a place).
+# (about 1 us a slot).
 MAX_PARTICIPANTS = 1024
 # Smaller: fewer readers at once. Larger: finding the leases of one allocation takes longer.
 MAX_LEASES = 1 << 16
-# Smaller: fewer threads and coroutines can wait at once. Larger: each poll searches a longer queue.
+# Smaller: fewer threads and coroutines can wait for blocks at once. Larger: 64 bytes a slot, and a
+# slower search for the head of the wait queue.
 MAX_WAITERS = 1 << 14
+# Smaller: fewer kinds of message in one pool. Larger: 64 bytes a channel.
 MAX_CHANNELS = 256
+# Messages that all channels of a pool hold together. Larger: some 64 bytes a message.
 MAX_CHANNEL_SLOTS = 1 << 20
+# Keys of the cache that can be claimed at once. Larger: finding a claim takes longer.
 MAX_CLAIMS = 1 << 14
 # Of every element a field has per token, in bytes; a bound for untrusted headers again.
 MAX_TOKEN_BYTES = 1 << 26
 # 31 years; nanoseconds since boot plus this many still fit a word.
 MAX_SECONDS = 1e9
 
+T = TypeVar("T")
+
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
+
+
+Allocation = Literal["next fit", "window"]
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -85,29 +102,37 @@ class Field(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transposed: bool = False
 
     def __post_init__(self) -> None:
+        require_type("field name", self.name, str)
         if not self.name.isidentifier() or len(self.name) > 64:
             raise ValueError(
                 f"field name: expected an identifier of at most 64 letters, got {self.name!r}"
             )
+        what = f"field {self.name}"
+        shape = _sequence(f"shape of {what}", self.shape)
+        _set(self, "shape", tuple(whole_number(f"shape of {what}", size) for size in shape))
+        if not isinstance(self.dtype, str):
+            raise TypeError(
+                f"dtype of {what}: expected a name such as 'bf16', got "
+                f"{type(self.dtype).__name__}; Field.of(...) takes a torch.dtype"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype of field {self.name}: expected one of {', '.join(DTYPES)}, "
-                f"got {self.dtype!r}"
+                f"dtype of {what}: expected one of {', '.join(DTYPES)}, got {self.dtype!r}"
             )
+        require_type(f"transposed of {what}", self.transposed, bool)
         if len(self.shape) > 8 or any(size < 1 for size in self.shape):
             raise ValueError(
-                f"shape of field {self.name}: expected up to 8 sizes of at least 1, "
-                f"got {self.shape}"
+                f"shape of {what}: expected up to 8 sizes of at least 1, got {self.shape}"
             )
         if self.token_bytes > MAX_TOKEN_BYTES:
             raise ValueError(
-                f"field {self.name}: {self.token_bytes} bytes per token are more than the "
+                f"shape of {what}: {self.token_bytes} bytes per token are more than the "
                 f"{MAX_TOKEN_BYTES} that a pool supports"
             )
         if self.transposed and len(self.shape) != 1:
             raise ValueError(
-                f"field {self.name}: only a field of one dimension per token can be transposed, "
-                f"got the shape {self.shape}"
+                f"transposed of {what}: only a field of one dimension per token can be "
+                f"transposed, got the shape {self.shape}"
             )
 
     @classmethod
@@ -119,7 +144,7 @@ class Field(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         transposed: bool = False,
     ) -> Field:
         """Like the constructor, and takes a `torch.dtype` too."""
-        return cls(name, tuple(shape), dtype_name(dtype), transposed)
+        return cls(name, shape, dtype_name(dtype), transposed)
 
     @property
     def elements(self) -> int:
@@ -182,16 +207,22 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     default_num_blocks  blocks of `alloc_default` (recommended: 4 for small images, 8, 16 for large)
     max_participants    processes that can be attached at once
     max_leases          leases that can be open at once, over all allocations
+    max_waiters         threads and coroutines, over all processes, that can wait for blocks at once
+    channels            channels that the pool can have
+    channel_slots       messages that all channels together can hold
+    max_claims          keys of the cache that can be claimed at once
+    allocation          where free blocks are looked for: `"next fit"`, from where the last search
+                        ended, so that freed blocks rest longest; or `"window"`, among the blocks of
+                        a window that moves on when they are used up (for the cache)
     unclaimed_timeout   seconds after which published blocks that nobody opened are reclaimed
     lock_timeout        seconds to wait for the pool's lock before `PoolTimeoutError`
     stream_timeout      seconds that a CPU waits for a CUDA stream before `PoolTimeoutError`
-    max_waiters         threads and coroutines that can wait for blocks at once, over all processes
-    channels            message channels that the pool has room for
-    channel_slots       message slots of all channels together; one of capacity n takes n + 16
-    max_claims          keys that can be claimed (being encoded) at once
     device              where the fields lie: `cpu` (shared memory) or `cuda:N`, as the creator
                         counts its devices
     group               name of the Unix group that may use the pool too (mode 0660); None: 0600
+
+    Sizes are whole numbers; numpy's are taken too. A wrong type is a `TypeError`, a wrong value a
+    `ValueError`, and each names the argument.
     """
 
     total_tokens: int
@@ -200,36 +231,43 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     default_num_blocks: int = msgspec.field(default_factory=default_default_num_blocks)
     max_participants: int = 64
     max_leases: int = 1024
-    unclaimed_timeout: float = 300.0
-    lock_timeout: float = 30.0
-    stream_timeout: float = 300.0
     max_waiters: int = 1024
     channels: int = 8
     channel_slots: int = 8 * (1024 + 16)
     max_claims: int = 256
+    allocation: Allocation = "next fit"
+    unclaimed_timeout: float = 300.0
+    lock_timeout: float = 30.0
+    stream_timeout: float = 300.0
     group: str | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _in_range("block_size", self.block_size, MAX_BLOCK_SIZE)
+        for name, largest in _SIZES:
+            size = whole_number(name, getattr(self, name))
+            _set(self, name, size)
+            if largest:
+                _in_range(name, size, largest)
         if self.total_tokens < 1 or self.total_tokens % self.block_size:
             raise ValueError(
                 f"total_tokens: expected a multiple of block_size ({self.block_size}), "
                 f"got {self.total_tokens}"
             )
         _in_range("total_tokens / block_size", self.total_blocks, MAX_BLOCKS)
-        _in_range("default_num_blocks", self.default_num_blocks, MAX_BLOCKS)
-        _in_range("max_participants", self.max_participants, MAX_PARTICIPANTS)
-        _in_range("max_leases", self.max_leases, MAX_LEASES)
-        _positive_seconds("unclaimed_timeout", self.unclaimed_timeout)
-        _positive_seconds("lock_timeout", self.lock_timeout)
-        _positive_seconds("stream_timeout", self.stream_timeout)
-        _in_range("max_waiters", self.max_waiters, MAX_WAITERS)
-        _in_range("channels", self.channels, MAX_CHANNELS)
-        _in_range("channel_slots", self.channel_slots, MAX_CHANNEL_SLOTS)
-        _in_range("max_claims", self.max_claims, MAX_CLAIMS)
+        for name in ("unclaimed_timeout", "lock_timeout", "stream_timeout"):
+            _set(self, name, _positive_seconds(name, getattr(self, name)))
+        if self.allocation not in ("next fit", "window"):
+            raise ValueError(
+                f"allocation: expected 'next fit' or 'window', got {self.allocation!r}"
+            )
+        require_type("device", self.device, str)
         if not _DEVICE.fullmatch(self.device):
             raise ValueError(f"device: expected 'cpu' or 'cuda:N', got {self.device!r}")
+        if self.group is not None:
+            require_type("group", self.group, str)
+        _set(self, "fields", _sequence("fields", self.fields))
+        for field in self.fields:
+            require_type("fields", field, Field)
         names = [field.name for field in self.fields]
         if len(names) > 64 or len(set(names)) != len(names) or "aux" in names:
             raise ValueError(
@@ -263,11 +301,59 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return -(-num_tokens // self.block_size)
 
 
+# The sizes of a config, and how large each may be; 0: checked together with others.
+_SIZES = (
+    ("block_size", MAX_BLOCK_SIZE),
+    ("total_tokens", 0),
+    ("default_num_blocks", MAX_BLOCKS),
+    ("max_participants", MAX_PARTICIPANTS),
+    ("max_leases", MAX_LEASES),
+    ("max_waiters", MAX_WAITERS),
+    ("channels", MAX_CHANNELS),
+    ("channel_slots", MAX_CHANNEL_SLOTS),
+    ("max_claims", MAX_CLAIMS),
+)
+
+
+# ---- arguments -------------------------------------------------------------------------------
+
+
+def whole_number(what: str, value: SupportsIndex) -> int:
+    """An int of an int or of what stands for one (numpy's integers); TypeError that names it."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{what}: expected a whole number, got {type(value).__name__} {value!r}")
+
+
+def require_type(what: str, value: object, expected: type) -> None:
+    """TypeError that names the argument unless the value is of the expected type."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{what}: expected {expected.__name__}, got {type(value).__name__}")
+
+
+def _set(struct: msgspec.Struct, name: str, value: object) -> None:
+    """Set a field of a frozen struct, while it is made."""
+    msgspec.structs.force_setattr(struct, name, value)
+
+
+def _sequence(what: str, value: Iterable[T]) -> tuple[T, ...]:
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    raise TypeError(f"{what}: expected a tuple, got {type(value).__name__} {value!r}")
+
+
 def _in_range(what: str, value: int, largest: int) -> None:
     if not 1 <= value <= largest:
         raise ValueError(f"{what}: expected 1 to {largest}, got {value}")
 
 
-def _positive_seconds(what: str, value: float) -> None:
+def _positive_seconds(what: str, value: float) -> float:
+    # float(...) of numpy's numbers too, but not of a text.
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what}: expected seconds, got {type(value).__name__} {value!r}")
     if not 0 < value <= MAX_SECONDS:
         raise ValueError(f"{what}: expected seconds > 0 and at most {MAX_SECONDS:g}, got {value}")
+    return float(value)

@@ -23,13 +23,10 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
 
 from shmblocks._os.futex import Futex
 from shmblocks._os.futex_asyncio import LoopWaiters
 from shmblocks.errors import PoolClosedError
-
-T = TypeVar("T")
 
 # Seconds to spin at most. Smaller: a partner that answers within that time finds us asleep, which
 # costs both a system call and a wake-up of some 50 us (measured on two processors, a message 200 us
@@ -47,12 +44,6 @@ READS = 64
 # clock_nanosleep(2), which sleeps for the timer slack of 50 us (measured: 70 us, against 0.5 us),
 # much longer than most waits.
 _sched_yield = ctypes.CDLL(None).sched_yield
-
-
-class Run(Protocol):
-    """Runs an operation under the segment's lock."""
-
-    def __call__(self, body: Callable[..., T], *args: object) -> T: ...
 
 
 class Spinner:

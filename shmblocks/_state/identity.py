@@ -13,34 +13,39 @@ import os
 import stat
 
 from shmblocks._state.layout import HEADER_BYTES, IDENTITY, LAYOUT_VERSION, MAGIC, QUEUE_MAGIC
-from shmblocks.errors import IncompatiblePoolError
+from shmblocks.errors import DamagedPoolError, IncompatiblePoolError
 
 
 class Identity:
     """What the first words of a segment say it is; checked against its file."""
 
     def __init__(self, fd: int, name: str, expected: int = MAGIC) -> None:
-        """`expected` is the magic number that the segment must have."""
-        what = "pool" if expected == MAGIC else "queue"
+        """`expected` is the magic number that the segment must have.
+
+        Raises `IncompatiblePoolError` for what is foreign or of another layout version, and
+        `DamagedPoolError` for a segment that has not the size that it says.
+        """
+        kind = "pool" if expected == MAGIC else "queue"
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size < HEADER_BYTES:
             raise IncompatiblePoolError(
-                f"pool {name}: expected a segment of at least {HEADER_BYTES} bytes, got "
-                f"{status.st_size}: truncated, or not a {what}"
+                f"{kind} {name}: expected a segment of at least {HEADER_BYTES} bytes, got "
+                f"{status.st_size}: truncated, or not a {kind}"
             )
         magic, version, self.pool_id, size, self.created_ns = IDENTITY.unpack(
             os.pread(fd, IDENTITY.size, 0)
         )
         if magic != expected:
-            raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a {what}")
+            raise IncompatiblePoolError(f"{kind} {name}: the segment of that name is not a {kind}")
         if version != LAYOUT_VERSION:
             raise IncompatiblePoolError(
-                f"pool {name}: expected layout version {LAYOUT_VERSION}, got {version}: use the "
+                f"{kind} {name}: expected layout version {LAYOUT_VERSION}, got {version}: use the "
                 "shmblocks version that created it, or create it anew"
             )
         if size != status.st_size:
-            raise IncompatiblePoolError(
-                f"pool {name}: expected a segment of {size} bytes, got {status.st_size}: truncated"
+            raise DamagedPoolError(
+                f"{kind} {name}: expected a segment of {size} bytes, got {status.st_size}: "
+                "truncated, or overwritten; create it anew"
             )
         self.size_bytes = size
 

@@ -14,6 +14,7 @@ import msgspec
 
 from shmblocks._os.segment import normal_name
 from shmblocks._state.info import ParticipantInfo, PoolSummary, ReapReport, Violation
+from shmblocks._words import bytes_text, count_text
 from shmblocks.cli.render import (
     Document,
     Line,
@@ -25,7 +26,6 @@ from shmblocks.cli.render import (
     table,
 )
 from shmblocks.doctor import CheckResult, run_checks
-from shmblocks.doctor.words import bytes_text, count_text
 from shmblocks.errors import PoolExistsError, ShmBlocksError
 from shmblocks.inspector import (
     PoolInspector,

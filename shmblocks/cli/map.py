@@ -18,6 +18,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from shmblocks._state.info import AllocationInfo, ParticipantId, PoolSnapshot
+from shmblocks._words import count_text
 from shmblocks.cli.commands import Answer, Command, add_name
 from shmblocks.cli.render import (
     BLOCK_STATES,
@@ -30,7 +31,6 @@ from shmblocks.cli.render import (
     line,
     participant_text,
 )
-from shmblocks.doctor.words import count_text
 from shmblocks.inspector import PoolInspector
 
 # Rows of blocks. Smaller: large pools are shown coarser. Larger: picture and legend scroll away.

@@ -15,6 +15,7 @@ from shmblocks._state.info import (
     PoolStats,
     WaiterInfo,
 )
+from shmblocks._words import bytes_text
 from shmblocks.cli.commands import Answer, Command, add_name
 from shmblocks.cli.render import (
     Document,
@@ -30,7 +31,6 @@ from shmblocks.cli.render import (
     table,
 )
 from shmblocks.config import Field, PoolConfig
-from shmblocks.doctor.words import bytes_text
 from shmblocks.inspector import PoolInspector, QueueSnapshot, queue_snapshot, segment_state
 
 

@@ -1,8 +1,8 @@
-"""Runs a probe in a process of its own, and reads its results as they come, one JSON line each.
+"""Runs a probe in a process of its own, and reads its results: one JSON line each.
 
 A process of its own, because a probe may import torch, start CUDA (after which the caller could
 not fork any more) or die of a broken driver. What it found before it died is kept, and its death
-is a result. It never outlives its time limit.
+is a result too. It never outlives its time limit.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from pathlib import Path
 
 import msgspec
 
-from shmblocks.doctor.result import CheckResult
+from shmblocks.doctor.host import CheckResult
 
 # The child finds this package where it is, also when only this process's `sys.path` leads there.
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = (
-    "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    "import importlib, sys; sys.path.append(sys.argv[1]); "
+    "importlib.import_module(sys.argv[2]).main(sys.argv[3:])"
 )
 
 
 def run_module(
     name: str, module: str, arguments: Sequence[str], seconds: float
 ) -> list[CheckResult]:
-    """What `python -m module arguments` found; its failing is a result called `name`."""
+    """What `module.main(arguments)` prints there; its failure is a result called `name`."""
     with subprocess.Popen(
         [sys.executable, "-c", _START, _ROOT, module, *arguments],
         stdin=subprocess.DEVNULL,
@@ -67,7 +67,9 @@ def _failure(name: str, module: str, ending: str, err: str) -> Iterator[CheckRes
     if ending:
         said = err.strip().splitlines()[-1:] or ["nothing"]
         found = f"a trial in a process of its own {ending}; it said: {said[0]}"
-        yield CheckResult(name, "fail", found, f"run it alone: python -m {module}")
+        yield CheckResult(
+            name, "fail", found, f"run it alone: python -c 'import {module} as m; m.main([])'"
+        )
 
 
 def report(results: Iterator[CheckResult]) -> None:

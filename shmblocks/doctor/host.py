@@ -1,22 +1,26 @@
-"""The machine as the doctor sees it: files under a root, a shared memory folder, programs to ask.
+"""The machine as the doctor sees it, and what one check says of it.
 
-Exists so that a test can show the checks another machine: a cgroup v2 container with 64 MiB of
-shared memory is a folder of text files. It reads only; what a check tries out, it tries itself.
+`Host` exists so that a test can show the checks another machine: a container with 64 MiB of shared
+memory is a folder of text files. It reads only; what a check tries out, it tries itself.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from shmblocks._os.segment import SHM_DIRECTORY
 
-# Smaller: a busy machine looks as if nobody answered. Larger: a hung service holds the doctor up.
+# Seconds. Smaller: on a busy machine a service seems not to answer. Larger: a hung service holds
+# the doctor up.
 ASK_TIMEOUT_SECONDS = 3.0
+
+Status = Literal["ok", "warn", "fail", "skip"]
 
 
 def ask_program(command: Sequence[str]) -> str | None:
@@ -38,21 +42,36 @@ def ask_program(command: Sequence[str]) -> str | None:
     return answer.stdout
 
 
-class Mount(msgspec.Struct, frozen=True):
-    """One line of /proc/self/mountinfo."""
+class CheckResult(msgspec.Struct, frozen=True):
+    """The outcome of one check.
 
-    root: str  # the part of the file system that is mounted: not "/" in many containers
-    point: str
-    file_system: str
-    super_options: tuple[str, ...]
+    name     stable, for machines: `shm-size`, `ofd-locks`
+    status   ok: nothing to do; warn: works, with a limit that one should know;
+             fail: pools do not work here, or not the part that the check is about;
+             skip: does not apply to this machine, or cannot be told here
+    found    what was seen
+    advice   what to do about it; empty where there is nothing to do
+    """
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
 
 
 class Host(msgspec.Struct, frozen=True):
-    """`root` is where /proc, /sys and /etc are looked for, `shm` where segments live."""
+    """What the checks look at.
+
+    root        where /proc, /sys and /etc are looked for
+    shm         where segments live
+    ask         runs a program, and returns what it prints
+    pool_bytes  size of the pool that is planned, in bytes; 0: none
+    """
 
     root: Path = Path("/")
     shm: Path = Path(SHM_DIRECTORY)
     ask: Callable[[Sequence[str]], str | None] = ask_program
+    pool_bytes: int = 0
 
     def path(self, absolute: str) -> Path:
         """Where this machine has `absolute`."""
@@ -65,24 +84,6 @@ class Host(msgspec.Struct, frozen=True):
         except OSError:
             return None
 
-    def mounts(self) -> list[Mount]:
-        """All mounts, in the order in which they were made: the last one of a point is seen."""
-        lines = (self.read("/proc/self/mountinfo") or "").splitlines()
-        return [mount for line in lines if (mount := _parse_mount(line)) is not None]
 
-
-def _parse_mount(line: str) -> Mount | None:
-    # 36 35 98:0 /root /point rw,noatime [optional fields] - type source super,options
-    before, separator, after = line.partition(" - ")
-    left, right = before.split(), after.split()
-    if not separator or len(left) < 5 or not right:
-        return None
-    options = right[2].split(",") if len(right) > 2 else []
-    return Mount(_unescape(left[3]), _unescape(left[4]), right[0], tuple(options))
-
-
-def _unescape(path: str) -> str:
-    """The kernel writes a space, a tab, a line end and a backslash as octal escapes."""
-    for escape, letter in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        path = path.replace(escape, letter)
-    return path
+# Yields one result per fact it checked. It changes nothing on the machine that outlives it.
+Check = Callable[[Host], Iterator[CheckResult]]

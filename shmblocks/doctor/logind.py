@@ -11,8 +11,7 @@ import pwd
 import re
 from collections.abc import Iterator
 
-from shmblocks.doctor.host import Host
-from shmblocks.doctor.result import CheckResult
+from shmblocks.doctor.host import CheckResult, Host
 
 ADVICE = (
     "run as a system user, or `loginctl enable-linger USER`, or put `[Login]` and `RemoveIPC=no` "

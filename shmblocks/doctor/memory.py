@@ -1,9 +1,8 @@
 """Is there shared memory, how much of it, and will the kernel really give it?
 
-A pool reserves all of its pages when it is created, so too small a /dev/shm is an error then, with
-a clear text. These checks say the same before anything is started, and what that error cannot
-say: pages of /dev/shm count against the container's memory limit, and what is over that limit is
-no error but the end of the process.
+A pool reserves all of its pages when it is created. What would refuse them then is said here
+before anything is started, in the same words (`_os/limits.py`). Pages of /dev/shm count against
+the container's memory limit; beyond it the kernel kills processes instead of returning an error.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-from shmblocks.doctor.cgroup import tightest_memory_limit
-from shmblocks.doctor.host import Host, Mount
-from shmblocks.doctor.result import CheckResult
-from shmblocks.doctor.words import bytes_text
+from shmblocks._os.cgroup import Mount, mounts, tightest_memory_limit
+from shmblocks._os.limits import container_refusal, folder_refusal, refusal_of
+from shmblocks._words import bytes_text
+from shmblocks.doctor.host import CheckResult, Host
 
 # The embeddings of one large image take up to 250 MB. Smaller: nothing is said of a /dev/shm that
 # holds four such images. Larger: machines that serve small images well are warned.
@@ -31,13 +30,9 @@ RESIZE = (
 
 def shm_mount(host: Host) -> Iterator[CheckResult]:
     """Segments must be memory, not a disk."""
-    if not host.shm.is_dir():
-        yield CheckResult(
-            "shm-mount",
-            "fail",
-            f"{host.shm} does not exist",
-            f"mount -t tmpfs -o size=8G,mode=1777 tmpfs {host.shm}",
-        )
+    refusal = folder_refusal(host.shm)
+    if refusal is not None:
+        yield CheckResult("shm-mount", "fail", refusal.found, refusal.advice)
         return
     mount = _mount_of(host, str(host.shm.resolve()))
     if mount is None:
@@ -60,7 +55,7 @@ def _mount_of(host: Host, path: str) -> Mount | None:
         return path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
 
     # The longest mount point wins, and of equal ones the last made, which covers the others.
-    holding = [mount for mount in host.mounts() if holds(mount)]
+    holding = [mount for mount in mounts(host.root) if holds(mount)]
     return max(reversed(holding), key=lambda mount: len(mount.point), default=None)
 
 
@@ -84,6 +79,19 @@ def shm_size(host: Host) -> Iterator[CheckResult]:
         yield CheckResult("shm-size", "ok", found)
 
 
+def pool_size(host: Host) -> Iterator[CheckResult]:
+    """Whether the planned pool can be created: what `BlockPool.create` would say."""
+    size = host.pool_bytes
+    if not size:
+        yield CheckResult("pool-size", "skip", "no planned size of a pool was given")
+        return
+    refusal = refusal_of(size, host.shm, host.root) or container_refusal(size, host.root)
+    if refusal is not None:
+        yield CheckResult("pool-size", "fail", refusal.found, refusal.advice)
+    else:
+        yield CheckResult("pool-size", "ok", f"a pool of {bytes_text(size)} can be created")
+
+
 def shm_reserve(host: Host) -> Iterator[CheckResult]:
     """Create a file there and have the kernel reserve its pages, as a pool does."""
     try:
@@ -102,7 +110,7 @@ def shm_reserve(host: Host) -> Iterator[CheckResult]:
 
 def memory_limit(host: Host) -> Iterator[CheckResult]:
     """What may be used before the kernel kills: the container's limit, and the machine's memory."""
-    limit = tightest_memory_limit(host)
+    limit = tightest_memory_limit(host.root)
     if limit is None:
         yield CheckResult("memory-limit", "ok", "no control group limits this process's memory")
         return

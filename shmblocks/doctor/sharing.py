@@ -1,4 +1,7 @@
-"""Can pools be shared here, and has anybody left some behind?"""
+"""Can pools be shared here, and are there leftovers of dead processes?
+
+`pool_shared` is the check that makes a pool; `main` is the second process that uses it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ import os
 from collections.abc import Iterator
 
 from shmblocks._state.info import PoolSummary
+from shmblocks._words import bytes_text, count_text
 from shmblocks.config import PoolConfig
-from shmblocks.doctor.child import run_module
-from shmblocks.doctor.host import Host
-from shmblocks.doctor.result import CheckResult
-from shmblocks.doctor.words import bytes_text, count_text
+from shmblocks.doctor.child import report, run_module
+from shmblocks.doctor.host import CheckResult, Host
 from shmblocks.errors import ShmBlocksError
+from shmblocks.handle import BlockHandle
 from shmblocks.inspector import list_segments
 from shmblocks.pool import BlockPool
 
-# A Python that starts on a busy machine. Smaller: such machines fail. Larger: a hang holds us up.
+# Seconds for a Python to start on a busy machine. Smaller: such machines fail. Larger: a hang holds
+# the doctor up longer.
 ATTACH_SECONDS = 30.0
 
 
@@ -39,9 +43,7 @@ def _hand_over(pool: BlockPool) -> Iterator[CheckResult]:
         return
     handle = pool.publish(handle, readers=1)
     arguments = [pool.name, handle.encode().hex()]
-    results = run_module(
-        "pool-sharing", "shmblocks.doctor.sharing_probe", arguments, ATTACH_SECONDS
-    )
+    results = run_module("pool-sharing", "shmblocks.doctor.sharing", arguments, ATTACH_SECONDS)
     free, every = pool.available_blocks(), pool.config.total_blocks
     if free != every and all(result.status == "ok" for result in results):
         found = f"after the second process's release {free} of {every} blocks are free"
@@ -49,8 +51,34 @@ def _hand_over(pool: BlockPool) -> Iterator[CheckResult]:
     yield from results
 
 
+def use(name: str, handle: bytes) -> Iterator[CheckResult]:
+    """Attach by name, see the first process live, open what it published, release it."""
+    try:
+        with BlockPool.attach(name, prefault="off", role="doctor") as pool:
+            alive = sum(participant.is_alive for participant in pool.participants())
+            with pool.open(BlockHandle.decode(handle)):
+                pass
+    except (ShmBlocksError, OSError) as error:
+        found = f"a second process cannot use a pool of the first: {error}"
+        yield CheckResult("pool-sharing", "fail", found, "see the failed checks above")
+        return
+    if alive == 2:
+        found = "a second process attached by name and read what the first published"
+        yield CheckResult("pool-sharing", "ok", found)
+    else:
+        found = f"a second process sees {alive} living participants instead of 2"
+        advice = "see the check ofd-locks: who lives cannot be told on this file system"
+        yield CheckResult("pool-sharing", "fail", found, advice)
+
+
+def main(arguments: list[str]) -> None:
+    """In the second process: the name of a pool, and a handle in hexadecimal."""
+    name, handle = arguments
+    report(use(name, bytes.fromhex(handle)))
+
+
 def leftovers(host: Host) -> Iterator[CheckResult]:
-    """Pools and queues that nobody lives in any more: they take memory until they are removed."""
+    """Pools and queues without a living process: they take memory until they are removed."""
     try:
         pools = list_segments()
     except OSError as error:

@@ -6,8 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
-from shmblocks.doctor.host import Host
-from shmblocks.doctor.result import CheckResult
+from shmblocks.doctor.host import CheckResult, Host
 
 NEEDED = ("torch", "posix-ipc", "msgspec")
 USEFUL = {"rich": "colours on the command line: pip install 'shmblocks[cli]'"}

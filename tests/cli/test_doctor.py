@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shmblocks.doctor import Check, CheckResult, Host, cgroup, kernel, limits, logind, memory
+from shmblocks._os import cgroup, limits
+from shmblocks.doctor import Check, CheckResult, Host, kernel, logind, memory
 from shmblocks.doctor.child import run_module
 from shmblocks.doctor.host import ask_program
 
@@ -34,19 +35,19 @@ class Machine:
         self.root.mkdir()
         self.shm.mkdir()
 
-    def host(self, answer: str | None = None) -> Host:
+    def host(self, answer: str | None = None, pool_bytes: int = 0) -> Host:
         def ask(command: Sequence[str]) -> str | None:
             return answer
 
-        return Host(self.root, self.shm, ask)
+        return Host(self.root, self.shm, ask, pool_bytes)
 
     def write(self, path: str, text: str) -> None:
         file = self.root / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
-    def run(self, check: Check, answer: str | None = None) -> CheckResult:
-        (result,) = check(self.host(answer))
+    def run(self, check: Check, answer: str | None = None, pool_bytes: int = 0) -> CheckResult:
+        (result,) = check(self.host(answer, pool_bytes))
         return result
 
 
@@ -128,7 +129,7 @@ def test_the_tightest_group_above_a_process_counts(machine: Machine) -> None:
     v2_group(machine, "/pods/pod/worker", "max", GIB)
     v2_group(machine, "/pods/pod", str(4 * GIB), 3 * GIB, droppable=GIB)
     v2_group(machine, "/pods", str(64 * GIB), 8 * GIB)
-    limit = cgroup.tightest_memory_limit(machine.host())
+    limit = cgroup.tightest_memory_limit(machine.root)
     assert limit == cgroup.MemoryLimit("/sys/fs/cgroup/pods/pod", 4 * GIB, 2 * GIB)
     assert limit.left_bytes == 2 * GIB
 
@@ -137,7 +138,7 @@ def test_a_container_sees_its_own_group_as_the_root(machine: Machine) -> None:
     machine.write("/proc/self/mountinfo", CGROUP2)
     machine.write("/proc/self/cgroup", "0::/\n")
     v2_group(machine, "", str(GIB), GIB // 2)
-    limit = cgroup.tightest_memory_limit(machine.host())
+    limit = cgroup.tightest_memory_limit(machine.root)
     assert limit == cgroup.MemoryLimit("/sys/fs/cgroup", GIB, GIB // 2)
 
 
@@ -148,7 +149,7 @@ def test_version_1_groups_below_a_mounted_part_are_found(machine: Machine) -> No
     machine.write(f"{folder}/memory.limit_in_bytes", f"{2 * GIB}\n")
     machine.write(f"{folder}/memory.usage_in_bytes", f"{GIB}\n")
     machine.write(f"{folder}/memory.stat", f"total_inactive_file {GIB // 4}\n")
-    limit = cgroup.tightest_memory_limit(machine.host())
+    limit = cgroup.tightest_memory_limit(machine.root)
     assert limit == cgroup.MemoryLimit(folder, 2 * GIB, 3 * GIB // 4)
 
 
@@ -157,7 +158,7 @@ def test_version_1_without_a_limit_has_a_huge_number_that_is_none(machine: Machi
     machine.write("/proc/self/cgroup", "4:memory:/\n")
     machine.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
     machine.write("/sys/fs/cgroup/memory/memory.usage_in_bytes", "4096\n")
-    assert cgroup.tightest_memory_limit(machine.host()) is None
+    assert cgroup.tightest_memory_limit(machine.root) is None
     assert machine.run(memory.memory_limit).status == "ok"
 
 
@@ -173,6 +174,44 @@ def test_a_limit_below_what_shared_memory_offers_is_a_warning(
     assert "3 GiB of it unused" in result.found
     monkeypatch.setattr(os, "statvfs", lambda _: fake_statvfs(2 * GIB, 2 * GIB))
     assert machine.run(memory.memory_limit).status == "ok"
+
+
+def test_a_planned_pool_is_held_against_every_limit_in_the_words_of_create(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine.run(memory.pool_size).status == "skip"
+    monkeypatch.setattr(os, "statvfs", lambda _: fake_statvfs(8 * GIB, 8 * GIB))
+    assert machine.run(memory.pool_size, pool_bytes=8 * GIB).status == "ok"
+    for size in (8 * GIB + 1, 9 * GIB):
+        result = machine.run(memory.pool_size, pool_bytes=size)
+        refusal = limits.refusal_of(size, machine.shm, machine.root)
+        assert refusal is not None
+        assert (result.status, result.found) == ("fail", refusal.found)
+        assert "--shm-size=" in result.advice
+    machine.write("/proc/self/mountinfo", CGROUP2)
+    machine.write("/proc/self/cgroup", "0::/\n")
+    v2_group(machine, "", str(4 * GIB), GIB)
+    assert machine.run(memory.pool_size, pool_bytes=3 * GIB).status == "ok"
+    result = machine.run(memory.pool_size, pool_bytes=4 * GIB)
+    assert "needs 4 GiB, the memory limit of 4 GiB" in result.found
+    assert "--shm-size does not help" in result.advice
+
+
+def test_a_file_system_without_unnamed_files_is_no_failure(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def refuse(path: str, flags: int, *rest: int, **options: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(95, "Operation not supported")
+        return open_file(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    result = machine.run(kernel.unnamed_files)
+    assert result.status == "ok"
+    assert "hidden name" in result.found
+    assert os.listdir(machine.shm) == []
 
 
 def test_memory_that_is_not_there_is_a_warning(
@@ -217,8 +256,8 @@ def test_processor_quotas_are_read_in_both_versions(
     machine.write("/proc/self/cgroup", group)
     for path, text in files.items():
         machine.write(path, text)
-    assert cgroup.cpu_quota(machine.host()) == quota
-    result = machine.run(limits.processors)
+    assert cgroup.cpu_quota(machine.root) == quota
+    result = machine.run(kernel.processors)
     if quota is not None:
         assert result.status == "warn"
         assert f"{quota:g}" in result.found
@@ -276,7 +315,7 @@ def test_drop_ins_overrule_the_main_file_in_order_of_their_names(ordinary_user: 
 
 def test_few_descriptors_are_a_warning(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
-    result = machine.run(limits.open_files)
+    result = machine.run(kernel.open_files)
     assert result.status == "warn"
     assert "any number" in result.found
 
@@ -285,9 +324,9 @@ def test_locked_memory_matters_where_an_rdma_device_is(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 16, 1 << 16))
-    assert machine.run(limits.locked_memory).status == "ok"
+    assert machine.run(kernel.locked_memory).status == "ok"
     machine.write("/sys/class/infiniband/mlx5_0/node_type", "1: CA\n")
-    result = machine.run(limits.locked_memory)
+    result = machine.run(kernel.locked_memory)
     assert result.status == "warn"
     assert "64 KiB" in result.found
 

@@ -77,7 +77,7 @@ def probe(folder: Path, files: dict[str, str]) -> list[CheckResult]:
         file.write_text(text)
     root = Path(__file__).parents[2]
     done = run_program(
-        [sys.executable, "-m", "shmblocks.doctor.cuda_probe"],
+        [sys.executable, "-c", "from shmblocks.doctor import cuda; cuda.main([])"],
         environment={"PYTHONPATH": f"{folder}:{root}"},
     )
     return [msgspec.json.decode(line, type=CheckResult) for line in done.stdout.splitlines()]

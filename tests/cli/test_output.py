@@ -11,6 +11,7 @@ import pytest
 
 from shmblocks import PoolInspector
 from shmblocks._state.info import PoolSnapshot, PoolStats
+from shmblocks._words import bytes_text, count_text
 from shmblocks.cli.commands import ListReport
 from shmblocks.cli.jsonhelp import keys_text
 from shmblocks.cli.main import main, write_error
@@ -29,7 +30,6 @@ from shmblocks.cli.render import (
     write_text,
 )
 from shmblocks.cli.stat import PoolReport
-from shmblocks.doctor.words import bytes_text, count_text
 from tests.cli.conftest import Scene
 
 DOCUMENT: Document = joined(

@@ -16,6 +16,10 @@ from tests.support.children import ChildError, run_in_fork
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWPID = 0x20000000
+CLONE_NEWTIME = 0x00000080
+MS_RDONLY = 1
+MS_REMOUNT = 32
+MS_BIND = 4096
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 
@@ -45,6 +49,26 @@ def shrink_shared_memory(mebibytes: int) -> None:
     _mount("tmpfs", "/dev/shm", "tmpfs", 0, f"size={mebibytes}m")
 
 
+def make_shared_memory_read_only() -> None:
+    """/dev/shm with what is in it, and nobody may write there."""
+    enter_own_mounts()
+    _mount("/dev/shm", "/dev/shm", "", MS_BIND, "")
+    _mount("none", "/dev/shm", "", MS_REMOUNT | MS_BIND | MS_RDONLY, "")
+
+
+def take_shared_memory_away() -> None:
+    """A /dev without shm."""
+    enter_own_mounts()
+    _mount("tmpfs", "/dev", "tmpfs", 0, "")
+
+
+def set_monotonic_offset(seconds: int) -> None:
+    """A time namespace for the children of this process: their monotonic clock is that far off."""
+    _checked("unshare(CLONE_NEWTIME)", _libc.unshare(CLONE_NEWTIME))
+    with open("/proc/self/timens_offsets", "w") as file:
+        file.write(f"monotonic {seconds} 0")
+
+
 def run_as_first_process(body: Callable[[], None]) -> None:
     """`body()` as pid 1 of a pid namespace of its own with its own /proc; waits for its end."""
     _checked("unshare(CLONE_NEWPID)", _libc.unshare(CLONE_NEWPID))
@@ -71,11 +95,17 @@ def why_no_pids() -> str:
     return _why_not(lambda: run_as_first_process(lambda: None))
 
 
+@functools.cache
+def why_no_time() -> str:
+    """Why a time namespace cannot be had here; empty when it can."""
+    return _why_not(lambda: set_monotonic_offset(1))
+
+
 def _why_not(attempt: Callable[[], None]) -> str:
     def answer() -> str:
         try:
             attempt()
-        except PermissionError as error:
+        except OSError as error:
             return f"namespaces are not allowed here: {error}"
         return ""
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,22 +20,37 @@ from shmblocks.config import (
     DTYPES,
     MAX_BLOCK_SIZE,
     MAX_BLOCKS,
+    MAX_CHANNEL_SLOTS,
+    MAX_CHANNELS,
+    MAX_CLAIMS,
     MAX_LEASES,
     MAX_PARTICIPANTS,
     MAX_TOKEN_BYTES,
+    MAX_WAITERS,
     dtype_name,
 )
 from tests.core import pools
 
 ITEM_BYTES = {
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
     "bf16": 2,
     "fp16": 2,
     "fp32": 4,
+    "fp64": 8,
     "fp8_e4m3": 1,
     "fp8_e5m2": 1,
-    "int8": 1,
-    "int32": 4,
-    "int64": 8,
+    "fp8_e4m3fnuz": 1,
+    "fp8_e5m2fnuz": 1,
+    "fp8_e8m0fnu": 1,
+    "complex64": 8,
+    "complex128": 16,
     "bool": 1,
 }
 
@@ -56,15 +74,24 @@ def test_a_dtype_is_known_by_its_short_name_and_by_torchs(dtype: str) -> None:
     assert dtype_name(dtype) == dtype_name(torch_name) == dtype_name(f"torch.{torch_name}") == dtype
 
 
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_every_dtype_is_one_of_torchs_and_of_its_size(dtype: str) -> None:
+    torch_name = DTYPES[dtype][1]
+    if not hasattr(torch, torch_name):
+        pytest.skip(f"torch {torch.__version__} has no {torch_name}")
+    assert getattr(torch, torch_name).itemsize == ITEM_BYTES[dtype]
+    assert dtype_name(getattr(torch, torch_name)) == dtype
+
+
 @pytest.mark.parametrize("name", ["", "a b", "1st", "a-b", "x" * 65])
 def test_a_field_name_must_be_a_short_identifier(name: str) -> None:
     with pytest.raises(ValueError, match="field name: expected an identifier"):
         Field(name)
 
 
-@pytest.mark.parametrize("dtype", ["", "float64", "complex64", "BF16"])
+@pytest.mark.parametrize("dtype", ["", "float128", "qint8", "BF16"])
 def test_a_dtype_that_no_pool_holds_is_refused_with_the_list(dtype: str) -> None:
-    with pytest.raises(ValueError, match=r"dtype.*expected one of bf16, .*bool, got") as caught:
+    with pytest.raises(ValueError, match=r"dtype.*expected one of uint8, .*bool, got") as caught:
         Field("x", (), dtype)
     assert repr(dtype) in str(caught.value)
     with pytest.raises(ValueError, match="dtype: expected one of"):
@@ -129,6 +156,13 @@ WRONG = [
     Wrong({"max_participants": MAX_PARTICIPANTS + 1}, "max_participants: expected 1 to"),
     Wrong({"max_leases": 0}, "max_leases: expected 1 to"),
     Wrong({"max_leases": MAX_LEASES + 1}, "max_leases: expected 1 to"),
+    Wrong({"max_waiters": 0}, "max_waiters: expected 1 to"),
+    Wrong({"max_waiters": MAX_WAITERS + 1}, "max_waiters: expected 1 to"),
+    Wrong({"channels": 0}, "channels: expected 1 to"),
+    Wrong({"channels": MAX_CHANNELS + 1}, "channels: expected 1 to"),
+    Wrong({"channel_slots": MAX_CHANNEL_SLOTS + 1}, "channel_slots: expected 1 to"),
+    Wrong({"max_claims": -1}, "max_claims: expected 1 to"),
+    Wrong({"max_claims": MAX_CLAIMS + 1}, "max_claims: expected 1 to"),
     Wrong({"unclaimed_timeout": 0.0}, "unclaimed_timeout: expected seconds"),
     Wrong({"unclaimed_timeout": math.inf}, "unclaimed_timeout: expected seconds"),
     Wrong({"unclaimed_timeout": 1e12}, "unclaimed_timeout: expected seconds"),
@@ -150,6 +184,74 @@ def test_a_config_that_no_pool_can_have_is_refused(wrong: Wrong) -> None:
         msgspec.convert({**right(), **wrong.change}, PoolConfig)
     with pytest.raises(ValueError, match=re.escape(wrong.said)):
         PoolConfig(**{**right(), **wrong.change})  # type: ignore[arg-type]
+
+
+def test_where_blocks_are_looked_for_is_one_of_two_words() -> None:
+    assert PoolConfig(total_tokens=128, block_size=4).allocation == "next fit"
+    assert PoolConfig(total_tokens=128, block_size=4, allocation="window").allocation == "window"
+    with pytest.raises(ValueError, match="allocation: expected 'next fit' or 'window', got 'first"):
+        PoolConfig(total_tokens=128, block_size=4, allocation="first fit")  # type: ignore[arg-type]
+
+
+def test_numpys_numbers_are_taken_and_kept_as_pythons(pool_name: str) -> None:
+    """Found: they were accepted, and failed later inside msgspec."""
+    config = PoolConfig(
+        total_tokens=np.int64(64),
+        block_size=np.uint16(4),
+        fields=(Field("x", (np.int32(3),), "uint8"),),
+        unclaimed_timeout=np.float32(7.5),
+        lock_timeout=np.int64(3),
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=PoolConfig) == config
+    assert type(config.total_tokens) is type(config.fields[0].shape[0]) is int
+    assert type(config.lock_timeout) is float
+    with BlockPool.create(pool_name, config, prefault="off") as pool:
+        assert pool.config == config
+
+
+def test_lists_are_taken_for_tuples() -> None:
+    fields: Any = [Field("x", [2, 3])]  # type: ignore[arg-type]
+    assert PoolConfig(total_tokens=128, fields=fields).fields == (Field("x", (2, 3)),)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("total_tokens", "64", "expected a whole number, got str '64'"),
+        ("total_tokens", 64.0, "expected a whole number, got float"),
+        ("total_tokens", True, "expected a whole number, got bool"),
+        ("max_leases", None, "expected a whole number, got NoneType"),
+        ("lock_timeout", "3", "expected seconds, got str"),
+        ("unclaimed_timeout", None, "expected seconds, got NoneType"),
+        ("fields", Field("x"), "expected a tuple, got Field"),
+        ("fields", ("x",), "expected Field, got str"),
+        ("group", 0, "expected str, got int"),
+        ("device", torch.device("cpu"), "expected str, got device"),
+    ],
+)
+def test_a_wrong_type_in_a_config_is_told_with_the_argument(
+    argument: str, value: object, said: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^{argument}: {said}"):
+        PoolConfig(**{**right(), argument: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((5,), "field name: expected str, got int"),
+        (("x", 5), "shape of field x: expected a tuple, got int 5"),
+        (("x", "35"), "shape of field x: expected a tuple, got str '35'"),
+        (("x", (2.0,)), "shape of field x: expected a whole number, got float"),
+        (("x", (), torch.bfloat16), "dtype of field x: expected a name such as 'bf16', got dtype"),
+        (("x", (3,), "bf16", 1), "transposed of field x: expected bool, got int"),
+    ],
+)
+def test_a_wrong_type_in_a_field_is_told_with_the_argument(
+    arguments: tuple[Any, ...], said: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^{said}"):
+        Field(*arguments)
 
 
 def test_an_unclaimed_timeout_that_is_accepted_can_be_published_with(pool_name: str) -> None:
@@ -213,6 +315,11 @@ def configs(draw: st.DrawFn) -> PoolConfig:
         default_num_blocks=draw(st.integers(1, 99)),
         max_participants=draw(st.integers(1, 99)),
         max_leases=draw(st.integers(1, 99)),
+        max_waiters=draw(st.integers(1, 99)),
+        channels=draw(st.integers(1, 99)),
+        channel_slots=draw(st.integers(1, 99)),
+        max_claims=draw(st.integers(1, 99)),
+        allocation=draw(st.sampled_from(["next fit", "window"])),
         unclaimed_timeout=draw(st.floats(1e-3, 1e6)),
         lock_timeout=draw(st.floats(1e-3, 1e6)),
         group=draw(st.none() | names),

@@ -311,19 +311,19 @@ def test_a_damaged_header_is_a_typed_error_and_nothing_is_mapped(
 
 
 @pytest.mark.parametrize(
-    ("offset", "data"),
+    ("offset", "data", "error"),
     [
-        (0, b"\x00"),
-        (0, b"SHMBLKS\x00"),
-        (8, (LAYOUT_VERSION + 1).to_bytes(8, "little")),
-        (24, (4096).to_bytes(8, "little")),
+        (0, b"\x00", IncompatiblePoolError),
+        (0, b"SHMBLKS\x00", IncompatiblePoolError),
+        (8, (LAYOUT_VERSION + 1).to_bytes(8, "little"), IncompatiblePoolError),
+        (24, (4096).to_bytes(8, "little"), DamagedPoolError),
     ],
 )
 def test_what_is_no_queue_of_this_version_is_a_typed_error_and_nothing_is_mapped(
-    queue: HandleQueue[bytes], offset: int, data: bytes
+    queue: HandleQueue[bytes], offset: int, data: bytes, error: type[Exception]
 ) -> None:
     write_into(queue.name, offset, data)
-    with pytest.raises(IncompatiblePoolError):
+    with pytest.raises(error, match=f"^queue {queue.name}: "):
         HandleQueue.attach(queue.name)
 
 
@@ -339,7 +339,7 @@ def test_a_file_that_is_too_short_is_a_typed_error(queue: HandleQueue[bytes]) ->
     path.unlink()
     for size in (0, 100, 4095, 4096, len(data) - 1):
         path.write_bytes(data[:size])
-        with pytest.raises((IncompatiblePoolError, PoolNotFoundError)):
+        with pytest.raises((IncompatiblePoolError, DamagedPoolError)):
             HandleQueue.attach(queue.name)
     path.unlink()
 

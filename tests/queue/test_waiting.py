@@ -5,6 +5,8 @@ Most tests run without the net (`no_net`): a sleep that nobody ends lasts a minu
 
 from __future__ import annotations
 
+import asyncio
+import mmap
 import os
 import queue as standard
 import random
@@ -16,8 +18,8 @@ import pytest
 
 from shmblocks import HandleQueue
 from shmblocks._os import wait as waiting_module
-from shmblocks._os.sleeper import Sleeper
-from shmblocks._os.wait import LONGEST_SPIN, Spinner, deadline_of, seconds_left
+from shmblocks._os.futex import Futex
+from shmblocks._os.wait import LONGEST_SPIN, Sleeper, Spinner, deadline_of, seconds_left
 from tests.queue.kit import (
     NO_NET,
     PATIENCE,
@@ -29,15 +31,16 @@ from tests.queue.kit import (
     start_counting_at,
     wait_until_asleep,
 )
-from tests.support.children import Channel, Child, fork
+from tests.support.children import Channel, Child, fork, wait_until
 
 # ---- spinning --------------------------------------------------------------------------------
 
 
-class CountedWord:
+class CountedWord(Futex):
     """A word that counts how often it is read, and changes at the given reading."""
 
     def __init__(self, changes_at: int | None = None) -> None:
+        super().__init__(mmap.mmap(-1, mmap.PAGESIZE), 0)
         self.reads = 0
         self._changes_at = changes_at
 
@@ -522,6 +525,26 @@ def test_a_wait_ends_at_its_deadline_also_when_it_is_woken_for_nothing(
             time.sleep(0.001)
         assert isinstance(getter.error(), standard.Empty)
         assert time.monotonic() >= deadline
+
+
+def awaited(sleeper: Sleeper, timeout: float | None) -> bool:
+    return asyncio.run(asyncio.wait_for(sleeper.until_changed_async(deadline_of(timeout)), SOON))
+
+
+def test_an_awaited_change_comes_before_the_deadline_or_not(
+    no_net: None, queue: HandleQueue[bytes]
+) -> None:
+    assert not awaited(queue._getting, 0.0)
+    start = time.monotonic()
+    assert not awaited(queue._getting, 0.02)
+    assert time.monotonic() - start >= 0.019
+    assert asleep(queue) == (0, 0)
+    with Waiting(lambda: awaited(queue._getting, SOON)) as waiter:
+        wait_until(lambda: asleep(queue) == (1, 0), "it is registered")
+        queue.put(b"x")
+        assert waiter.result(SOON)
+    assert awaited(queue._getting, None)  # there is a message: no need to wait
+    assert asleep(queue) == (0, 0)
 
 
 def test_the_longest_spin_is_shorter_than_the_longest_sleep() -> None:
