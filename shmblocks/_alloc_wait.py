@@ -14,7 +14,6 @@ Contract
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import NamedTuple
 
@@ -91,12 +90,11 @@ class AllocWaiters:
 
     async def wait_async(self, request: AllocRequest, deadline: float | None) -> BlockHandle:
         """As `wait`, from asyncio."""
-        handle = self._state.reserve(request)
-        if handle is not None:
-            return handle
         patience = _Patience(self._state, request, deadline)
-        process = os.getpid()
         try:
+            handle = self._state.reserve(request)
+            if handle is not None:
+                return handle
             while True:
                 poll = self._state.poll_queue(request)
                 if poll.handle is not None:
@@ -104,9 +102,7 @@ class AllocWaiters:
                 seconds = patience.seconds_to_sleep(poll)
                 await self._wake_of(poll.slot).loops.sleep(poll.seen, seconds)
         except BaseException:
-            # (Not in a forked child that is only discarding its parent's coroutines.)
-            if process == os.getpid():
-                self._state.take_back(request)
+            self._state.take_back(request)
             raise
 
     def _wake_of(self, slot: int) -> _Wake:

@@ -36,6 +36,7 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
@@ -73,6 +74,7 @@ from shmblocks.errors import (
     KeyExistsError,
     PoolExistsError,
     PoolNotFoundError,
+    ShmBlocksError,
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
@@ -155,8 +157,8 @@ class BlockPool:
         _require_known(prefault)
         config = placed(config, device)
         prepare = allocate_on_gpu if config.is_on_gpu else None
-        state = PoolState.create(name, config, _role(role), prepare)
-        return cls._owning(state, role, prefault, read_only_leases)
+        make = partial(PoolState.create, name, config, _role(role), prepare)
+        return cls._owning(make, role, prefault, read_only_leases)
 
     @classmethod
     def attach(
@@ -178,8 +180,8 @@ class BlockPool:
         deadline = deadline_of(timeout)
         while True:
             try:
-                state = PoolState.attach(name, _role(role))
-                pool = cls._owning(state, role, prefault, read_only_leases)
+                make = partial(PoolState.attach, name, _role(role))
+                pool = cls._owning(make, role, prefault, read_only_leases)
                 pool.streams.open_if_cuda_runs()
                 return pool
             except PoolNotFoundError as error:
@@ -253,12 +255,16 @@ class BlockPool:
 
     @classmethod
     def _owning(
-        cls, state: PoolState, role: str, prefault: Prefault, read_only_leases: bool
+        cls, make: Callable[[], PoolState], role: str, prefault: Prefault, read_only_leases: bool
     ) -> BlockPool:
+        """The pool object of the state that `make` joins; interrupted anywhere, it has left."""
+        state: PoolState | None = None
         try:
+            state = make()
             return cls(state, role, prefault, read_only_leases)
         except BaseException:
-            state.leave()
+            if state is not None:
+                state.leave()
             raise
 
     def close(self) -> None:
@@ -430,20 +436,25 @@ class BlockPool:
         """
         request = self._request(num_tokens, req_id)
         deadline = deadline_of(timeout)
-        handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
-        return self._owned(handle, request)
+        try:
+            handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
+            return Reservation(self, handle)
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
+        except BaseException:
+            self.state.take_back(request)
+            raise
 
     async def reserve_async(
         self, num_tokens: int, *, req_id: str | None = None, timeout: float | None = None
     ) -> Reservation:
         """`reserve` that waits its turn in asyncio; cancelling it leaves no trace."""
         request = self._request(num_tokens, req_id)
-        handle = await self._waiters.wait_async(request, deadline_of(timeout))
-        return self._owned(handle, request)
-
-    def _owned(self, handle: BlockHandle, request: AllocRequest) -> Reservation:
+        deadline = deadline_of(timeout)
         try:
-            return Reservation(self, handle)
+            return Reservation(self, await self._waiters.wait_async(request, deadline))
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
         except BaseException:
             self.state.take_back(request)
             raise
@@ -508,10 +519,16 @@ class BlockPool:
             return BlockHandle(0, num_blocks, num_tokens, 0, self.pool_id)
         request = self._request_blocks(num_blocks, num_tokens, req_id)
         deadline = deadline_of(timeout) if timeout else None
-        handle = self.state.reserve(request)
-        if handle is None and timeout != 0.0:
-            return self._waiters.wait(request, deadline)
-        return handle
+        try:
+            handle = self.state.reserve(request)
+            if handle is None and timeout != 0.0:
+                handle = self._waiters.wait(request, deadline)
+            return handle
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
+        except BaseException:
+            self.state.take_back(request)
+            raise
 
     async def alloc_async(
         self, num_tokens: int, req_id: str | None = None, timeout: float | None = None
@@ -820,13 +837,15 @@ class BlockPool:
             order = self.streams.order(stream)
             if self._is_on_gpu:
                 order.use.memory()
-        opened = self.state.open(real, for_write=for_write)
+        opened: Opened | None = None
         try:
+            opened = self.state.open(real, for_write=for_write)
             if not opened.is_ready:
                 self.streams.wait_ready(real, order)
             return Lease(self, real, opened.key, order, opened.is_ready, for_write)
         except BaseException:
-            self.state.undo_open(opened.key)
+            if opened is not None:
+                self.state.undo_open(opened.key)
             raise
 
     async def open_async(self, handle: BlockHandle) -> Lease:
@@ -837,13 +856,15 @@ class BlockPool:
         real = self._real(handle)
         if self._is_on_gpu:
             return self.open(real)
-        opened = self.state.open(real)
+        opened: Opened | None = None
         try:
+            opened = self.state.open(real)
             if not opened.is_ready:
                 await self.streams.wait_ready_async(real)
             return Lease(self, real, opened.key, None, True, False)
         except BaseException:
-            self.state.undo_open(opened.key)
+            if opened is not None:
+                self.state.undo_open(opened.key)
             raise
 
     # ---- the content cache -------------------------------------------------------------------

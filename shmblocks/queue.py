@@ -27,6 +27,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Generic, NoReturn, TypeVar, overload
 
@@ -121,8 +122,8 @@ class HandleQueue(Generic[T]):
         """
         _in_range("capacity", capacity, MAX_CAPACITY)
         _in_range("message_bytes", message_bytes, MAX_MESSAGE_BYTES)
-        state = QueueState.create(name, capacity, message_bytes, group, role)
-        return _owning(state, message_type, spin, role)
+        make = partial(QueueState.create, name, capacity, message_bytes, group, role)
+        return _owning(make, message_type, spin, role)
 
     @overload
     @classmethod
@@ -162,7 +163,8 @@ class HandleQueue(Generic[T]):
         deadline = deadline_of(timeout)
         while True:
             try:
-                return _owning(QueueState.attach(name, role), message_type, spin, role)
+                make = partial(QueueState.attach, name, role)
+                return _owning(make, message_type, spin, role)
             except PoolNotFoundError:
                 if seconds_left(deadline) <= 0:
                     raise
@@ -391,12 +393,16 @@ _open_queues: weakref.WeakValueDictionary[int, HandleQueue[object]] = weakref.We
 
 
 def _owning(
-    state: QueueState, message_type: type[S] | None, spin: float, role: str
+    make: Callable[[], QueueState], message_type: type[S] | None, spin: float, role: str
 ) -> HandleQueue[S]:
+    """The queue object of the state that `make` joins; interrupted anywhere, it has left."""
+    state: QueueState | None = None
     try:
+        state = make()
         return HandleQueue(state, message_type, spin, role)
     except BaseException:
-        state.leave()
+        if state is not None:
+            state.leave()
         raise
 
 
@@ -407,7 +413,8 @@ def _reattach(
     there = _open_queues.get(queue_id)
     if there is not None and not there.is_closed:
         return there
-    queue: HandleQueue[object] = _owning(QueueState.attach(name, role), message_type, spin, role)
+    make = partial(QueueState.attach, name, role)
+    queue: HandleQueue[object] = _owning(make, message_type, spin, role)
     if queue.state.queue_id != queue_id:
         queue.close()
         raise PoolNotFoundError(

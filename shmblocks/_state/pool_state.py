@@ -5,9 +5,9 @@ Contract
   one operation: after a death at any line it has happened or it has not. (`reap`, and what runs it,
   are several, each done or not.)
 - `PoolState.create` and `attach` give a whole one or raise and leave nothing behind.
-- What an interrupted operation has taken (blocks, a lease, an entry of the wait queue), it has
-  given back when the interrupt reaches the caller. Such a thing is known by its owner and its
-  `stamp`, which no other operation of this process has.
+- What an interrupted operation has taken (blocks, a lease, an entry of the wait queue) is known by
+  its owner and its `stamp`, which no other operation of this process has: so it is found again and
+  given back (`open` by itself, `reserve` and `poll_queue` by their callers: `take_back`).
 - A state can be open without being a participant (the inspector): then it keeps nothing alive.
 
 What it does not do: know tensors, handles of other pools, or what a block is used for; or wait for
@@ -17,6 +17,7 @@ anything but the lock.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import time
@@ -76,6 +77,7 @@ from shmblocks.errors import (
     DamagedPoolError,
     InvalidStateError,
     PoolClosedError,
+    ShmBlocksError,
     StaleHandleError,
     TooManyLeasesError,
 )
@@ -170,12 +172,19 @@ class PoolState(PoolParts):
         `prepare` fills what others will find, before they can.
         """
         name = normal_name(name)
-        with create_unnamed(Layout(config).segment_bytes, name, config.group) as file:
-            fd = file.fileno()
-            pool_id = secrets.randbits(64) or 1
-            _write_header(fd, config, pool_id)
-            state = cls(fd, name, config, pool_id)
-            return state.publish_name(fd, role, lambda: prepare(state) if prepare else None)
+        state: PoolState | None = None
+        try:
+            with create_unnamed(Layout(config).segment_bytes, name, config.group) as file:
+                fd = file.fileno()
+                pool_id = secrets.randbits(64) or 1
+                _write_header(fd, config, pool_id)
+                state = cls(fd, name, config, pool_id)
+                state.publish_name(fd, role, functools.partial(prepare or _nothing, state))
+            return state
+        except BaseException:
+            if state is not None:
+                state.leave()
+            raise
 
     @classmethod
     def open_unjoined(cls, name: str, lock_timeout: float | None = None) -> PoolState:
@@ -202,16 +211,12 @@ class PoolState(PoolParts):
 
     # ---- reserving ---------------------------------------------------------------------------
 
-    def reserve(self, request: AllocRequest) -> BlockHandle | None:
-        """Reserve, if there are free blocks now and nobody waits for them."""
-        try:
-            return self._reserve(request)
-        except BaseException:
-            self.take_back(request)
-            raise
-
     @transaction
-    def _reserve(self, request: AllocRequest) -> BlockHandle | None:
+    def reserve(self, request: AllocRequest) -> BlockHandle | None:
+        """Reserve, if there are free blocks now and nobody waits for them.
+
+        A caller that is interrupted before it has stored the handle calls `take_back`.
+        """
         if self._others_wait():
             return None
         return self._reserve_now(request)
@@ -274,9 +279,14 @@ class PoolState(PoolParts):
         return False
 
     def take_back(self, request: AllocRequest) -> None:
-        """Give back what an interrupted reservation has taken: blocks, its entry in the queue."""
-        with contextlib.suppress(PoolClosedError):
-            self._take_back(request)
+        """Give back what an interrupted reservation has taken: blocks, its entry in the queue.
+
+        Nothing happens when the pool was closed (it was given back then), or in a forked child (it
+        is the parent's).
+        """
+        if self.participants.me is not None:
+            with contextlib.suppress(PoolClosedError):
+                self._take_back(request)
 
     @transaction
     def _take_back(self, request: AllocRequest) -> None:
@@ -486,6 +496,8 @@ class PoolState(PoolParts):
         moment = stamp()
         try:
             return self._open(handle, WRITES if for_write else READS, moment)
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
         except BaseException:
             self.undo_opens(moment)
             raise
@@ -782,6 +794,10 @@ class PoolState(PoolParts):
     def reset_after_fork(self) -> None:
         self.device_use = None
         super().reset_after_fork()
+
+
+def _nothing(_: PoolState) -> None:
+    """There is nothing to prepare."""
 
 
 def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:

@@ -88,17 +88,24 @@ class QueueState(SharedSegment):
         """A new queue of that name; a dead leftover of the name is replaced."""
         name = normal_name(name)
         layout = QueueLayout(capacity, message_bytes)
-        with create_unnamed(layout.segment_bytes, name, group, cls.kind) as file:
-            fd = file.fileno()
-            queue_id = secrets.randbits(64)
-            identity = IDENTITY.pack(
-                QUEUE_MAGIC, LAYOUT_VERSION, queue_id, layout.segment_bytes, time.monotonic_ns()
-            )
-            os.pwrite(fd, identity, 0)
-            os.pwrite(fd, (1).to_bytes(WORD, "little"), H_NEXT_INCARNATION * WORD)
-            os.pwrite(fd, _SIZES.pack(capacity, message_bytes), _SIZES_OFFSET)
-            state = cls(fd, name, queue_id, layout, message_bytes)
-            return state.publish_name(fd, role, lambda: None)
+        state: QueueState | None = None
+        try:
+            with create_unnamed(layout.segment_bytes, name, group, cls.kind) as file:
+                fd = file.fileno()
+                queue_id = secrets.randbits(64)
+                identity = IDENTITY.pack(
+                    QUEUE_MAGIC, LAYOUT_VERSION, queue_id, layout.segment_bytes, time.monotonic_ns()
+                )
+                os.pwrite(fd, identity, 0)
+                os.pwrite(fd, (1).to_bytes(WORD, "little"), H_NEXT_INCARNATION * WORD)
+                os.pwrite(fd, _SIZES.pack(capacity, message_bytes), _SIZES_OFFSET)
+                state = cls(fd, name, queue_id, layout, message_bytes)
+                state.publish_name(fd, role)
+            return state
+        except BaseException:
+            if state is not None:
+                state.leave()
+            raise
 
     @classmethod
     def open_unjoined(cls, name: str, lock_timeout: float = DEFAULT_LOCK_TIMEOUT) -> QueueState:

@@ -117,29 +117,28 @@ class SharedSegment:
 
     # ---- joining -----------------------------------------------------------------------------
 
-    def publish_name(self: S, fd: int, role: str, prepare: Callable[[], object]) -> S:
-        """As the creator: join, so that it lives from the start; fill it; claim the name."""
+    def publish_name(self, fd: int, role: str, prepare: Callable[[], object] | None = None) -> None:
+        """As the creator: join, so that it lives from the start; fill it; claim the name.
+
+        Whatever is raised, then or before the caller has stored it: the caller leaves.
+        """
         self.role = role
-        try:
-            self._join_as_creator()
+        self._join_as_creator()
+        if prepare is not None:
             prepare()
-            claim_name(fd, self.kind, self.name, self.mutex.timeout)
-        except BaseException:
-            self.leave()
-            raise
+        claim_name(fd, self.kind, self.name, self.mutex.timeout)
         lifetime.watch_exit()
-        return self
 
     def join(self: S, role: str) -> S:
         """Become a participant of an existing segment, or leave no trace."""
         self.role = role
         try:
             self._join_existing()
+            lifetime.watch_exit()
+            return self
         except BaseException:
             self.leave()
             raise
-        lifetime.watch_exit()
-        return self
 
     @transaction
     def _join_as_creator(self) -> None:
