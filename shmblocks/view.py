@@ -102,9 +102,16 @@ def _window_on(mapping: mmap.mmap) -> ctypes.Array[ctypes.c_char]:
     """
     buffer = _PyBuffer()
     get, release = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
-    get(ctypes.py_object(mapping), ctypes.byref(buffer), 0)
-    address: int = buffer.buf
-    release(ctypes.byref(buffer))
+    # Twice, as in mutex.py: interrupted in the first, the second does it. What was released, or
+    # never had, is released by doing nothing.
+    try:
+        try:
+            get(ctypes.py_object(mapping), ctypes.byref(buffer), 0)
+            address: int = buffer.buf
+        finally:
+            release(ctypes.byref(buffer))
+    finally:
+        release(ctypes.byref(buffer))
     kind: type[ctypes.Array[ctypes.c_char]] = type(
         "ReadOnlyWindow", (ctypes.c_char * len(mapping),), {}
     )
