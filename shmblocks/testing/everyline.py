@@ -112,7 +112,8 @@ def interrupt_at_every_line(
     """Raise an exception at every point of an operation, in this process, and `verify` after each.
 
     The arguments are those of `kill_at_every_line`; nothing is forked. An operation that swallows
-    the exception is an AssertionError.
+    the exception is an AssertionError (but for one that is raised in a `__del__`: it goes to
+    `sys.unraisablehook`, which does not tell of it here).
     """
     return _Interrupting(setup, operation, verify, scope or Scope(), step, exception).run()
 
@@ -274,7 +275,7 @@ class _Interrupting(_EveryPoint[S]):
             trace = self._trace(number, _raiser(raised))
             came_out, result = self._run(scene, trace, raised)
             point = trace.fired or end_point(number)
-            if trace.fired and not came_out:
+            if trace.fired and not came_out and not trace.was_in_finalizer:
                 raise AssertionError(f"{self._name}: swallowed {raised!r} at {point}")
             self._verify(scene, point)
             del result  # kept until here: a lease that is dropped is given back
@@ -289,7 +290,8 @@ class _Interrupting(_EveryPoint[S]):
         result: object = None
         came_out = False
         try:
-            result = run_traced(self._operation(scene), trace)
+            with _not_told_by_finalizers(raised):
+                result = run_traced(self._operation(scene), trace)
         except BaseException as error:
             if error is not raised:
                 raise
@@ -300,6 +302,21 @@ class _Interrupting(_EveryPoint[S]):
         _forget_frames(sys.exc_info()[1])
         gc.collect()
         return came_out, result
+
+
+@contextlib.contextmanager
+def _not_told_by_finalizers(raised: BaseException) -> Iterator[None]:
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_value is not raised:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _raiser(exception: BaseException) -> Act:

@@ -109,6 +109,8 @@ class Trace:
         self._before = sys.gettrace()
         self.count = 0
         self.fired: Point | None = None
+        # Whether it acted inside a `__del__`, out of which CPython lets no exception come.
+        self.was_in_finalizer = False
 
     def spare(self, pid: int) -> None:
         """Do nothing in that process: for a trace that is started before a fork."""
@@ -136,6 +138,7 @@ class Trace:
             self.count += 1
             if self._act is not None and self._at in (0, self.count):
                 self.fired = self._point(frame)
+                self.was_in_finalizer = _is_in_finalizer(frame)
                 self._act(self.fired)
         return self._look
 
@@ -143,3 +146,9 @@ class Trace:
         code = frame.f_code
         offset = frame.f_lasti if self._step is Step.OPCODE else 0
         return Point(self.count, code.co_filename, frame.f_lineno or 0, code.co_name, offset)
+
+
+def _is_in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
