@@ -74,7 +74,7 @@ def _judge_death(scene: Scene, point: Point, pictures: Pictures | None) -> None:
             _assert_done_or_not(picture(scene.pool), point, pictures)
     assert_survives(scene.pool, *scene.kept)
     _assert_mine_unchanged(scene)
-    assert scene.pool.stats().waiters == 0, "somebody stands in the line who does not wait"
+    assert scene.pool.stats().waiters == 0, "somebody is in the wait queue who does not wait"
 
 
 def _assert_done_or_not(now: list[Allocation], point: Point, pictures: Pictures) -> None:
@@ -106,7 +106,7 @@ def _judge_name(scene: Scene) -> None:
 def interrupt(name: str, exception: type[BaseException]) -> Coverage:
     """Interrupt a case at every line."""
     case = CASES[name]
-    pictures = before_and_after(case) if case.once else None
+    pictures = before_and_after(case) if case.whole else None
     descriptors: list[set[str]] = []
 
     def operation(scene: Scene) -> Callable[[], object]:
@@ -117,15 +117,21 @@ def interrupt(name: str, exception: type[BaseException]) -> Coverage:
     operation.__name__ = case.name
 
     def verify(scene: Scene, point: Point) -> None:
-        if not point.is_end:
-            left = _descriptors() - descriptors[-1]
-            assert not left, f"left open: {left}"
+        if not point.is_end and not case.maps:
+            _assert_none_left_open(descriptors[-1])
         if scene.has_survivor:
             _judge_interrupt(case, scene, point, pictures)
-        elif not (point.is_end and name.startswith("create")):
+            if not point.is_end:
+                _assert_none_left_open(descriptors[-1])
+        elif not (point.is_end and name.startswith(("create", "ensure"))):
             _judge_name(scene)
 
     return interrupt_at_every_line(case.setup, operation, verify, exception=exception)
+
+
+def _assert_none_left_open(before: set[str]) -> None:
+    left = _descriptors() - before
+    assert not left, f"left open: {left}"
 
 
 def _descriptors() -> set[str]:
@@ -141,12 +147,15 @@ def _descriptors() -> set[str]:
 def _judge_interrupt(case: Case, scene: Scene, point: Point, pictures: Pictures | None) -> None:
     """The process lives on. The witness proves that the lock is free for others."""
     witness = scene.witness
-    assert witness.stats().waiters == 0, "somebody stands in the line who does not wait"
+    assert witness.stats().waiters == 0, "somebody is in the wait queue who does not wait"
     with within(1.0, "another participant's next operation"):
         witness.available_blocks()
     if pictures is not None:
         _judge_outcome(case, picture(witness), point, pictures)
     assert_survives(witness, *scene.kept)
+    if not point.is_end:
+        living = 1 + (not scene.pool.is_closed)
+        assert witness.stats().participants == living, witness.participants()
     if not scene.pool.is_closed:
         _assert_mine_unchanged(scene)
         _judge_interrupted(scene.pool)
@@ -184,7 +193,7 @@ def _join_interrupted(scene: Scene, at: int, tell: Callable[[bytes], None]) -> N
     with within(1.0, "the next operation of the one who was interrupted"):
         reserve(scene.pool, 4)
     assert_clean(scene.pool, "after a join that was interrupted")
-    alive = [info.place for info in scene.pool.participants() if info.is_alive]
+    alive = [info.slot for info in scene.pool.participants() if info.is_alive]
     # The parent is two of them; the child must not be two more.
     assert len(alive) == 3, scene.pool.participants()
 

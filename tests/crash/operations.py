@@ -5,11 +5,14 @@ the call that is to be disturbed.
 
 once           it is a single change: whatever happens to the process, it is done or it is not.
                (`reap`, `close` and what runs them are several in a row, each done or not.)
+whole          when it is interrupted it is done or it is not, though it may be several changes
+               (as `once`, if nothing else is said)
 undone         when it is interrupted it gives back what it took
 interruptible  no: it is the first thing that a forked child does, which is interrupted elsewhere
 with_fork      the lines of fork handlers belong to it
+maps           it maps the fields a second time, for as long as the pool is open
 
-Waiting for blocks is in tests/line, queues are in tests/queue, transfers in transfer_cases.py.
+Waiting for blocks is in tests/wait_queue, queues are in tests/queue, transfers in transfer_cases.py.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmblocks import BlockPool, PoolExistsError, remove_pool
+from shmblocks import UNBOUNDED, BlockPool, IncompatibleConfigError, PoolExistsError, remove_pool
 from shmblocks.testing import Point, abandon, remember, run_and_kill
 from tests.crash.scenes import (
     CONFIG,
@@ -45,9 +48,11 @@ class Case(NamedTuple):
     operation: Operation
     setup: Setup
     once: bool
+    whole: bool
     undone: bool
     interruptible: bool
     with_fork: bool
+    maps: bool
 
     @property
     def name(self) -> str:
@@ -61,12 +66,15 @@ def case(
     setup: Setup = survivor,
     *,
     once: bool = True,
+    whole: bool | None = None,
     undone: bool = False,
     interruptible: bool = True,
     with_fork: bool = False,
+    maps: bool = False,
 ) -> Callable[[Operation], Operation]:
     def register(operation: Operation) -> Operation:
-        entry = Case(operation, setup, once, undone, interruptible, with_fork)
+        is_whole = once if whole is None else whole
+        entry = Case(operation, setup, once, is_whole, undone, interruptible, with_fork, maps)
         CASES[entry.name] = entry
         return operation
 
@@ -107,7 +115,7 @@ def attach(scene: Scene) -> Callable[[], object]:
 
 
 @contextlib.contextmanager
-def all_places_of_the_dead() -> Iterator[Scene]:
+def all_slots_of_the_dead() -> Iterator[Scene]:
     config = msgspec.structs.replace(CONFIG, max_participants=3)
     with survivor(config) as scene:
         other = BlockPool.attach(scene.name, prefault="off")
@@ -116,9 +124,33 @@ def all_places_of_the_dead() -> Iterator[Scene]:
         yield scene
 
 
-@case(all_places_of_the_dead, once=False)
+@case(all_slots_of_the_dead, once=False)
 def attach_in_place_of_the_dead(scene: Scene) -> Callable[[], object]:
     return lambda: BlockPool.attach(scene.name, prefault="off")
+
+
+@case(nobody, once=False)
+def ensure_as_the_first_one(scene: Scene) -> Callable[[], object]:
+    return lambda: BlockPool.ensure(scene.name, CONFIG, prefault="off")
+
+
+@case(leftover, once=False)
+def ensure_in_place_of_a_leftover(scene: Scene) -> Callable[[], object]:
+    return lambda: BlockPool.ensure(scene.name, CONFIG, prefault="off")
+
+
+@case(survivor)
+def ensure_what_is_there(scene: Scene) -> Callable[[], object]:
+    return lambda: BlockPool.ensure(scene.name, CONFIG, prefault="off")
+
+
+@case(survivor)
+def ensure_with_another_config(scene: Scene) -> Callable[[], object]:
+    def ensure_in_vain() -> None:
+        with contextlib.suppress(IncompatibleConfigError):
+            BlockPool.ensure(scene.name, LARGE, prefault="off")
+
+    return ensure_in_vain
 
 
 @case(survivor, interruptible=False, with_fork=True)
@@ -243,7 +275,7 @@ def published() -> Iterator[Scene]:
 @case(published, undone=True)
 def open_(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
-    return lambda: pool.open(scene.the_handle)
+    return lambda: scene.leases.append(pool.open(scene.the_handle))
 
 
 @contextlib.contextmanager
@@ -255,14 +287,16 @@ def landing() -> Iterator[Scene]:
 
 
 @case(landing, undone=True)
-def write(scene: Scene) -> Callable[[], object]:
+def open_for_write(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
-    return lambda: pool.write(scene.the_handle)
+    return lambda: scene.leases.append(pool.open_for_write(scene.the_handle))
 
 
 @case(landing)
 def release_a_writers_lease(scene: Scene) -> Callable[[], object]:
-    return joined(scene).write(scene.the_handle).release
+    lease = joined(scene).open_for_write(scene.the_handle)
+    scene.leases.append(lease)
+    return lease.release
 
 
 @case(published)
@@ -311,12 +345,184 @@ def free_what_is_read(scene: Scene) -> Callable[[], object]:
     return lambda: pool.free(scene.the_handle)
 
 
+@case()
+def publish_for_any_number_of_readers(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 30)
+    return lambda: pool.publish(handle, readers=UNBOUNDED)
+
+
+@contextlib.contextmanager
+def published_without_bound() -> Iterator[Scene]:
+    """The survivor has published something for any number of readers."""
+    with survivor() as scene:
+        scene.handle = publish(scene.pool, 17, readers=UNBOUNDED)
+        yield scene
+
+
+@case(published_without_bound, undone=True)
+def open_one_of_any_number(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: scene.leases.append(pool.open(scene.the_handle))
+
+
+@case(published_without_bound)
+def release_one_of_any_number(scene: Scene) -> Callable[[], object]:
+    return joined(scene).open(scene.the_handle).release
+
+
+@case(published_without_bound)
+def free_what_any_number_may_read(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    scene.leases.append(pool.open(scene.the_handle))
+    return lambda: pool.free(scene.the_handle)
+
+
+@case(published)
+def give_back(scene: Scene) -> Callable[[], object]:
+    lease = joined(scene).open(scene.the_handle)
+    scene.leases.append(lease)
+    return lease.give_back
+
+
+@case(published)
+def give_back_what_is_draining(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    lease = pool.open(scene.the_handle)
+    pool.free(scene.the_handle)
+    scene.leases.append(lease)
+    return lease.give_back
+
+
+@case(published)
+def forgo_one_of_two(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.forgo(scene.the_handle)
+
+
+@case(published)
+def forgo_the_last(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.forgo(scene.the_handle, 2)
+
+
+@case(published)
+def forgo_while_another_reads(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    scene.leases.append(pool.open(scene.the_handle))
+    return lambda: pool.forgo(scene.the_handle)
+
+
+# ---- reserve, put and take -------------------------------------------------------------------
+
+
+@case(undone=True)
+def reserve_(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: scene.reservations.append(pool.reserve(10, req_id="some request"))
+
+
+@case(once=False, whole=True, undone=True)
+def reserve_and_leave_the_block(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+
+    def run() -> None:
+        with pool.reserve(10):
+            pass
+
+    return run
+
+
+@case(once=False, whole=True, undone=True)
+def reserve_and_leave_the_block_by_an_exception(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+
+    def run() -> None:
+        with contextlib.suppress(LookupError), pool.reserve(10):
+            raise LookupError
+
+    return run
+
+
+@case(once=False, whole=True)
+def reserve_and_publish(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+
+    def run() -> None:
+        with pool.reserve(10) as reservation:
+            reservation.publish(readers=2)
+
+    return run
+
+
+@case()
+def grow_in_a_block(scene: Scene) -> Callable[[], object]:
+    reservation = joined(scene).reserve(10)
+    scene.reservations.append(reservation)
+    return lambda: reservation.grow(30)
+
+
+@case()
+def publish_in_a_block(scene: Scene) -> Callable[[], object]:
+    reservation = joined(scene).reserve(10)
+    scene.reservations.append(reservation)
+    return lambda: reservation.publish(readers=2, num_tokens=7)
+
+
+@contextlib.contextmanager
+def with_torch() -> Iterator[Scene]:
+    """As `published`. Torch is imported here: children that had to would take a second each."""
+    import torch
+
+    torch.set_num_threads(1)
+    with published() as scene:
+        yield scene
+
+
+@case(with_torch, once=False, whole=True)
+def put(scene: Scene) -> Callable[[], object]:
+    import torch
+
+    pool = joined(scene)
+    tensors = {"x": torch.ones(9, 2, dtype=torch.int32), "ids": torch.ones(9, dtype=torch.int32)}
+    return lambda: pool.put(tensors, readers=2, req_id="some request")
+
+
+@case(with_torch, once=False, whole=True, maps=True)
+def take(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.take(scene.the_handle)
+
+
+@case(with_torch, once=False, whole=True, maps=True)
+def take_as_the_last_one(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    pool.open(scene.the_handle).release()
+    return lambda: pool.take(scene.the_handle)
+
+
 # ---- reap and recovery -----------------------------------------------------------------------
 
 
 @case(pool_full_of_the_dead, once=False)
 def reap(scene: Scene) -> Callable[[], object]:
     return joined(scene).reap
+
+
+@case(pool_full_of_the_dead, once=False)
+def reap_if_due(scene: Scene) -> Callable[[], object]:
+    return joined(scene).reap_if_due
+
+
+@case()
+def reap_if_due_when_it_is_not(scene: Scene) -> Callable[[], object]:
+    return joined(scene).reap_if_due
+
+
+@case()
+def find_participant(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.find_participant("witness")
 
 
 @contextlib.contextmanager

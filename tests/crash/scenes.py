@@ -22,6 +22,7 @@ from shmblocks import (
     PoolNotFoundError,
     remove_pool,
 )
+from shmblocks.lease import Reservation
 from shmblocks.testing import Remembered, abandon, field_bytes, remember
 from tests.support.naming import new_pool_name
 
@@ -34,6 +35,10 @@ CONFIG = PoolConfig(
     max_participants=5,
     max_leases=4,
     lock_timeout=2.0,
+    max_waiters=4,
+    channels=1,
+    channel_slots=4,
+    max_claims=4,
 )
 # 80 blocks: more than one word of the bitmap.
 LARGE = msgspec.structs.replace(CONFIG, total_tokens=320)
@@ -65,8 +70,9 @@ class Scene:
         self._witness = witness
         self.kept: list[Remembered] = []
         self.mine: list[Remembered] = []
-        # Open leases that an operation needs: kept, since one that is dropped is given back.
+        # Open leases and reservations of an operation: kept, since what is dropped is given back.
         self.leases: list[Lease] = []
+        self.reservations: list[Reservation] = []
         self.handle: BlockHandle | None = None
 
     @property

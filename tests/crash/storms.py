@@ -42,7 +42,7 @@ def one_round(pool: BlockPool) -> None:
         pass
     other = pool.alloc_default()
     assert other is not None
-    with pool.write(other):
+    with pool.open_for_write(other):
         pool.free(other)
 
 

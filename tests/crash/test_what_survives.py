@@ -180,7 +180,7 @@ def a_landings_owner_dies(stage: Stage) -> None:
     child = stage.child(lambda _, pool: reserve(pool, 9))
     (theirs,) = [info for info in stage.pool.allocations() if info.state is State.RESERVED]
     stage.handle = stage.pool.handle_at(theirs.start_block)
-    stage.leases.append(stage.pool.write(stage.handle))
+    stage.leases.append(stage.pool.open_for_write(stage.handle))
     child.kill()
 
 
@@ -225,8 +225,8 @@ def one_who_waits_for_the_lock_dies(stage: Stage) -> None:
         child.hear("ready")
         return child
 
-    # Inside the section: the child can only wait.
-    child = stage.run_inside(pool, wait)
+    # Inside the lock: the child can only wait.
+    child = run_inside(stage.pool, wait)
     child.kill()
     child.close()
 

@@ -10,7 +10,6 @@ import random
 
 import pytest
 
-from shmblocks import ParticipantId
 from tests.stress import storm
 from tests.stress.arena import BLOCK_SIZE, CONFIG
 from tests.stress.plugin import Arena
@@ -84,7 +83,7 @@ def test_children_killed_in_the_middle_of_a_storm_leave_a_right_pool(
 def free_what_they_published(arena: Arena, dead: list[object]) -> None:
     """What a killed child had just published and not yet read would wait for its deadline."""
     for info in arena.pool.allocations():
-        if ParticipantId(info.owner_place, info.owner_incarnation) in dead:
+        if info.owner_id in dead:
             arena.pool.free(arena.pool.handle_at(info.start_block))
 
 

@@ -8,11 +8,11 @@ import threading
 import pytest
 
 from shmblocks import BlockPool
-from tests.line.kit import (
+from tests.wait_queue.kit import (
     TOTAL,
     all_but,
     child_waiter,
-    in_line,
+    in_queue,
     reserve,
     wait_for,
     waiter,
@@ -39,7 +39,7 @@ def test_threads_are_served_in_the_order_in_which_they_came(
             # they note it is the order in which they were served.
             blocks = rng.randrange(TOTAL // 2 + 1, TOTAL + 1)
             threads.append(Waiting(lambda n=number, b=blocks: wait_and_note(n, b)))  # type: ignore[misc]
-            in_line(pool, number + 1)
+            in_queue(pool, number + 1)
     for thread in threads:
         thread.result()
     assert served == list(range(12))
@@ -63,7 +63,7 @@ def test_processes_are_served_in_the_order_in_which_they_came(
     pool.free(held)
     for number, child in enumerate(children):
         child.hear("served", SOON)
-        in_line(pool, len(children) - number - 1)
+        in_queue(pool, len(children) - number - 1)
         child.say("give back")
         child.result()
         child.close()
@@ -143,7 +143,7 @@ def test_everyone_is_served_and_everything_comes_back(pool: BlockPool, rng: rand
 def test_one_who_does_not_wait_is_served_when_nobody_waits_any_more(pool: BlockPool) -> None:
     with all_but(pool, 4):
         with Waiting(lambda: pool.alloc(4 * 10, timeout=0.2)) as thread:
-            in_line(pool, 1)
+            in_queue(pool, 1)
             assert pool.alloc(1) is None
             thread.error()
         handle = pool.alloc(1)

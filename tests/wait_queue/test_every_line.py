@@ -8,7 +8,7 @@ import pytest
 
 from tests.crash.plugin import SUMMARY
 from tests.crash.rooms import run_in_clean_room
-from tests.line import every_line
+from tests.wait_queue import every_line
 
 # The least lines that an operation can have; fewer: nothing was watched.
 FEWEST = 40

@@ -1,6 +1,6 @@
 """What the tests of the waiting line share.
 
-- `Waiting` threads (tests/queue/kit.py) ask for blocks; `in_line(pool, n)` waits until n are in it.
+- `Waiting` threads (tests/queue/kit.py) ask for blocks; `in_queue(pool, n)` waits until n are in it.
 - `all_but(pool, free)` is somebody else who has the pool: nobody can be served before it is left.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shmblocks import BlockHandle, BlockPool
-from shmblocks import _alloc_wait as reservations_module
+from shmblocks import _alloc_wait as waits_module
 from tests.core.pools import BLOCK_SIZE
 from tests.queue.kit import PATIENCE, Waiting
 from tests.support.children import Channel, Child, fork, wait_until
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TOTAL = 16
 
 
-def in_line(pool: BlockPool, count: int) -> None:
+def in_queue(pool: BlockPool, count: int) -> None:
     """Wait until so many are in the line."""
     wait_until(lambda: waiting(pool) == count, f"{count} are in the line", PATIENCE)
 
@@ -60,7 +60,7 @@ def all_but(pool: BlockPool, free: int) -> Iterator[BlockHandle]:
 def waiter(pool: BlockPool, blocks: int, place: int) -> Waiting[BlockHandle]:
     """A thread that waits for blocks, and is the `place`-th in the line."""
     thread = Waiting(lambda: wait_for(pool, blocks))
-    in_line(pool, place)
+    in_queue(pool, place)
     return thread
 
 
@@ -69,12 +69,12 @@ def count_looks(pool: BlockPool, monkeypatch: pytest.MonkeyPatch) -> list[float]
 
     Gives a list that grows with every look in vain.
     """
-    monkeypatch.setattr(reservations_module, "SAYS_SO_AFTER", 0.0)
-    monkeypatch.setattr(reservations_module, "LONGEST_SLEEP", 0.002)
+    monkeypatch.setattr(waits_module, "SAYS_SO_AFTER", 0.0)
+    monkeypatch.setattr(waits_module, "LONGEST_SLEEP", 0.002)
     looks: list[float] = []
     seconds_to_sleep = pool._reservations._seconds_to_sleep
 
-    def counted(waiting: reservations_module.Waiting) -> float:
+    def counted(waiting: waits_module.Waiting) -> float:
         looks.append(waiting.seconds)
         return seconds_to_sleep(waiting)
 
@@ -97,5 +97,5 @@ def child_waiter(pool: BlockPool, blocks: int, place: int, *, keeps: bool = Fals
     """A process that waits for blocks, and is the `place`-th in the line."""
     child = fork(wait_there, pool, blocks, keeps)
     child.hear("waiting")
-    in_line(pool, place)
+    in_queue(pool, place)
     return child

@@ -16,7 +16,16 @@ from shmblocks._alloc_wait import Waiting as Wait
 from shmblocks._state import wait_queue as line_module
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
-from tests.line.kit import TOTAL, all_but, count_looks, in_line, reserve, wait_for, waiter, waiting
+from tests.wait_queue.kit import (
+    TOTAL,
+    all_but,
+    count_looks,
+    in_queue,
+    reserve,
+    wait_for,
+    waiter,
+    waiting,
+)
 from tests.queue.kit import PATIENCE, SOON, Waiting
 from tests.support.children import Channel, fork, wait_until
 
@@ -49,7 +58,7 @@ KINDS: dict[str, Callable[[BlockPool], BlockHandle | None]] = {
 def test_every_kind_of_alloc_can_wait(no_net: None, pool: BlockPool, kind: str) -> None:
     with all_but(pool, 0):
         thread = Waiting(lambda: KINDS[kind](pool))
-        in_line(pool, 1)
+        in_queue(pool, 1)
     handle = thread.result(SOON)
     assert handle is not None
     pool.free(handle)
@@ -145,7 +154,7 @@ def test_a_reap_serves_the_one_who_waits(no_net: None, pool: BlockPool) -> None:
 
 def test_one_who_gives_up_makes_way_for_the_next(no_net: None, pool: BlockPool) -> None:
     with all_but(pool, 3), Waiting(lambda: wait_for(pool, 10, 0.3)) as first:
-        in_line(pool, 1)
+        in_queue(pool, 1)
         with waiter(pool, 3, 2) as second:
             assert isinstance(first.error(SOON), PoolTimeoutError)
             pool.free(second.result(SOON))
@@ -352,7 +361,7 @@ def test_a_forked_child_waits_at_its_own_bell(no_net: None, pool: BlockPool) -> 
     held = reserve(pool, TOTAL)
     with fork(wait_in_the_child, pool) as child:
         child.hear("here")
-        in_line(pool, 1)
+        in_queue(pool, 1)
         pool.free(held)
         assert child.result(SOON) != pool.participant.place
 
@@ -363,7 +372,7 @@ def test_a_child_forked_in_the_middle_of_a_wait_is_not_in_the_line(
     held = reserve(pool, TOTAL)
     with waiter(pool, 2, 1) as thread, fork(wait_in_the_child, pool) as child:
         child.hear("here")
-        in_line(pool, 2)
+        in_queue(pool, 2)
         pool.free(held)
         pool.free(thread.result(SOON))
         child.result(SOON)

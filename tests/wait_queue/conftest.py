@@ -9,7 +9,7 @@ import pytest
 from shmblocks import BlockPool
 from tests.core import pools
 from tests.core.conftest import require_right
-from tests.line.kit import TOTAL
+from tests.wait_queue.kit import TOTAL
 from tests.queue.kit import give_up_the_net
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from shmblocks import BlockHandle, BlockPool, PoolTimeoutError
-from shmblocks import _alloc_wait as reservations_module
+from shmblocks import _alloc_wait as waits_module
 from shmblocks._os.wait import seconds_left
 from shmblocks._state.wait_queue import Ticket
 from shmblocks.testing import (
@@ -26,7 +26,7 @@ from shmblocks.testing import (
 )
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
-from tests.line.kit import reserve, waiting
+from tests.wait_queue.kit import reserve, waiting
 from tests.support.inside import run_inside
 from tests.support.naming import new_pool_name
 
@@ -99,7 +99,7 @@ def mine(scene: Scene) -> BlockPool:
 
 
 def _set_clock(clock: Callable[[float | None], float]) -> None:
-    vars(reservations_module)["seconds_left"] = clock
+    vars(waits_module)["seconds_left"] = clock
 
 
 def _no_room(_: object) -> None:

@@ -14,7 +14,16 @@ import pytest
 from shmblocks import BlockHandle, BlockPool, PoolClosedError, PoolTimeoutError
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
-from tests.line.kit import TOTAL, all_but, count_looks, in_line, reserve, wait_for, waiter, waiting
+from tests.wait_queue.kit import (
+    TOTAL,
+    all_but,
+    count_looks,
+    in_queue,
+    reserve,
+    wait_for,
+    waiter,
+    waiting,
+)
 from tests.queue.kit import PATIENCE, SOON, Waiting, waiter_threads
 from tests.support.children import Channel, fork, wait_until
 from tests.support.inside import run_inside
@@ -30,7 +39,7 @@ def asks(pool: BlockPool, blocks: int, timeout: float | None = None) -> asyncio.
     return asyncio.ensure_future(pool.alloc_async(blocks * BLOCK_SIZE, timeout=timeout))
 
 
-async def until_in_line(pool: BlockPool, count: int) -> None:
+async def until_in_queue(pool: BlockPool, count: int) -> None:
     while waiting(pool) != count:
         await asyncio.sleep(0)
 
@@ -40,7 +49,7 @@ async def ask_in_turn(pool: BlockPool, *blocks: int) -> list[asyncio.Task[BlockH
     for count in blocks:
         before = waiting(pool)
         tasks.append(asks(pool, count))
-        await until_in_line(pool, before + 1)
+        await until_in_queue(pool, before + 1)
     return tasks
 
 
@@ -91,7 +100,7 @@ def test_many_coroutines_wait_on_one_thread_which_ends(no_net: None, pool: Block
     async def main() -> None:
         held = reserve(pool, TOTAL)
         tasks = [asks(pool, 1) for _ in range(100)]
-        await until_in_line(pool, 100)
+        await until_in_queue(pool, 100)
         assert threading.active_count() == before + 1
         pool.free(held)
         while tasks:
@@ -327,7 +336,7 @@ def test_close_in_another_thread_ends_every_wait_and_returns(
         with pools.create(new_pool_name()) as keeper, all_but(keeper, 0):
             pool = pools.attach(keeper.name)
             with Waiting(lambda p=pool: asyncio.run(many(p))) as loop:  # type: ignore[misc]
-                in_line(keeper, 20)
+                in_queue(keeper, 20)
                 with Waiting(pool.close) as closer:
                     closer.result(SOON)
                 for result in loop.result(SOON):
@@ -348,7 +357,7 @@ def test_one_pool_serves_the_loops_of_two_threads(no_net: None, pool: BlockPool)
 
     with all_but(pool, 0):
         loops = [Waiting(in_a_loop) for _ in range(2)]
-        in_line(pool, 100)
+        in_queue(pool, 100)
     for loop in loops:
         loop.result()
     pool.free(wait_for(pool, TOTAL))

@@ -11,11 +11,11 @@ from shmblocks._state.check import SLOW_NS
 from shmblocks._state.layout import H_WAITERS, W_LOOKED
 from shmblocks._state.wait_queue import PATIENCE_NS, Ticket, WaitingLine
 from tests.core import pools
-from tests.line.kit import (
+from tests.wait_queue.kit import (
     TOTAL,
     all_but,
     child_waiter,
-    in_line,
+    in_queue,
     reserve,
     wait_for,
     waiter,
@@ -135,7 +135,7 @@ def test_a_stopped_one_keeps_its_place(pool: BlockPool) -> None:
         last = waiter(pool, 10, 2)
         stopped.stop()
         stopped.resume()
-        in_line(pool, 2)
+        in_queue(pool, 2)
         pool.free(held)
         stopped.hear("served", SOON)
         assert not last.is_over
