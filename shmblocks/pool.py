@@ -117,7 +117,8 @@ class BlockPool:
         self._read_only_leases = read_only_leases and not state.config.is_on_gpu
         self._is_on_gpu = state.config.is_on_gpu
         self._block_size = state.config.block_size
-        self._tensors: FieldTensors = field_tensors(state)
+        # None when closed: they keep the mapping alive.
+        self._tensors: FieldTensors | None = field_tensors(state)
         self._read_only: FieldTensors | None = None
         self._waiters = AllocWaiters(state)
         self.cache_state = CacheState(state)
@@ -279,7 +280,7 @@ class BlockPool:
         self._claim_waiters.close()
         for channel in list(self._channels):
             channel.close()
-        self._read_only = None
+        self._tensors = self._read_only = None
         self.streams.end()
         self._finalizer.detach()
 
@@ -633,8 +634,10 @@ class BlockPool:
 
         For engines that register memory; everyone else takes a view of an allocation.
         """
-        self._require_open()
-        return self._tensors.whole_aux() if name == AUX else self._tensors.whole(name)
+        tensors = self._tensors
+        if tensors is None:
+            raise self.state.mutex.closed()
+        return tensors.whole_aux() if name == AUX else tensors.whole(name)
 
     # ---- writing and publishing --------------------------------------------------------------
 
@@ -649,11 +652,16 @@ class BlockPool:
 
     def writers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
         """A view whose tensors can be written to; for leases and `view`."""
-        return BlockView(self._tensors, handle, handle.start_block * self._block_size, owner)
+        tensors = self._tensors
+        if tensors is None:
+            raise self.state.mutex.closed()
+        return BlockView(tensors, handle, handle.start_block * self._block_size, owner)
 
     def readers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
         """A view for reading; for leases."""
         tensors = self._tensors
+        if tensors is None:
+            raise self.state.mutex.closed()
         if self._read_only_leases and self.streams.begun is None:
             tensors = self._read_only or self._map_read_only()
         return BlockView(tensors, handle, handle.start_block * self._block_size, owner)
