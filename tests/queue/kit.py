@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import msgspec
 
 from shmblocks import HandleQueue
-from shmblocks import _alloc_wait as reservations_module
 from shmblocks._os import futex as futex_module
 from shmblocks._os import futex_asyncio as loops_module
+from shmblocks._state import pool_state as pool_state_module
 from shmblocks._state.queue_state import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
 from tests.support.children import wait_until
 
@@ -64,9 +64,8 @@ def wait_until_asleep(thread_id: int, process_id: int | None = None) -> None:
 
 def give_up_the_net(monkeypatch: pytest.MonkeyPatch) -> None:
     """No sleep ends by itself; in children that are forked from here too."""
-    for module in (futex_module, loops_module, reservations_module):
-        if hasattr(module, "LONGEST_SLEEP"):
-            monkeypatch.setattr(module, "LONGEST_SLEEP", NO_NET)
+    for module in (futex_module, loops_module, pool_state_module):
+        monkeypatch.setattr(module, "LONGEST_SLEEP", NO_NET)
 
 
 class Waiting(Generic[T]):

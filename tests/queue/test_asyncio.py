@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 
 import shmblocks
-from shmblocks import HandleQueue, MalformedHandleError, PoolClosedError
+from shmblocks import HandleQueue, MalformedMessageError, PoolClosedError
 from tests.queue.kit import (
     PATIENCE,
     SOON,
@@ -431,7 +431,7 @@ def test_a_malformed_message_is_the_error_of_the_one_who_gets_it(pool_name: str)
             raw.put(b"malformed")
             queue.put(Numbered(1, 2))
             results = await soon(asyncio.gather(*tasks, return_exceptions=True))
-            assert isinstance(results[0], MalformedHandleError)
+            assert isinstance(results[0], MalformedMessageError)
             assert results[1] == Numbered(1, 2)
 
         asyncio.run(main())

@@ -92,7 +92,7 @@ def test_messages_come_out_in_the_order_in_which_they_went_in(any_queue: AnyQueu
     assert [any_queue.get(timeout=PATIENCE) for _ in range(SIZE)] == [b"0", b"1", b"2"]
 
 
-def test_order_holds_over_many_rounds_of_the_ring(any_queue: AnyQueue) -> None:
+def test_order_holds_over_many_rounds_of_the_slots(any_queue: AnyQueue) -> None:
     got = []
     for number in range(20 * SIZE):
         any_queue.put(b"%d" % number)

@@ -14,11 +14,13 @@ import pytest
 from shmblocks import (
     BlockHandle,
     BlockPool,
+    DamagedPoolError,
     HandleQueue,
     IncompatiblePoolError,
     PoolExistsError,
     PoolNotFoundError,
 )
+from shmblocks._state.info import ParticipantId
 from shmblocks._state.layout import LAYOUT_VERSION
 from tests.core import pools
 from tests.queue.kit import PATIENCE, Numbered, Waiting, abandon, drain, fill
@@ -245,23 +247,29 @@ def test_a_forked_child_outlives_its_parents_use_and_is_then_the_last(pool_name:
         assert child.result() is True
 
 
+def participant_of(queue: HandleQueue[bytes]) -> ParticipantId:
+    me = queue.state.participants.me
+    assert me is not None
+    return me
+
+
 def in_two_threads_at_once(queue: HandleQueue[bytes]) -> set[int]:
     barrier = threading.Barrier(8)
 
     def first_use() -> int:
         barrier.wait()
         queue.put(b"x")
-        return queue.state.place
+        return participant_of(queue).slot
 
     threads = [Waiting(first_use) for _ in range(8)]
     return {thread.result() for thread in threads}
 
 
-def test_threads_that_use_it_first_in_a_forked_child_take_one_place(pool_name: str) -> None:
+def test_threads_that_use_it_first_in_a_forked_child_take_one_slot(pool_name: str) -> None:
     with HandleQueue.create(pool_name, 16) as queue:
-        places = run_in_fork(in_two_threads_at_once, queue)
-        assert len(places) == 1
-        assert places != {queue.state.place}
+        slots = run_in_fork(in_two_threads_at_once, queue)
+        assert len(slots) == 1
+        assert slots != {participant_of(queue).slot}
         assert len(drain(queue)) == 8
 
 
@@ -286,10 +294,6 @@ def test_forked_siblings_go_on_with_what_their_parent_left(pool_name: str) -> No
 @pytest.mark.parametrize(
     ("offset", "data"),
     [
-        (0, b"\x00"),
-        (0, b"SHMBLKS\x00"),
-        (8, (LAYOUT_VERSION + 1).to_bytes(8, "little")),
-        (24, (4096).to_bytes(8, "little")),
         (24 * 8, bytes(8)),
         (24 * 8, b"\xff" * 8),
         (24 * 8, (5).to_bytes(8, "little")),
@@ -301,11 +305,32 @@ def test_forked_siblings_go_on_with_what_their_parent_left(pool_name: str) -> No
 def test_a_damaged_header_is_a_typed_error_and_nothing_is_mapped(
     queue: HandleQueue[bytes], offset: int, data: bytes
 ) -> None:
-    with path_of(queue.name).open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
+    write_into(queue.name, offset, data)
+    with pytest.raises(DamagedPoolError, match="header is damaged"):
+        HandleQueue.attach(queue.name)
+
+
+@pytest.mark.parametrize(
+    ("offset", "data"),
+    [
+        (0, b"\x00"),
+        (0, b"SHMBLKS\x00"),
+        (8, (LAYOUT_VERSION + 1).to_bytes(8, "little")),
+        (24, (4096).to_bytes(8, "little")),
+    ],
+)
+def test_what_is_no_queue_of_this_version_is_a_typed_error_and_nothing_is_mapped(
+    queue: HandleQueue[bytes], offset: int, data: bytes
+) -> None:
+    write_into(queue.name, offset, data)
     with pytest.raises(IncompatiblePoolError):
         HandleQueue.attach(queue.name)
+
+
+def write_into(name: str, offset: int, data: bytes) -> None:
+    with path_of(name).open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
 
 
 def test_a_file_that_is_too_short_is_a_typed_error(queue: HandleQueue[bytes]) -> None:
@@ -335,7 +360,7 @@ def test_random_headers_are_a_typed_error_or_work(queue: HandleQueue[bytes], rng
             with HandleQueue.attach(queue.name, spin=0) as other:
                 fill(other)
                 drain(other)
-        except (IncompatiblePoolError, PoolNotFoundError, standard.Full):
+        except (IncompatiblePoolError, DamagedPoolError, PoolNotFoundError, standard.Full):
             pass
     with path.open("r+b") as file:
         file.write(good)

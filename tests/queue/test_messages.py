@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from shmblocks import BlockHandle, HandleQueue, MalformedHandleError
+from shmblocks import BlockHandle, HandleQueue, MalformedMessageError
 from tests.queue.kit import CAPACITY, MESSAGE_BYTES, Numbered, Waiting, fill, positions
 
 HANDLE = BlockHandle(8, 16, 2000, 77, 2**63 + 5)
@@ -125,7 +125,7 @@ def test_a_malformed_message_is_a_typed_error_and_the_next_arrives(
 ) -> None:
     raw.put(malformed)
     handles.put(HANDLE)
-    with pytest.raises(MalformedHandleError, match=r"expected .*BlockHandle.*got"):
+    with pytest.raises(MalformedMessageError, match=r"expected .*BlockHandle.*got"):
         handles.get()
     assert handles.get() == HANDLE
 
@@ -142,7 +142,7 @@ def test_random_bytes_are_a_message_or_a_typed_error(
         raw.put(bytes(data))
         try:
             assert isinstance(handles.get_nowait(), BlockHandle)
-        except MalformedHandleError:
+        except MalformedMessageError:
             pass
     assert handles.empty()
 
@@ -201,7 +201,7 @@ def test_a_malformed_message_among_many_takes_no_other_with_it(
     for _ in range(6):
         try:
             got += handles.get_many(100, block=False)
-        except MalformedHandleError as error:
+        except MalformedMessageError as error:
             errors.append(str(error))
         except standard.Empty:
             break

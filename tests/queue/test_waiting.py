@@ -37,17 +37,17 @@ from tests.support.children import Channel, Child, fork, wait_until
 
 
 class CountedWord(Futex):
-    """A word that counts how often it is looked at, and changes at the given look."""
+    """A word that counts how often it is read, and changes at the given reading."""
 
     def __init__(self, changes_at: int | None = None) -> None:
         super().__init__(mmap.mmap(-1, mmap.PAGESIZE), 0)
-        self.looks = 0
+        self.reads = 0
         self._changes_at = changes_at
 
     @property
     def value(self) -> int:
-        self.looks += 1
-        return int(self._changes_at is not None and self.looks >= self._changes_at)
+        self.reads += 1
+        return int(self._changes_at is not None and self.reads >= self._changes_at)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_spin_lasts_no_longer_than_the_wait_may(two_processors: None) -> None:
     word = CountedWord()
     assert not Spinner(SOON).until_changed(word, 0, 0.0)
     assert not Spinner(SOON).until_changed(word, 0, -1.0)
-    assert word.looks == 0
+    assert word.reads == 0
     start = time.monotonic()
     assert not Spinner(2 * SOON).until_changed(word, 0, 0.01)
     assert 0.01 <= time.monotonic() - start < SOON
@@ -109,18 +109,18 @@ def test_a_getter_learns_from_how_long_it_waits(two_processors: None, pool_name:
         assert spinner._budget_ns == int(SOON * 1e9)
 
 
-def test_no_spin_does_not_look_at_all(two_processors: None) -> None:
-    """Found: it looked 64 times, some five microseconds of each wait."""
+def test_no_spin_does_not_read_the_word_at_all(two_processors: None) -> None:
+    """Found: it read it 64 times, some five microseconds of each wait."""
     word = CountedWord()
     assert not Spinner(0).until_changed(word, 0)
-    assert word.looks <= 1
+    assert word.reads <= 1
 
 
 def test_nobody_spins_where_there_is_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     word = CountedWord()
     assert not Spinner(10.0).until_changed(word, 0)
-    assert word.looks <= 1
+    assert word.reads <= 1
 
 
 def spin_on_one_processor(_: Channel, name: str) -> int:
@@ -128,7 +128,7 @@ def spin_on_one_processor(_: Channel, name: str) -> int:
     with HandleQueue.attach(name, spin=SOON) as queue:
         word = CountedWord(changes_at=1000)
         assert queue._getting._spinner.until_changed(word, 0)
-        return word.looks
+        return word.reads
 
 
 def test_a_child_that_is_pinned_to_one_processor_spins(
@@ -143,7 +143,7 @@ def test_a_queue_that_never_spins_sleeps_at_once(no_net: None, pool_name: str) -
     with HandleQueue.create(pool_name, 4, spin=0) as queue:
         word = CountedWord()
         assert not queue._getting._spinner.until_changed(word, 0)
-        assert word.looks <= 1
+        assert word.reads <= 1
         with Waiting(queue.get) as getter:
             getter.until_asleep()
             queue.put(b"x")
@@ -465,7 +465,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
         other.until_asleep()
         stopped.stop()
         # The wake-up that goes to the stopped one, as if it had been woken a moment before.
-        queue._ring.run(queue._ring.put, b"x")
+        queue.state.put(b"x")
         assert other.result(SOON) == b"x"
         stopped.resume()
         queue.put(b"y")
@@ -473,7 +473,7 @@ def test_a_getter_that_is_stopped_after_it_was_woken_holds_nobody_up_for_long(
 
 
 def put_and_die_before_the_wake_up(_: Channel, queue: HandleQueue[bytes]) -> None:
-    queue._run(queue._ring.put, b"the last words")
+    queue.state.put(b"the last words")
     os._exit(0)
 
 

@@ -1,1 +1,1 @@
-"""Tests of blocking allocation: the wait queue, its fairness, and those who drop out of it."""
+"""Tests of waiting for blocks: the wait queue, its fairness, and those who drop out of it."""

@@ -1,4 +1,4 @@
-"""A pool per test; when the test is over every block is free and nobody is in the line."""
+"""A pool per test; when the test is over every block is free and nobody waits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from shmblocks import BlockPool
 from tests.core import pools
 from tests.core.conftest import require_right
-from tests.wait_queue.kit import TOTAL
 from tests.queue.kit import give_up_the_net
+from tests.wait_queue.kit import TOTAL
 
 
 @pytest.fixture
@@ -27,5 +27,5 @@ def pool(pool_name: str) -> Iterator[BlockPool]:
 
 @pytest.fixture
 def no_net(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sleeps end by a bell, and only so. Name it before `pool`."""
+    """Sleeps end by a wake-up, and only so. Name it before `pool`."""
     give_up_the_net(monkeypatch)

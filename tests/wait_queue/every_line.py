@@ -1,7 +1,7 @@
 """Blocking allocation, killed and interrupted at every line; what must be true after each.
 
-The functions here run in a fresh interpreter, away from pytest. One place of the line belongs to
-the survivor, which sleeps: so that whoever leaves the line rings for somebody.
+The functions here run in a fresh interpreter, away from pytest. The head of the
+queue is the survivor, which sleeps: so that whoever leaves the queue wakes somebody.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
+
 from shmblocks import BlockHandle, BlockPool, PoolTimeoutError
 from shmblocks import _alloc_wait as waits_module
 from shmblocks._os.wait import seconds_left
+from shmblocks._state.pool_state import AllocRequest, stamp
 from shmblocks._state.wait_queue import Ticket
 from shmblocks.testing import (
     Coverage,
@@ -26,17 +29,18 @@ from shmblocks.testing import (
 )
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
-from tests.wait_queue.kit import reserve, waiting
 from tests.support.inside import run_inside
 from tests.support.naming import new_pool_name
+from tests.wait_queue.kit import reserve, waiting
 
 TOTAL = 4
 HELD = 3
+MAX_WAITERS = 3
 # Seconds that the waits of these runs sleep for before they are over, by a clock of their own: the
-# real one would let them look more or less often, and pass other lines each time.
+# real one would let them poll more or less often, and pass other lines each time.
 NAP = 0.0005
 # Seconds: one, and two more for a machine that does twenty other things. What would hold up a
-# survivor is the lock's timeout (20 s), or a place in the line that nobody leaves.
+# survivor is the lock's timeout (20 s), or an entry of the queue that nobody takes out.
 AT_ONCE = 3.0
 
 Call = Callable[[], object]
@@ -54,21 +58,21 @@ class Scene:
         self.waiters = 0
 
     def sleep(self) -> None:
-        """The survivor joins the line; it looks just now."""
+        """The survivor joins the queue; it polls just now."""
         me = self.survivor.participant
         assert me is not None
-        line, now = self.survivor.state.line, time.monotonic_ns()
-        run_inside(self.survivor, line.join, me.word, HELD, b"survivor", now, self._tickets)
+        join, now = self.survivor.state.queue.join, time.monotonic_ns()
+        self._tickets.append(run_inside(self.survivor, join, me.word, HELD, b"survivor", now))
         self.waiters = 1
 
     def wake_up(self) -> None:
         for ticket in self._tickets:
-            run_inside(self.survivor, self.survivor.state.line.leave, ticket)
+            run_inside(self.survivor, self.survivor.state.queue.leave, ticket)
 
 
 @contextlib.contextmanager
 def nobody_sleeps() -> Iterator[Scene]:
-    config = pools.tiny(TOTAL, max_participants=4)
+    config = msgspec.structs.replace(pools.tiny(TOTAL, max_participants=4), max_waiters=MAX_WAITERS)
     with pools.create(new_pool_name(), config, role="survivor") as pool:
         scene = Scene(pool)
         yield scene
@@ -92,6 +96,16 @@ def survivor_sleeps_beside_a_full_pool() -> Iterator[Scene]:
         yield scene
 
 
+@contextlib.contextmanager
+def the_dead_fill_the_queue() -> Iterator[Scene]:
+    with nobody_sleeps() as scene:
+        dead = pools.attach(scene.survivor.name, role="dead")
+        for _ in range(MAX_WAITERS):
+            assert dead.state.poll_queue(AllocRequest(TOTAL, 1, b"", stamp())).handle is None
+        pools.abandon(dead)
+        yield scene
+
+
 def mine(scene: Scene) -> BlockPool:
     """A pool object of its own for the one that is killed or interrupted."""
     scene.mine = pools.attach(scene.survivor.name, role="victim")
@@ -102,20 +116,16 @@ def _set_clock(clock: Callable[[float | None], float]) -> None:
     vars(waits_module)["seconds_left"] = clock
 
 
-def _no_room(_: object) -> None:
-    """A first look that finds no room, so that there is a wait."""
+def _no_blocks(_: object) -> None:
+    """A first attempt that finds no blocks, so that there is a wait."""
 
 
 # ---- operations ------------------------------------------------------------------------------
 
 
 def wait_in_vain(scene: Scene) -> Call:
-    """Joins the line, looks, sleeps, is told that it is late, leaves and rings."""
+    """Joins the queue, polls, sleeps, is told that it is late, leaves and wakes the head."""
     pool = mine(scene)
-    reservations = vars(pool._reservations)
-    reservations["try_reserve"] = _no_room
-    # What it says who is in the way is an inspector's reading, of some 500 lines.
-    reservations["_waits"] = str
     clock = iter((NAP, -1.0))
 
     def run() -> None:
@@ -127,14 +137,40 @@ def wait_in_vain(scene: Scene) -> Call:
 
 
 def wait_and_be_served(scene: Scene) -> Call:
-    """Joins the line and finds room there, as if it had come in between."""
+    """Joins the queue and finds blocks there, as if they had come in between."""
     pool = mine(scene)
-    vars(pool._reservations)["try_reserve"] = _no_room
+    vars(pool.state)["reserve"] = _no_blocks
+    return lambda: pool.alloc(1, timeout=10.0)
+
+
+def reserve_when_served(scene: Scene) -> Call:
+    """The same with an owner, which is dropped: it gives the blocks back."""
+    pool = mine(scene)
+    vars(pool.state)["reserve"] = _no_blocks
+    return lambda: pool.reserve(1, timeout=10.0)
+
+
+def reserve_in_vain(scene: Scene) -> Call:
+    pool = mine(scene)
+    clock = iter((NAP, -1.0))
+
+    def run() -> None:
+        with contextlib.suppress(PoolTimeoutError):
+            pool.reserve(1, timeout=10.0)
+
+    _set_clock(lambda _: next(clock))
+    return run
+
+
+def poll_where_the_dead_fill_the_queue(scene: Scene) -> Call:
+    """Reaps, and joins in their place."""
+    pool = mine(scene)
+    vars(pool.state)["reserve"] = _no_blocks
     return lambda: pool.alloc(1, timeout=10.0)
 
 
 def free_what_others_wait_for(scene: Scene) -> Call:
-    """Rings for the survivor."""
+    """Wakes the survivor."""
     pool, handle = mine(scene), scene.published
     assert handle is not None
     return lambda: pool.free(handle)
@@ -143,6 +179,9 @@ def free_what_others_wait_for(scene: Scene) -> Call:
 SCENES = {
     wait_in_vain: survivor_sleeps,
     wait_and_be_served: nobody_sleeps,
+    reserve_in_vain: survivor_sleeps,
+    reserve_when_served: nobody_sleeps,
+    poll_where_the_dead_fill_the_queue: the_dead_fill_the_queue,
     free_what_others_wait_for: survivor_sleeps_beside_a_full_pool,
 }
 OPERATIONS = {operation.__name__: operation for operation in SCENES}
@@ -159,7 +198,7 @@ def _judge_death(scene: Scene, _: Point) -> None:
     pool = scene.survivor
     scene.wake_up()
     assert_survives(pool)
-    assert waiting(pool) == 0, "the dead are in the line"
+    assert waiting(pool) == 0, "the dead are in the queue"
     with within(AT_ONCE, "the survivor's next wait"):
         _free_all(pool)
         handle = pool.alloc(TOTAL * BLOCK_SIZE, timeout=10.0)
@@ -177,19 +216,20 @@ def interrupt(name: str) -> Coverage:
 
 
 def _judge_interrupt(scene: Scene, point: Point) -> None:
-    """It is out of the line, and holds nothing."""
+    """It is out of the queue, and holds nothing."""
     _set_clock(seconds_left)
     pool, victim = scene.survivor, scene.mine
     assert victim is not None
     assert_clean(pool, "after the interrupt")
-    line = waiting(pool)
-    assert line == scene.waiters, f"{line} are in the line, {scene.waiters} should be"
-    kept = [info for info in pool.allocations() if info.owner_place != 0]
+    pool.reap_if_due()
+    found = waiting(pool)
+    assert found == scene.waiters, f"{found} are in the queue, {scene.waiters} should be"
+    kept = [info for info in pool.allocations() if info.owner_id != pool.participant]
     assert point.is_end or not kept, f"it keeps {kept}"
     scene.wake_up()
     with within(AT_ONCE, "the next wait of the one that was interrupted"):
         _free_all(pool)
-        vars(victim._reservations).pop("try_reserve", None)
+        vars(victim.state).pop("reserve", None)
         handle = victim.alloc(TOTAL * BLOCK_SIZE, timeout=10.0)
     assert handle is not None
     victim.free(handle)

@@ -1,4 +1,4 @@
-"""What the tests of the waiting line share.
+"""What the tests of the wait queue share.
 
 - `Waiting` threads (tests/queue/kit.py) ask for blocks; `in_queue(pool, n)` waits until n are in it.
 - `all_but(pool, free)` is somebody else who has the pool: nobody can be served before it is left.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from shmblocks import BlockHandle, BlockPool
 from shmblocks import _alloc_wait as waits_module
+from shmblocks._state.pool_state import AllocRequest, Poll
 from tests.core.pools import BLOCK_SIZE
 from tests.queue.kit import PATIENCE, Waiting
 from tests.support.children import Channel, Child, fork, wait_until
@@ -23,8 +24,8 @@ TOTAL = 16
 
 
 def in_queue(pool: BlockPool, count: int) -> None:
-    """Wait until so many are in the line."""
-    wait_until(lambda: waiting(pool) == count, f"{count} are in the line", PATIENCE)
+    """Wait until so many are in the queue."""
+    wait_until(lambda: waiting(pool) == count, f"{count} are in the queue", PATIENCE)
 
 
 def waiting(pool: BlockPool) -> int:
@@ -57,29 +58,30 @@ def all_but(pool: BlockPool, free: int) -> Iterator[BlockHandle]:
         pool.free(held)
 
 
-def waiter(pool: BlockPool, blocks: int, place: int) -> Waiting[BlockHandle]:
-    """A thread that waits for blocks, and is the `place`-th in the line."""
+def waiter(pool: BlockPool, blocks: int, position: int) -> Waiting[BlockHandle]:
+    """A thread that waits for blocks, and is the `position`-th in the queue."""
     thread = Waiting(lambda: wait_for(pool, blocks))
-    in_queue(pool, place)
+    in_queue(pool, position)
     return thread
 
 
-def count_looks(pool: BlockPool, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Waits look again every few milliseconds, and say at once whom they wait for.
+def count_polls(pool: BlockPool, monkeypatch: pytest.MonkeyPatch) -> list[Poll]:
+    """Waits poll every few milliseconds, and say at once whom they wait for.
 
-    Gives a list that grows with every look in vain.
+    Gives a list that grows with every poll in vain.
     """
     monkeypatch.setattr(waits_module, "SAYS_SO_AFTER", 0.0)
-    monkeypatch.setattr(waits_module, "LONGEST_SLEEP", 0.002)
-    looks: list[float] = []
-    seconds_to_sleep = pool._reservations._seconds_to_sleep
+    polls: list[Poll] = []
+    poll_queue = pool.state.poll_queue
 
-    def counted(waiting: waits_module.Waiting) -> float:
-        looks.append(waiting.seconds)
-        return seconds_to_sleep(waiting)
+    def counted(request: AllocRequest) -> Poll:
+        poll = poll_queue(request)._replace(longest_sleep=0.002)
+        if poll.handle is None:
+            polls.append(poll)
+        return poll
 
-    monkeypatch.setattr(pool._reservations, "_seconds_to_sleep", counted)
-    return looks
+    monkeypatch.setattr(pool.state, "poll_queue", counted)
+    return polls
 
 
 def wait_there(channel: Channel, pool: BlockPool, blocks: int, keeps: bool) -> int:
@@ -93,9 +95,9 @@ def wait_there(channel: Channel, pool: BlockPool, blocks: int, keeps: bool) -> i
     return handle.num_blocks
 
 
-def child_waiter(pool: BlockPool, blocks: int, place: int, *, keeps: bool = False) -> Child:
-    """A process that waits for blocks, and is the `place`-th in the line."""
+def child_waiter(pool: BlockPool, blocks: int, position: int, *, keeps: bool = False) -> Child:
+    """A process that waits for blocks, and is the `position`-th in the queue."""
     child = fork(wait_there, pool, blocks, keeps)
     child.hear("waiting")
-    in_queue(pool, place)
+    in_queue(pool, position)
     return child

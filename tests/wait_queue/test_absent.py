@@ -1,4 +1,4 @@
-"""Those who are in the line and do not come: dead, stopped, forgotten. The others go on."""
+"""Those who are in the queue and do not come: dead, stopped, forgotten. The others go on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 
 from shmblocks import BlockPool, Violation
 from shmblocks._state.check import SLOW_NS
-from shmblocks._state.layout import H_WAITERS, W_LOOKED
-from shmblocks._state.wait_queue import PATIENCE_NS, Ticket, WaitingLine
+from shmblocks._state.layout import H_WAITERS, W_POLLED
+from shmblocks._state.wait_queue import PATIENCE_NS, WaitQueue
 from tests.core import pools
+from tests.queue.kit import SOON
+from tests.support.inside import run_inside
 from tests.wait_queue.kit import (
     TOTAL,
     all_but,
@@ -21,11 +23,9 @@ from tests.wait_queue.kit import (
     waiter,
     waiting,
 )
-from tests.queue.kit import SOON
-from tests.support.inside import run_inside
 
 A_SECOND = 1.0
-# Until a stopped one is passed over: its patience, and the next look of who comes after it.
+# Until a stopped one is passed over: its patience, and the next poll of who comes after it.
 ABOUT_A_SECOND = PATIENCE_NS / 1e9 + 0.25 + 0.5
 
 
@@ -47,7 +47,7 @@ def test_a_dead_first_one_is_passed_over_within_a_second(pool: BlockPool) -> Non
 
 def test_several_dead_ones_are_passed_over_within_a_second(pool: BlockPool) -> None:
     with all_but(pool, 4):
-        children = [child_waiter(pool, TOTAL, place + 1) for place in range(4)]
+        children = [child_waiter(pool, TOTAL, position + 1) for position in range(4)]
         with waiter(pool, 4, 5) as next_one:
             for child in children:
                 child.kill()
@@ -66,7 +66,7 @@ def test_one_who_does_not_wait_is_served_at_once_when_only_the_dead_do(pool: Blo
             handle = pool.alloc(1)
             assert handle is not None
             pool.free(handle)
-        assert waiting(pool) == 0, "the dead one is still in the line"
+        assert waiting(pool) == 0, "the dead one is still in the queue"
 
 
 def test_one_who_dies_when_it_is_its_turn_gives_back_what_it_got(pool: BlockPool) -> None:
@@ -79,7 +79,7 @@ def test_one_who_dies_when_it_is_its_turn_gives_back_what_it_got(pool: BlockPool
         assert time.monotonic() - start < A_SECOND
 
 
-def test_the_line_is_in_order_after_a_death_in_its_middle(pool: BlockPool) -> None:
+def test_the_queue_is_in_order_after_a_death_in_its_middle(pool: BlockPool) -> None:
     held = reserve(pool, TOTAL)
     first = waiter(pool, 9, 1)
     with child_waiter(pool, 1, 2) as child:
@@ -129,7 +129,7 @@ def test_one_who_was_stopped_before_anything_was_offered_holds_up_nobody_for_eve
         stopped.kill()
 
 
-def test_a_stopped_one_keeps_its_place(pool: BlockPool) -> None:
+def test_a_stopped_one_keeps_its_position(pool: BlockPool) -> None:
     held = reserve(pool, TOTAL)
     with child_waiter(pool, 10, 1) as stopped:
         last = waiter(pool, 10, 2)
@@ -161,17 +161,16 @@ def test_one_in_the_middle_that_is_stopped_delays_nobody_before_it(
 # ---- what an inspector says ------------------------------------------------------------------
 
 
-def line_of(pool: BlockPool) -> WaitingLine:
-    return pool.state.line
+def queue_of(pool: BlockPool) -> WaitQueue:
+    return pool.state.queue
 
 
 def test_who_waits_beside_blocks_that_are_there_is_a_violation(pool: BlockPool) -> None:
-    """One that joined and never looks, as if its thread were gone and its place were not."""
+    """One that joined and never polls, as if its thread were gone and its entry were not."""
     me = pool.participant
     assert me is not None
-    joined: list[Ticket] = []
     long_ago = time.monotonic_ns() - 2 * SLOW_NS
-    run_inside(pool, line_of(pool).join, me.word, 3, b"forgotten", long_ago, joined)
+    ticket = run_inside(pool, queue_of(pool).join, me.word, 3, b"forgotten", long_ago)
     (violation,) = pool.check()
     assert violation.invariant == 5
     assert "waits for 3 blocks, 16 are there" in violation.message
@@ -181,7 +180,7 @@ def test_who_waits_beside_blocks_that_are_there_is_a_violation(pool: BlockPool) 
     handle = pool.alloc(1)
     assert handle is not None, "it holds up others"
     pool.free(handle)
-    run_inside(pool, line_of(pool).leave, joined[0])
+    run_inside(pool, queue_of(pool).leave, ticket)
     assert pool.check() == []
 
 
@@ -203,16 +202,14 @@ def test_a_wait_that_is_in_order_is_none(pool: BlockPool) -> None:
         pool.free(thread.result(SOON))
 
 
-def test_a_look_in_the_future_is_none(pool: BlockPool) -> None:
-    """Written by something else, it would hold up the line for ever."""
+def test_a_poll_in_the_future_is_none(pool: BlockPool) -> None:
+    """Written by something else, it would hold up the queue for ever."""
     me = pool.participant
     assert me is not None
-    joined: list[Ticket] = []
-    run_inside(pool, line_of(pool).join, me.word, 1, b"", time.monotonic_ns(), joined)
-    ticket = joined[0]
+    ticket = run_inside(pool, queue_of(pool).join, me.word, 1, b"", time.monotonic_ns())
     slot = pool.state.layout.waiter_word(ticket.slot)
-    pools.set_word(pool, slot + W_LOOKED, 2**63)
+    pools.set_word(pool, slot + W_POLLED, 2**63)
     handle = pool.alloc(1)
     assert handle is not None
     pool.free(handle)
-    run_inside(pool, line_of(pool).leave, ticket)
+    run_inside(pool, queue_of(pool).leave, ticket)

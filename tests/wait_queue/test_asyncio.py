@@ -14,19 +14,19 @@ import pytest
 from shmblocks import BlockHandle, BlockPool, PoolClosedError, PoolTimeoutError
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
+from tests.queue.kit import PATIENCE, SOON, Waiting, waiter_threads
+from tests.support.children import Channel, fork, wait_until
+from tests.support.inside import run_inside
 from tests.wait_queue.kit import (
     TOTAL,
     all_but,
-    count_looks,
+    count_polls,
     in_queue,
     reserve,
     wait_for,
     waiter,
     waiting,
 )
-from tests.queue.kit import PATIENCE, SOON, Waiting, waiter_threads
-from tests.support.children import Channel, fork, wait_until
-from tests.support.inside import run_inside
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def test_coroutines_are_served_in_the_order_in_which_they_came(
     asyncio.run(main())
 
 
-def test_coroutines_and_threads_stand_in_one_line(no_net: None, pool: BlockPool) -> None:
+def test_coroutines_and_threads_stand_in_one_queue(no_net: None, pool: BlockPool) -> None:
     async def main() -> None:
         held = reserve(pool, TOTAL)
         (first,) = await ask_in_turn(pool, 9)
@@ -111,7 +111,7 @@ def test_many_coroutines_wait_on_one_thread_which_ends(no_net: None, pool: Block
             tasks = list(rest)
 
     asyncio.run(main())
-    pool._reservations.close()  # without the net the thread would sleep for a minute
+    pool._waiters.close()  # without the net the thread would sleep for a minute
     assert threading.active_count() == before
 
 
@@ -158,10 +158,10 @@ def test_a_long_wait_says_once_whom_it_waits_for(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Found: only threads said so."""
-    looks = count_looks(pool, monkeypatch)
+    polls = count_polls(pool, monkeypatch)
     with all_but(pool, 0), caplog.at_level(logging.WARNING):
         loop = Waiting(lambda: asyncio.run(pool.alloc_async(1)))
-        wait_until(lambda: len(looks) > 5, "it has looked several times")
+        wait_until(lambda: len(polls) > 5, "it has polled several times")
     pool.free(loop.result(SOON))
     (said,) = [record for record in caplog.records if record.name == "shmblocks"]
     assert "held by participant 0" in said.getMessage()
@@ -181,7 +181,7 @@ def test_the_dead_holders_blocks_come_by_themselves(pool: BlockPool) -> None:
 # ---- cancelling ------------------------------------------------------------------------------
 
 
-def test_cancelling_leaves_the_line_and_makes_way(no_net: None, pool: BlockPool) -> None:
+def test_cancelling_leaves_the_queue_and_makes_way(no_net: None, pool: BlockPool) -> None:
     async def main() -> None:
         with all_but(pool, 4):
             first, second = await ask_in_turn(pool, TOTAL, 4)
@@ -194,7 +194,7 @@ def test_cancelling_leaves_the_line_and_makes_way(no_net: None, pool: BlockPool)
 
 
 @pytest.mark.parametrize("steps", range(8))
-def test_cancelled_any_number_of_steps_after_its_bell_it_ends(
+def test_cancelled_any_number_of_steps_after_its_wake_up_it_ends(
     no_net: None, pool: BlockPool, steps: int
 ) -> None:
     """Found: `asyncio.wait_for` of Python 3.11 and before may swallow it, and the wait went on."""
@@ -202,11 +202,11 @@ def test_cancelled_any_number_of_steps_after_its_bell_it_ends(
     async def main() -> None:
         with all_but(pool, 4):
             (task,) = await ask_in_turn(pool, TOTAL)
-            bell = pool._reservations._bell
-            assert bell is not None
-            wait_until(lambda: bell.loops._waiters, "it waits")
-            run_inside(pool, pool.state.ring)  # though there is no room for it
-            wait_until(lambda: not bell.loops._waiters, "it was told")  # the loop stands still
+            wake = pool._waiters._wake
+            assert wake is not None
+            wait_until(lambda: wake.loops._waiters, "it waits")
+            run_inside(pool, pool.state._wake_head)  # though there is no room for it
+            wait_until(lambda: not wake.loops._waiters, "it was told")  # the loop stands still
             for _ in range(steps):
                 await asyncio.sleep(0)
             task.cancel()
@@ -264,7 +264,7 @@ def test_cancelling_at_random_loses_no_block(
     asyncio.run(main())
 
 
-def test_a_coroutine_that_is_dropped_in_its_wait_leaves_the_line(
+def test_a_coroutine_that_is_dropped_in_its_wait_leaves_the_queue(
     no_net: None, pool: BlockPool
 ) -> None:
     async def main() -> None:
@@ -287,10 +287,10 @@ def drop_what_was_inherited(
     return waiting(pool)
 
 
-def test_a_forked_child_does_not_leave_its_parents_place_in_the_line(
+def test_a_forked_child_does_not_leave_its_parents_place_in_the_queue(
     no_net: None, pool: BlockPool
 ) -> None:
-    """Found: collecting the inherited coroutine took the parent out of the line, for ever."""
+    """Found: collecting the inherited coroutine took the parent out of the queue, for ever."""
 
     async def main() -> None:
         held = reserve(pool, TOTAL)

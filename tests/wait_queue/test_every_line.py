@@ -19,14 +19,14 @@ def test_killed_at_any_line_of_a_wait_it_holds_up_nobody(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
     coverage = run_in_clean_room(every_line.kill, name)
-    record_property(SUMMARY, f"line, {coverage}")
+    record_property(SUMMARY, f"wait queue, {coverage}")
     assert len(coverage.points) >= FEWEST
 
 
 @pytest.mark.parametrize("name", every_line.OPERATIONS)
-def test_interrupted_at_any_line_of_a_wait_it_leaves_the_line_and_keeps_nothing(
+def test_interrupted_at_any_line_of_a_wait_it_leaves_the_queue_and_keeps_nothing(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
     coverage = run_in_clean_room(every_line.interrupt, name)
-    record_property(SUMMARY, f"line, {coverage}")
+    record_property(SUMMARY, f"wait queue, {coverage}")
     assert len(coverage.points) >= FEWEST

@@ -8,6 +8,8 @@ import threading
 import pytest
 
 from shmblocks import BlockPool
+from tests.queue.kit import PATIENCE, SOON, Waiting
+from tests.support.children import Channel, fork
 from tests.wait_queue.kit import (
     TOTAL,
     all_but,
@@ -18,8 +20,6 @@ from tests.wait_queue.kit import (
     waiter,
     waiting,
 )
-from tests.queue.kit import PATIENCE, SOON, Waiting
-from tests.support.children import Channel, fork
 
 
 def test_threads_are_served_in_the_order_in_which_they_came(
@@ -58,8 +58,8 @@ def test_processes_are_served_in_the_order_in_which_they_came(
 ) -> None:
     children = []
     held = reserve(pool, TOTAL)
-    for place, blocks in enumerate([TOTAL, 1, TOTAL, 9, 9]):
-        children.append(child_waiter(pool, blocks, place + 1))
+    for position, blocks in enumerate([TOTAL, 1, TOTAL, 9, 9], 1):
+        children.append(child_waiter(pool, blocks, position))
     pool.free(held)
     for number, child in enumerate(children):
         child.hear("served", SOON)
@@ -70,7 +70,7 @@ def test_processes_are_served_in_the_order_in_which_they_came(
 
 
 def test_an_allocation_does_not_grow_past_those_who_wait(no_net: None, pool: BlockPool) -> None:
-    """Found: `grow` took blocks that the first in the line waited for."""
+    """Found: `grow` took blocks that the first in the queue waited for."""
     held, small = reserve(pool, TOTAL - 3), reserve(pool, 1)
     pool.free(small)
     with waiter(pool, 4, 1) as first:
@@ -88,7 +88,7 @@ def test_an_allocation_does_not_grow_past_those_who_wait(no_net: None, pool: Blo
 def test_many_blocks_are_not_starved_by_few_that_come_later(no_net: None, pool: BlockPool) -> None:
     small = [reserve(pool, 1) for _ in range(TOTAL)]
     with waiter(pool, TOTAL, 1) as big:
-        later = [waiter(pool, 1, place + 2) for place in range(3)]
+        later = [waiter(pool, 1, position + 2) for position in range(3)]
         for handle in small[:-1]:
             pool.free(handle)
             assert pool.alloc(1) is None, "one who does not wait was served before one who does"
@@ -166,7 +166,7 @@ def test_the_bell_of_one_process_is_not_rung_for_another(no_net: None, pool: Blo
 
 
 @pytest.mark.parametrize("threads", [4])
-def test_threads_that_come_and_go_leave_the_line_empty(
+def test_threads_that_come_and_go_leave_the_queue_empty(
     pool: BlockPool, rng: random.Random, threads: int
 ) -> None:
     seeds = [rng.random() for _ in range(threads)]

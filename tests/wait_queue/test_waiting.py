@@ -6,34 +6,41 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 
-from shmblocks import BlockHandle, BlockPool, PoolClosedError, PoolTimeoutError, ShmBlocksError
-from shmblocks._alloc_wait import Reservations, Want
-from shmblocks._alloc_wait import Waiting as Wait
-from shmblocks._state import wait_queue as line_module
+from shmblocks import (
+    BlockHandle,
+    BlockPool,
+    PoolClosedError,
+    PoolTimeoutError,
+    ShmBlocksError,
+    TooManyWaitersError,
+)
+from shmblocks._alloc_wait import _Patience
+from shmblocks._state.pool_state import AllocRequest, Poll, stamp
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
+from tests.queue.kit import PATIENCE, SOON, Waiting
+from tests.support.children import Channel, fork, wait_until
 from tests.wait_queue.kit import (
     TOTAL,
     all_but,
-    count_looks,
+    count_polls,
     in_queue,
     reserve,
     wait_for,
     waiter,
     waiting,
 )
-from tests.queue.kit import PATIENCE, SOON, Waiting
-from tests.support.children import Channel, fork, wait_until
 
 A_WHILE = 0.05  # seconds
 
 
 def test_the_first_who_ever_waits_in_a_pool_is_served(no_net: None, pool: BlockPool) -> None:
-    """Found: its ticket was number 0, which says that a place in the line is free."""
+    """Found: its ticket was number 0, which says that a slot of the queue is free."""
     with all_but(pool, 0):
         first = waiter(pool, 3, 1)
     pool.free(first.result(SOON))
@@ -161,7 +168,7 @@ def test_one_who_gives_up_makes_way_for_the_next(no_net: None, pool: BlockPool) 
 
 
 def test_the_dead_holders_blocks_come_by_themselves(pool: BlockPool) -> None:
-    """Nobody rings: the one who waits looks by the clock."""
+    """Nobody wakes it: the one who waits polls by the clock."""
     other = pools.attach(pool.name)
     reserve(other, TOTAL)
     with waiter(pool, 2, 1) as thread:
@@ -208,8 +215,8 @@ def test_the_deadline_names_who_holds_what_for_which_request_since_when(pool: Bl
         rf"  5 blocks from 0 for request photo-17: leased since \d+\.\d s, held by {them}",
         rf"  4 blocks from 5 for request photo-18: reserved since \d+\.\d s, held by {them}",
         rf"  6 blocks from 9 for request mine: reserved since \d+\.\d s, held by {us}",
-        rf"  1\. in the waiting line: 12 blocks for {us}",
-        rf"  2\. in the waiting line: 3 blocks for {us}",
+        rf"  1\. in the wait queue: 12 blocks for {us}",
+        rf"  2\. in the wait queue: 3 blocks for {us}",
         r"free some, or create a larger pool",
     ]
     assert re.fullmatch("\n".join(expected), str(caught.value)), str(caught.value)
@@ -223,10 +230,10 @@ def test_a_timeout_is_also_the_standard_one(pool: BlockPool) -> None:
 def test_a_long_wait_says_once_whom_it_waits_for(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    looks = count_looks(pool, monkeypatch)
+    polls = count_polls(pool, monkeypatch)
     with all_but(pool, 0), caplog.at_level(logging.WARNING):
         thread = Waiting(lambda: wait_for(pool, 2))
-        wait_until(lambda: len(looks) > 5, "it has looked several times")
+        wait_until(lambda: len(polls) > 5, "it has polled several times")
     pool.free(thread.result(SOON))
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
@@ -234,33 +241,44 @@ def test_a_long_wait_says_once_whom_it_waits_for(
     assert "held by participant 0" in said.getMessage()
 
 
-def test_more_than_the_line_holds_is_an_error_that_says_so(
-    pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def pool_for_two_waiters(pool_name: str) -> Iterator[BlockPool]:
+    config = msgspec.structs.replace(pools.tiny(), max_waiters=2)
+    with pools.create(pool_name, config, role="tester") as made:
+        yield made
+        assert (made.check(), made.available_blocks(), waiting(made)) == ([], TOTAL, 0)
+
+
+def test_more_than_the_queue_holds_is_an_error_that_says_so(
+    pool_for_two_waiters: BlockPool,
 ) -> None:
-    monkeypatch.setattr(line_module, "MAX_WAITERS", 2)
+    pool = pool_for_two_waiters
     with all_but(pool, 0):
-        threads = [waiter(pool, 1, place) for place in (1, 2)]
-        with pytest.raises(ShmBlocksError, match="2 threads wait for blocks already"):
+        threads = [waiter(pool, 1, position) for position in (1, 2)]
+        with pytest.raises(
+            TooManyWaitersError, match=r"2 threads.*PoolConfig\(max_waiters="
+        ) as told:
             wait_for(pool, 1)
+        assert isinstance(told.value, ShmBlocksError)
         assert waiting(pool) == 2
     for thread in threads:
         pool.free(thread.result(SOON))
 
 
-def test_the_places_of_the_dead_in_the_line_are_used_again(
-    pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+def test_the_slots_of_the_dead_in_the_queue_are_used_again(
+    pool_for_two_waiters: BlockPool,
 ) -> None:
-    """Found: while one living waiter stood before them, the line was said to be full."""
-    monkeypatch.setattr(line_module, "MAX_WAITERS", 2)
+    """Found: while one living waiter stood before them, the queue was said to be full."""
+    pool = pool_for_two_waiters
     with all_but(pool, 0), pools.attach(pool.name) as third:
         ghost = pools.attach(pool.name)
-        mine = Wait(Want(1, 1, b"", []), None)
-        pool._run(pool._reservations._join, mine)
-        ghost._run(ghost._reservations._join, Wait(Want(1, 1, b"", []), None))
+        mine = AllocRequest(1, 1, b"", stamp())
+        assert pool.state.poll_queue(mine).handle is None
+        assert ghost.state.poll_queue(AllocRequest(1, 1, b"", stamp())).handle is None
         pools.abandon(ghost)
         with pytest.raises(PoolTimeoutError):
             wait_for(third, 1, 0.001)
-        pool._reservations._leave_line(mine)
+        pool.state.take_back(mine)
         assert waiting(pool) == 0
     ghost.close()
 
@@ -270,6 +288,8 @@ def test_an_inspector_sees_how_many_wait(pool: BlockPool) -> None:
         first = waiter(pool, 2, 1)
         second = waiter(pool, 5, 2)
         assert pool.stats().waiters == 2
+        assert [(info.num_blocks, info.req_id) for info in pool.waiters()] == [(2, ""), (5, "")]
+        assert all(info.participant_id == pool.participant for info in pool.waiters())
         assert pool.check() == []
     for thread in (first, second):
         pool.free(thread.result(SOON))
@@ -281,7 +301,7 @@ def test_an_inspector_sees_how_many_wait(pool: BlockPool) -> None:
 def test_close_ends_the_waits_of_other_threads(no_net: None, pool_name: str) -> None:
     with pools.create(pool_name) as keeper, pools.attach(pool_name) as pool:
         with all_but(keeper, 0):
-            threads = [waiter(pool, 1, place + 1) for place in range(3)]
+            threads = [waiter(pool, 1, position + 1) for position in range(3)]
             pool.close()
             for thread in threads:
                 error = thread.error(SOON)
@@ -294,7 +314,7 @@ def test_close_ends_the_waits_of_other_threads(no_net: None, pool_name: str) -> 
 def test_close_at_any_moment_of_a_wait_is_an_error_of_its_own(
     new_pool_name: Callable[[], str],
 ) -> None:
-    """Found: an AttributeError about the mapping, between two looks."""
+    """Found: an AttributeError about the mapping, between two polls."""
     for _ in range(20):
         with pools.create(new_pool_name()) as keeper, all_but(keeper, 0):
             pool = pools.attach(keeper.name)
@@ -316,19 +336,19 @@ def test_close_at_any_moment_of_a_wait_is_an_error_of_its_own(
             assert waiting(keeper) == 0
 
 
-def test_close_between_a_look_and_the_sleep_after_it_is_that_error_too(
+def test_close_between_a_poll_and_the_sleep_after_it_is_that_error_too(
     pool_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found: a ValueError about released memory."""
     pool = pools.create(pool_name)
-    before = Reservations._seconds_to_sleep
+    before = _Patience.seconds_to_sleep
 
-    def close_and_go_on(self: Reservations, its_wait: Wait) -> float:
+    def close_and_go_on(self: _Patience, poll: Poll) -> float:
         pool.close()
-        return before(self, its_wait)
+        return before(self, poll)
 
     with pools.attach(pool_name) as keeper, all_but(keeper, 0):
-        monkeypatch.setattr(Reservations, "_seconds_to_sleep", close_and_go_on)
+        monkeypatch.setattr(_Patience, "seconds_to_sleep", close_and_go_on)
         with pytest.raises(PoolClosedError, match="closed in this process"):
             wait_for(pool, 1)
 
@@ -345,16 +365,16 @@ def test_the_mapping_goes_with_close_after_a_wait(pool_name: str) -> None:
 def wait_in_the_child(channel: Channel, pool: BlockPool) -> object:
     channel.say("here")
     handle = wait_for(pool, 2)
-    place = pool._reservations._bell
-    assert place is not None
+    wake = pool._waiters._wake
+    assert wake is not None
     assert pool.participant is not None
-    assert place.place == pool.participant.place
+    assert wake.slot == pool.participant.slot
     pool.free(handle)
-    return pool.participant.place
+    return pool.participant.slot
 
 
-def test_a_forked_child_waits_at_its_own_bell(no_net: None, pool: BlockPool) -> None:
-    """The parent has waited before, so that there is a bell to inherit."""
+def test_a_forked_child_waits_at_its_own_wake_word(no_net: None, pool: BlockPool) -> None:
+    """The parent has waited before, so that there is a wake word to inherit."""
     with all_but(pool, 0), pytest.raises(PoolTimeoutError):
         wait_for(pool, 1, 0.001)
     assert pool.participant is not None
@@ -363,10 +383,10 @@ def test_a_forked_child_waits_at_its_own_bell(no_net: None, pool: BlockPool) -> 
         child.hear("here")
         in_queue(pool, 1)
         pool.free(held)
-        assert child.result(SOON) != pool.participant.place
+        assert child.result(SOON) != pool.participant.slot
 
 
-def test_a_child_forked_in_the_middle_of_a_wait_is_not_in_the_line(
+def test_a_child_forked_in_the_middle_of_a_wait_is_not_in_the_queue(
     no_net: None, pool: BlockPool
 ) -> None:
     held = reserve(pool, TOTAL)
