@@ -236,13 +236,13 @@ def test_a_message_that_comes_before_the_getter_sleeps_is_seen(
     no_net: None, pool_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HandleQueue.create(pool_name, 4, spin=0) as queue:
-        wait = queue._ring.puts.wait
+        wait = queue.state.puts.wait
 
         def after_a_message(expected: int, timeout: float) -> None:
             queue.put(b"x")
             wait(expected, timeout)
 
-        monkeypatch.setattr(queue._ring.puts, "wait", after_a_message)
+        monkeypatch.setattr(queue.state.puts, "wait", after_a_message)
         with Waiting(queue.get) as getter:
             assert getter.result(SOON) == b"x"
         assert asleep(queue) == (0, 0)
@@ -292,8 +292,8 @@ def test_nobody_who_waits_means_no_system_call_to_wake(
         getter.until_asleep()
         queue.put(b"x")
         getter.result()
-    monkeypatch.setattr(queue._ring.puts, "wake", no_wake)
-    monkeypatch.setattr(queue._ring.gets, "wake", no_wake)
+    monkeypatch.setattr(queue.state.puts, "wake", no_wake)
+    monkeypatch.setattr(queue.state.gets, "wake", no_wake)
     for _ in range(3):
         fill(queue)
         drain(queue)
@@ -520,7 +520,7 @@ def test_a_wait_ends_at_its_deadline_also_when_it_is_woken_for_nothing(
     deadline = time.monotonic() + 0.2
     with Waiting(lambda: queue.get(timeout=0.2)) as getter:
         while not getter.is_over:
-            queue._ring.puts.wake()
+            queue.state.puts.wake()
             assert time.monotonic() < deadline + SOON
             time.sleep(0.001)
         assert isinstance(getter.error(), standard.Empty)
