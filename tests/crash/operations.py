@@ -12,7 +12,8 @@ interruptible  no: it is the first thing that a forked child does, which is inte
 with_fork      the lines of fork handlers belong to it
 maps           it maps the fields a second time, for as long as the pool is open
 
-Waiting for blocks is in tests/wait_queue, queues are in tests/queue, transfers in transfer_cases.py.
+Waiting for blocks is in tests/wait_queue, queues are in tests/queue, transfers in
+transfer_cases.py.
 """
 
 from __future__ import annotations

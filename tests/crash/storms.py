@@ -44,6 +44,14 @@ def one_round(pool: BlockPool) -> None:
     assert other is not None
     with pool.open_for_write(other):
         pool.free(other)
+    with pool.reserve(5, timeout=0.0) as reservation:
+        reservation.grow(9)
+        handle = reservation.publish(readers=2)
+    pool.open(handle).give_back()
+    pool.forgo(handle)
+    with pool.reserve(5):
+        pool.reap_if_due()
+    pool.free(handle)
 
 
 def judge(pool: BlockPool, witness: BlockPool) -> None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from shmblocks import HandleQueue
 from shmblocks._os import wait as wait_module
 from shmblocks._os.wait import seconds_left
+from shmblocks._state.layout import QueueLayout
 from shmblocks._state.queue_state import Q_GETTERS_ASLEEP, Q_PUTTERS_ASLEEP
 from shmblocks.testing import (
     Coverage,
@@ -34,7 +35,7 @@ from tests.support.naming import new_pool_name
 CAPACITY = 4
 THERE = [b"0", b"1"]
 # Seconds that the waits of these runs sleep for before they are over, by a clock of their own: the
-# real one would let them look more or less often, and pass other lines each time.
+# real one would let them poll more or less often, and pass other lines each time.
 NAP = 0.0005
 # Seconds: one, and two more for a machine that does twenty other things. What would hold up a
 # survivor is the lock's timeout (30 s).
@@ -185,10 +186,16 @@ def get(scene: Scene) -> Call:
     return queue.get
 
 
-@case(two_messages, THERE, [], killable=False)
+@case(two_messages, THERE, [])
 def get_many(scene: Scene) -> Call:
     queue = mine(scene)
+    some_sleep(scene)
     return lambda: queue.get_many(2)
+
+
+@case(two_messages, THERE)
+def participants(scene: Scene) -> Call:
+    return mine(scene).participants
 
 
 @case(no_message, [])
@@ -225,12 +232,46 @@ def close(scene: Scene) -> Call:
     return mine(scene).close
 
 
-@case(two_messages, [*THERE, b"new"], THERE, interruptible=False)
+@contextlib.contextmanager
+def all_slots_of_the_dead() -> Iterator[Scene]:
+    """Three processes can take part: the survivor, and two that are dead."""
+    slots = QueueLayout.PARTICIPANTS
+    QueueLayout.PARTICIPANTS = 3
+    try:
+        with two_messages() as scene:
+            for queue in [HandleQueue.attach(scene.name, spin=0) for _ in range(2)]:
+                abandon(queue)
+            yield scene
+    finally:
+        QueueLayout.PARTICIPANTS = slots
+
+
+@case(all_slots_of_the_dead, THERE)
+def attach_in_place_of_the_dead(scene: Scene) -> Call:
+    return lambda: mine(scene)
+
+
+@case(two_messages, THERE, [*THERE, b"new"], interruptible=False)
 def put_first_after_fork(scene: Scene) -> Call:
     return lambda: scene.survivor.put(b"new")
 
 
-@case(nobody, killable=False)
+@case(two_messages, THERE, [b"1"], interruptible=False)
+def get_first_after_fork(scene: Scene) -> Call:
+    return lambda: scene.survivor.get()
+
+
+@case(two_messages, THERE, [], interruptible=False)
+def get_many_first_after_fork(scene: Scene) -> Call:
+    return lambda: scene.survivor.get_many(2)
+
+
+@case(two_messages, THERE, interruptible=False)
+def close_first_after_fork(scene: Scene) -> Call:
+    return lambda: scene.survivor.close()
+
+
+@case(nobody)
 def create(scene: Scene) -> Call:
     def run() -> None:
         scene.mine = HandleQueue.create(scene.name, CAPACITY, spin=0)
@@ -270,8 +311,6 @@ def _judge(it: Case, scene: Scene, point: Point) -> None:
     with within(AT_ONCE, "the survivor's next operations"):
         found = drain(scene.survivor)
         allowed = it.outcomes[-1:] if point.is_end and len(it.outcomes) == 2 else it.outcomes
-        if it.name == "put_first_after_fork":
-            allowed = it.outcomes
         assert found in allowed, f"{found} is none of {allowed}"
         for number in range(2 * CAPACITY):
             scene.survivor.put(b"%d" % number, timeout=0)
@@ -281,6 +320,15 @@ def _judge(it: Case, scene: Scene, point: Point) -> None:
             assert scene.survivor.get() == b"x"
     require_right(scene.survivor)
     assert sum(asleep(scene.survivor)) <= 2
+    _judge_participants(scene, point)
+
+
+def _judge_participants(scene: Scene, point: Point) -> None:
+    """Nobody is there twice, and nobody who was interrupted in joining is there at all."""
+    living = [info for info in scene.survivor.participants() if info.is_alive]
+    assert living[0].is_self
+    joined = scene.mine is not None and not scene.mine.is_closed
+    assert len(living) == 1 + joined, (point, living)
 
 
 def _judge_name(scene: Scene) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shmblocks import HandleQueue, DamagedPoolError
+from shmblocks import DamagedPoolError, HandleQueue
 from shmblocks._state.queue_state import (
     MOST_ASLEEP,
     Q_GETTERS_ASLEEP,

@@ -1,6 +1,7 @@
 """What the tests of the wait queue share.
 
-- `Waiting` threads (tests/queue/kit.py) ask for blocks; `in_queue(pool, n)` waits until n are in it.
+- `Waiting` threads (tests/queue/kit.py) ask for blocks; `in_queue(pool, n)` waits until n are
+  in it.
 - `all_but(pool, free)` is somebody else who has the pool: nobody can be served before it is left.
 """
 

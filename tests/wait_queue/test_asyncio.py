@@ -205,7 +205,7 @@ def test_cancelled_any_number_of_steps_after_its_wake_up_it_ends(
             wake = pool._waiters._wake
             assert wake is not None
             wait_until(lambda: wake.loops._waiters, "it waits")
-            run_inside(pool, pool.state._wake_head)  # though there is no room for it
+            run_inside(pool, pool.state.wake_head)  # though there is no room for it
             wait_until(lambda: not wake.loops._waiters, "it was told")  # the loop stands still
             for _ in range(steps):
                 await asyncio.sleep(0)
