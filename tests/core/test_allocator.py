@@ -279,7 +279,7 @@ def test_a_generation_is_handed_out_once(pool: BlockPool) -> None:
 USES: list[Callable[[BlockPool, BlockHandle], object]] = [
     lambda pool, handle: pool.free(handle),
     lambda pool, handle: pool.view(handle),
-    lambda pool, handle: pool.write(handle),
+    lambda pool, handle: pool.open_for_write(handle),
     lambda pool, handle: pool.publish(handle),
     lambda pool, handle: pool.open(handle),
     lambda pool, handle: pool.grow(handle, handle.num_tokens + 1),

@@ -195,7 +195,7 @@ def test_a_writers_lease_on_a_stream_holds_a_landing_allocation(
     import threading
 
     handle = pools.take(pool, 8)
-    lease = pool.write(handle, stream=STREAM)
+    lease = pool.open_for_write(handle, stream=STREAM)
     rows = lease["rows"]
     gpu.work(lambda: rows.fill_(3))
     lease.release()
