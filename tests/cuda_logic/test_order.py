@@ -128,7 +128,7 @@ def test_freeing_what_the_producers_stream_still_writes_keeps_the_blocks(
     assert pool.available_blocks() == 14
     assert pool.stats().settling_allocations == 1
     assert pool.check() == []
-    assert pool.allocations()[0].state is State.DRAINING
+    assert pool.allocations()[0].state is State.SETTLING
     gpu.run()
     assert pool.available_blocks() == 16
     assert pool.stats().settling_allocations == 0
@@ -267,7 +267,7 @@ def test_the_bit_that_says_failed_satisfies_a_stream_that_waits(
     record = pool.state.blocks.record(handle.start_block)
     run_inside(pool, pool.state.blocks.fail, handle.start_block, record)
     assert gpu.run(OTHER_STREAM)
-    with pytest.raises(PeerDiedError, match="ask for the request anew"):
+    with pytest.raises(PeerDiedError, match="release the lease and retry the request"):
         lease["rows"]
     lease.release()
     gpu.run()
