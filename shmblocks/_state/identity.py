@@ -13,7 +13,7 @@ import os
 import stat
 
 from shmblocks._state.layout import HEADER_BYTES, IDENTITY, LAYOUT_VERSION, MAGIC, QUEUE_MAGIC
-from shmblocks.errors import IncompatiblePoolError
+from shmblocks.errors import DamagedPoolError, IncompatiblePoolError
 
 
 class Identity:
@@ -25,22 +25,22 @@ class Identity:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size < HEADER_BYTES:
             raise IncompatiblePoolError(
-                f"pool {name}: expected a segment of at least {HEADER_BYTES} bytes, got "
+                f"{what} {name}: expected a segment of at least {HEADER_BYTES} bytes, got "
                 f"{status.st_size}: truncated, or not a {what}"
             )
         magic, version, self.pool_id, size, self.created_ns = IDENTITY.unpack(
             os.pread(fd, IDENTITY.size, 0)
         )
         if magic != expected:
-            raise IncompatiblePoolError(f"pool {name}: the segment of that name is not a {what}")
+            raise IncompatiblePoolError(f"{what} {name}: the segment of that name is not a {what}")
         if version != LAYOUT_VERSION:
             raise IncompatiblePoolError(
-                f"pool {name}: expected layout version {LAYOUT_VERSION}, got {version}: use the "
+                f"{what} {name}: expected layout version {LAYOUT_VERSION}, got {version}: use the "
                 "shmblocks version that created it, or create it anew"
             )
         if size != status.st_size:
-            raise IncompatiblePoolError(
-                f"pool {name}: expected a segment of {size} bytes, got {status.st_size}: truncated"
+            raise DamagedPoolError(
+                f"{what} {name}: expected a segment of {size} bytes, got {status.st_size}: truncated"
             )
         self.size_bytes = size
 
