@@ -225,11 +225,14 @@ class Segment:
     # ---- the end -----------------------------------------------------------------------------
 
     def drop(self) -> None:
-        """Let go of the mappings. Each goes at once, or with the last tensor or view of it."""
+        """Let go of the mappings. Each goes at once, or with the last tensor or view of it.
+
+        Idempotent, also after it was interrupted.
+        """
         self.words.release()
         self.memory.release()
         self._readonly.clear()
-        del self.mapping
+        vars(self).pop("mapping", None)
         self._prefaults.clear()
         self._file.close()
 

@@ -285,7 +285,15 @@ class SharedSegment:
             self.drop()
 
     def drop(self) -> None:
-        """Let go; the mapping goes at once, or with its last view."""
+        """Let go; the mapping goes at once, or with its last view. Interrupted: to the end."""
+        try:
+            self._let_go()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        """Every step of it may be repeated."""
         self._takes_part = False
         self.locks.close()
         self.segment.drop()

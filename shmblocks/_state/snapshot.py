@@ -34,7 +34,6 @@ from shmblocks._state.layout import (
     LEASE_HEAD,
     R_REQUEST_ID,
     RECORD,
-    RECORD_BODY,
     WORD,
     LeaseRecord,
     Record,
@@ -87,7 +86,7 @@ class RawState:
         """Every allocation, by start block."""
         found = []
         for start, data in sorted(zip(self._starts, self._records, strict=True)):
-            record = Record._make(RECORD_BODY.unpack_from(data))
+            record = self.parts.blocks.record(start, data)
             text = data[R_REQUEST_ID * WORD :]
             req_id = text[1 : 1 + min(text[0], 63)].decode("utf-8", "replace")
             found.append(Allocation(start, record, req_id))

@@ -20,6 +20,7 @@ def require_right(pool: BlockPool) -> None:
         + stats.published_blocks
         + stats.leased_blocks
         + stats.draining_blocks
+        + stats.settling_blocks
     )
 
 

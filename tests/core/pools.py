@@ -75,9 +75,9 @@ def set_word(pool: BlockPool, index: int, value: int) -> None:
 
 def state_of(pool: BlockPool) -> bytes:
     """Everything that is under the lock, but for the words that every entry writes."""
-    ledger = pool.state
-    return bytes(ledger.segment.memory[4096 : ledger.layout.ledger_bytes]) + bytes(
-        ledger.segment.memory[16 * 8 : 21 * 8]
+    state = pool.state
+    return bytes(state.segment.memory[4096 : state.layout.state_bytes]) + bytes(
+        state.segment.memory[16 * 8 : 21 * 8]
     )
 
 

@@ -131,7 +131,7 @@ def test_freeing_with_fake_leaves_a_real_allocation_alone(pool: BlockPool) -> No
     assert pool.available_blocks() == 16
 
 
-@pytest.mark.parametrize("operation", ["view", "write", "publish", "open"])
+@pytest.mark.parametrize("operation", ["view", "open_for_write", "publish", "open"])
 def test_a_fake_handle_can_only_be_freed(pool: BlockPool, operation: str) -> None:
     fake = pool.alloc(9, fake=True)
     with pytest.raises(InvalidStateError, match="a fake handle names no blocks"):
@@ -148,7 +148,7 @@ def test_a_request_is_shown_with_what_it_holds(pool: BlockPool) -> None:
     assert str(first.state) == "reserved"
     assert first.owner is not None
     assert first.owner.pid == os.getpid()
-    assert first.age >= second.age >= third.age >= 0
+    assert first.age_seconds >= second.age_seconds >= third.age_seconds >= 0
 
 
 # --- next fit ---------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_generation_is_handed_out_once(pool: BlockPool) -> None:
 USES: list[Callable[[BlockPool, BlockHandle], object]] = [
     lambda pool, handle: pool.free(handle),
     lambda pool, handle: pool.view(handle),
-    lambda pool, handle: pool.write(handle),
+    lambda pool, handle: pool.open_for_write(handle),
     lambda pool, handle: pool.publish(handle),
     lambda pool, handle: pool.open(handle),
     lambda pool, handle: pool.grow(handle, handle.num_tokens + 1),
@@ -299,7 +299,7 @@ def refused(pool: BlockPool, handle: BlockHandle, error: type[Exception], said: 
 def test_what_is_no_handle_is_told_by_its_type(pool: BlockPool, wrong: object) -> None:
     """Found: `free`, `publish` and `grow` failed at the first attribute that it lacks."""
     before = pools.state_of(pool)
-    for use in (pool.free, pool.view, pool.write, pool.publish, pool.open):
+    for use in (pool.free, pool.view, pool.open_for_write, pool.publish, pool.open):
         with pytest.raises(TypeError, match="handle: expected BlockHandle, got"):
             use(wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="handle: expected BlockHandle, got"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shmblocks import BlockPool, Violation, open_inspector
+from shmblocks import BlockPool, PoolInspector, Violation
 from shmblocks._state.layout import (
     H_CURSOR,
     H_FREE_BLOCKS,
@@ -29,7 +29,7 @@ def populated(pool_name: str) -> Iterator[BlockPool]:
         pool.publish(pools.take(pool, 8), readers=2)
         leased = pool.publish(pools.take(pool, 8), readers=2)
         draining = pools.take(pool, 8)
-        leases = [pool.open(leased), pool.write(draining)]
+        leases = [pool.open(leased), pool.open_for_write(draining)]
         pool.free(draining)
         assert pool.check() == []
         before = bytes(pool.state.segment.memory)
@@ -125,7 +125,7 @@ def test_a_planted_violation_is_named_with_its_invariant(populated: BlockPool, n
     assert any(each.invariant == number and re.search(said, each.message) for each in found), (
         f"expected invariant {number}: {said}; got {found}"
     )
-    with open_inspector(populated.name) as inspector:
+    with PoolInspector(populated.name) as inspector:
         assert inspector.check() == found
 
 

@@ -21,10 +21,12 @@ from shmblocks import (
     remove_pool,
 )
 from shmblocks._os.segment import path_of
+from shmblocks._state import lifetime
 from shmblocks._state import naming as naming_module
-from shmblocks._state import pool_state as ledger_module
+from shmblocks._state import pool_state as pool_state_module
+from shmblocks._state import shared_segment as shared_segment_module
 from shmblocks._state.layout import H_VERSION
-from shmblocks._state.pool_state import Ledger
+from shmblocks._state.pool_state import PoolState
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support import procfs
@@ -105,12 +107,12 @@ def test_one_of_many_creators_wins_a_name_and_the_others_are_told(pool_name: str
 # --- a creator that does not finish -----------------------------------------------------------
 
 STEPS: dict[str, tuple[object, str]] = {
-    "before the header": (ledger_module, "_write_header"),
-    "before the memory is mapped": (Ledger, "__init__"),
-    "before it joins": (Ledger, "join"),
-    "before it has a name": (ledger_module, "take_name"),
+    "before the header": (pool_state_module, "_write_header"),
+    "before the memory is mapped": (PoolState, "__init__"),
+    "before it joins": (PoolState, "join"),
+    "before it has a name": (shared_segment_module, "claim_name"),
     "before the link": (naming_module, "link_name"),
-    "after the link": (Ledger, "close"),
+    "after the link": (lifetime, "watch_exit"),
 }
 
 
@@ -135,14 +137,14 @@ def test_a_creator_killed_half_way_leaves_nothing(
 def test_a_creator_killed_just_after_its_pool_got_its_name_is_no_obstacle(
     pool_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shmblocks._state.naming import take_name
+    from shmblocks._state.naming import claim_name
 
     def create(channel: Channel) -> None:
-        def take_and_die(fd: int, name: str, timeout: float) -> None:
-            take_name(fd, name, timeout)
+        def claim_and_die(fd: int, kind: str, name: str, timeout: float) -> None:
+            claim_name(fd, kind, name, timeout)
             die()
 
-        monkeypatch.setattr(ledger_module, "take_name", take_and_die)
+        monkeypatch.setattr(shared_segment_module, "claim_name", claim_and_die)
         pools.create(pool_name)
 
     with fork(create) as child:
@@ -200,7 +202,7 @@ def test_a_failed_attach_takes_nothing_from_the_creator(
         raise AnyError
 
     handle = pools.take(pool)
-    for owner, function in ((Segment, "prefault"), (Ledger, "join"), (Ledger, "__init__")):
+    for owner, function in ((Segment, "prefault"), (PoolState, "join"), (PoolState, "__init__")):
         monkeypatch.setattr(owner, function, fail)
         with pytest.raises(AnyError):
             BlockPool.attach(pool.name)
@@ -314,13 +316,13 @@ def test_a_truncated_leftover_is_replaced(pool_name: str) -> None:
         require_right(pool)
 
 
-# --- places -----------------------------------------------------------------------------------
+# --- slots ------------------------------------------------------------------------------------
 
 
-def test_more_participants_than_places_are_told_with_those_who_have_them(pool_name: str) -> None:
+def test_more_participants_than_slots_are_told_with_those_who_have_them(pool_name: str) -> None:
     config = pools.tiny(max_participants=2)
     with pools.create(pool_name, config, role="a"), pools.attach(pool_name, role="b") as other:
-        said = rf"(?s)all 2 participant places.*larger.*max_participants.*pid {os.getpid()}, a"
+        said = rf"(?s)all 2 participant slots.*larger.*max_participants.*pid {os.getpid()}, a"
         with pytest.raises(TooManyParticipantsError, match=said):
             pools.attach(pool_name)
         other.close()
@@ -328,7 +330,7 @@ def test_more_participants_than_places_are_told_with_those_who_have_them(pool_na
             pass
 
 
-def test_the_places_of_the_dead_are_taken_by_the_next(pool_name: str) -> None:
+def test_the_slots_of_the_dead_are_taken_by_the_next(pool_name: str) -> None:
     with pools.create(pool_name, pools.tiny(max_participants=2)) as pool:
         for _ in range(3):
             dead = pools.attach(pool_name)
@@ -336,7 +338,7 @@ def test_the_places_of_the_dead_are_taken_by_the_next(pool_name: str) -> None:
             pools.abandon(dead)
         with pools.attach(pool_name) as living:
             assert living.participant is not None
-            assert living.participant.place == 1
+            assert living.participant.slot == 1
             living.reap()
             require_right(pool)
             assert pool.stats().reserved_blocks == 0

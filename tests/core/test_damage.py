@@ -20,9 +20,9 @@ from shmblocks import (
     BlockPool,
     IncompatiblePoolError,
     PoolExistsError,
+    PoolInspector,
     ShmBlocksError,
     list_pools,
-    open_inspector,
 )
 from shmblocks._os.filelock import PLACE_BYTE
 from shmblocks._os.segment import path_of
@@ -51,7 +51,7 @@ IMAGE = image_of(naming.new_pool_name())
 
 @contextlib.contextmanager
 def segment(image: bytes, *, is_alive: bool = True) -> Iterator[str]:
-    """A segment of these bytes; somebody who only holds a place keeps it alive."""
+    """A segment of these bytes; somebody who only holds a slot keeps it alive."""
     name = naming.new_pool_name()
     path = Path(path_of(name))
     path.write_bytes(image)
@@ -118,7 +118,7 @@ def test_a_damaged_header_is_told(index: int, value: int, said: str) -> None:
         with pytest.raises(IncompatiblePoolError, match=said):
             pools.attach(name)
         with pytest.raises(IncompatiblePoolError, match=said):
-            open_inspector(name)
+            PoolInspector(name)
 
 
 def test_a_config_that_needs_another_size_than_the_segment_has_is_told() -> None:
@@ -157,7 +157,7 @@ def use_in_every_way(name: str) -> None:
 
 
 def inspect(name: str) -> None:
-    with open_inspector(name) as inspector:
+    with PoolInspector(name) as inspector:
         for look in (
             inspector.stats, inspector.allocations, inspector.participants, inspector.check,
         ):  # fmt: skip
@@ -199,8 +199,8 @@ def close_or_abandon(pool: BlockPool) -> None:
 
 
 INTERESTING = [0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 2**16, 2**31, 2**32, 2**48, 2**63, 2**64 - 1]
-# Where what counts stands: identity and control words, the journal's head and first entry, places,
-# leases, records, bitmap.
+# Where what counts stands: identity and control words, the journal's head and first entry,
+# participants, leases, records, bitmap.
 TARGETS = [
     *range(40),
     *range(LAYOUT.journal // 8, LAYOUT.journal // 8 + 12),
@@ -249,11 +249,11 @@ def test_a_config_of_damaged_bytes_gives_an_error_or_an_answer(
         use_in_every_way(name)
 
 
-def test_random_bytes_all_over_the_ledger_give_an_error_or_an_answer(rng: random.Random) -> None:
+def test_random_bytes_all_over_the_state_give_an_error_or_an_answer(rng: random.Random) -> None:
     for _ in range(40):
         image = bytearray(IMAGE)
         for _ in range(rng.choice((1, 8, 64, 1024))):
-            image[rng.randrange(20480, LAYOUT.ledger_bytes)] = rng.randrange(256)
+            image[rng.randrange(20480, LAYOUT.state_bytes)] = rng.randrange(256)
         with segment(bytes(image)) as name:
             use_in_every_way(name)
 

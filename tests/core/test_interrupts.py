@@ -5,6 +5,7 @@ The harness that interrupts every line of every operation is elsewhere; these sa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from shmblocks import BlockHandle, BlockPool
 from shmblocks._os.filelock import FileLocks
 from shmblocks._state.journal import Journal
-from shmblocks._state.pool_state import Ledger
+from shmblocks._state.pool_state import PoolState
+from shmblocks._state.shared_segment import SharedSegment
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.core.test_mutex import Interrupter
@@ -24,11 +26,11 @@ def test_an_interrupted_alloc_frees_nothing_of_who_got_its_generation(
     """Interrupted before its commit it has used up no generation: the next, of whomever, has it."""
     with pools.attach(pool.name) as other:
         mutex = pool.state.mutex
-        leave = mutex._leave
+        leave = mutex.leave
 
         def interrupted(journal: Journal, stores: object) -> None:
             monkeypatch.undo()
-            monkeypatch.setattr(mutex, "_leave", leave_and_let_the_other_in)
+            monkeypatch.setattr(mutex, "leave", leave_and_let_the_other_in)
             raise KeyboardInterrupt
 
         taken: list[BlockHandle] = []
@@ -76,7 +78,15 @@ def test_an_interrupted_close_keeps_the_lock_from_nobody(
         assert len(pool.participants()) == 1
 
     lines = interrupt_lines(
-        [FileLocks.close, Ledger._leave, Ledger._give_back, Ledger.leave, BlockPool.close],
+        [
+            FileLocks.close,
+            inspect.unwrap(SharedSegment._leave),
+            PoolState._give_back,
+            PoolState.leave,
+            SharedSegment.leave,
+            SharedSegment.drop,
+            BlockPool.close,
+        ],
         close_one,
         after,
     )

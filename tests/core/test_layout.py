@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,13 +14,19 @@ from shmblocks._state import layout as layout_module
 from shmblocks._state.layout import (
     ALLOCATION_HEAD,
     AUX_BYTES,
+    CHANNEL_BYTES,
+    CLAIM,
     CONFIG_BYTES,
+    COUNTER_BYTES,
+    ENTRY,
     HEADER_BYTES,
     LEASE,
-    MAX_WAITERS,
+    LEASE_HEAD,
+    MESSAGE_BYTES,
     PAGE,
     PARTICIPANT,
     RECORD,
+    RECORD_BODY,
     RECORD_HEAD,
     WAITER,
     WORD,
@@ -33,16 +39,26 @@ from shmblocks.config import MAX_PARTICIPANTS
 DRAWING = layout_module.__doc__ or ""
 
 configs = st.builds(
-    lambda blocks, block_size, places, leases, sizes: PoolConfig(
-        total_tokens=blocks * block_size,
-        block_size=block_size,
-        max_participants=places,
-        max_leases=leases,
-        fields=tuple(Field(f"f{n}", (size,), "int8") for n, size in enumerate(sizes)),
+    lambda blocks, block_size, slots, leases, waiters, claims, channels, messages, sizes: (
+        PoolConfig(
+            total_tokens=blocks * block_size,
+            block_size=block_size,
+            max_participants=slots,
+            max_leases=leases,
+            max_waiters=waiters,
+            max_claims=claims,
+            channels=channels,
+            channel_slots=messages,
+            fields=tuple(Field(f"f{n}", (size,), "int8") for n, size in enumerate(sizes)),
+        )
     ),
     st.integers(1, 5000),
     st.integers(1, 500),
     st.integers(1, 1024),
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.integers(1, 256),
     st.integers(1, 5000),
     st.lists(st.integers(1, 5000), max_size=5),
 )
@@ -55,11 +71,16 @@ def regions(config: PoolConfig) -> list[tuple[int, int]]:
     return [
         (0, HEADER_BYTES),
         (HEADER_BYTES, CONFIG_BYTES),
+        (layout.counters, COUNTER_BYTES),
         (layout.journal, layout.journal_bytes),
         (layout.participants, 128 * config.max_participants),
-        (layout.waiters, 64 * MAX_WAITERS),
-        (layout.leases, 64 * config.max_leases),
-        (layout.records, 160 * blocks),
+        (layout.waiters, 64 * config.max_waiters),
+        (layout.leases, 160 * config.max_leases),
+        (layout.claims, 64 * config.max_claims),
+        (layout.channels, 256 * config.channels + 96 * config.channel_slots),
+        (layout.records, 256 * blocks),
+        (layout.live, 8 * blocks),
+        (layout.buckets, 8 * blocks),
         (layout.bitmap, 8 * -(-blocks // 64)),
         (layout.aux, 64 * blocks),
         *(
@@ -80,66 +101,118 @@ def test_no_region_overlaps_another_and_each_begins_on_a_page(config: PoolConfig
 
 
 @given(configs)
-def test_everything_before_aux_is_the_ledger(config: PoolConfig) -> None:
+def test_everything_before_aux_is_the_state(config: PoolConfig) -> None:
     layout = Layout(config)
-    assert layout.ledger_bytes == layout.aux
+    assert layout.state_bytes == layout.aux
     assert layout.bitmap_bytes >= config.total_blocks / 8
 
 
 @given(configs)
-def test_the_largest_change_fits_the_journal(config: PoolConfig) -> None:
-    # The whole bitmap, a record with its request id, a lease, the head; a head of 16 bytes each.
+def test_the_messages_lie_behind_the_channels(config: PoolConfig) -> None:
     layout = Layout(config)
-    stores = [layout.bitmap_bytes, RECORD.size, LEASE.size, ALLOCATION_HEAD.size, PARTICIPANT.size]
+    assert layout.messages == layout.channels + CHANNEL_BYTES * config.channels
+
+
+@given(configs)
+def test_the_largest_change_fits_the_journal(config: PoolConfig) -> None:
+    # The whole bitmap, a record with its request id, a lease, an entry of the key index, the head,
+    # a participant, a waiter, a claim, ten single words, and a message to every channel; each store
+    # has a head of 16 bytes.
+    layout = Layout(config)
+    stores = [
+        layout.bitmap_bytes,
+        *(
+            each.size
+            for each in (RECORD, LEASE, ENTRY, ALLOCATION_HEAD, PARTICIPANT, WAITER, CLAIM)
+        ),
+        *[WORD] * 10,
+        *[MESSAGE_BYTES, WORD] * config.channels,
+    ]
     assert WORD + sum(16 + size for size in stores) <= layout.journal_bytes
 
 
 def test_the_structs_have_the_drawn_sizes() -> None:
-    assert (RECORD.size, LEASE.size, PARTICIPANT.size) == (160, 64, 128)
-    assert (WAITER.size, AUX_BYTES) == (64, 64)
-    for text in ("128 B a place", "64 B a slot", "160 B a block"):
-        assert text in DRAWING
-    assert len(Record._fields) == 13
-    assert len(LeaseRecord._fields) == 8
-    assert RECORD_HEAD.size == 8 * Record._fields.index("ready")
-
-
-def drawn_words(title: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Number and text of each word in the left and the right half of a table of the drawing."""
-    lines = DRAWING.splitlines()
-    table = itertools.dropwhile(lambda line: not line.strip().startswith(title), lines)
-    left: dict[int, str] = {}
-    right: dict[int, str] = {}
-    for line in itertools.takewhile(str.strip, table):
-        for column, (number, text) in enumerate(
-            re.findall(r"(?:^|  ) *(\d+) {1,3}([a-z].*?)(?=  |$)", line)
-        ):
-            (right if column else left).setdefault(int(number), text)
-    return left, right
-
-
-def test_the_header_words_stand_where_they_are_drawn() -> None:
-    drawn, _ = drawn_words("header words")
-    constants = {
-        name.removeprefix("H_").lower(): value
-        for name, value in vars(layout_module).items()
-        if name.startswith("H_")
+    drawn = {
+        region: int(size)
+        for region, size in re.findall(r"^(\w+)\[\w+\] .* (\d+) B an? \w+$", DRAWING, re.MULTILINE)
     }
-    assert len(constants) >= 12
+    assert drawn == {
+        "participants": PARTICIPANT.size,
+        "waiters": WAITER.size,
+        "leases": LEASE.size,
+        "claims": CLAIM.size,
+        "channels": CHANNEL_BYTES,
+        "messages": MESSAGE_BYTES,
+        "records": RECORD.size,
+        "live": WORD,
+        "buckets": WORD,
+    }
+    assert f"int32[16], the user's                            {AUX_BYTES} B a block" in DRAWING
+    assert RECORD_BODY.size == WORD * len(Record._fields)
+    assert LEASE_HEAD.size == WORD * len(LeaseRecord._fields)
+    assert RECORD_HEAD.size == WORD * Record._fields.index("ready")
+
+
+# Where the right half of the tables of words begins.
+MIDDLE = 44
+
+
+def drawn_words() -> dict[str, dict[int, str]]:
+    """Number and text of each word of the drawing, by the title of its table."""
+    lines = DRAWING.splitlines()
+    begin = next(number for number, line in enumerate(lines) if "header words" in line)
+    end = next(number for number, line in enumerate(lines) if line.startswith("A *participant"))
+    tables: dict[str, dict[int, str]] = {}
+    for half in (slice(MIDDLE), slice(MIDDLE, None)):
+        table: dict[int, str] = {}
+        for line in lines[begin:end]:
+            text = line[half].strip()
+            if title := re.match(r"([a-z]+) words", text):
+                table = tables[title[1]] = {}
+            elif word := re.match(r"(\d+) +([a-z(].*)", text):
+                table[int(word[1])] = word[2]
+    return tables
+
+
+# Constants whose word is drawn by another name.
+ALIASES = {"pinned": "registered", "live_index": "index in"}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "title", "at_least"),
+    [
+        ("H_", "header", 16),
+        ("R_", "record", 12),
+        ("L_", "lease", 2),
+        ("W_", "waiter", 1),
+        ("P_", "participant", 3),
+    ],
+)
+def test_the_words_stand_where_they_are_drawn(prefix: str, title: str, at_least: int) -> None:
+    drawn = drawn_words()[title]
+    constants = {
+        name.removeprefix(prefix).lower(): value
+        for name, value in vars(layout_module).items()
+        if name.startswith(prefix)
+    }
+    assert len(constants) >= at_least
     for name, number in constants.items():
-        assert any(part in drawn[number].lower() for part in name.split("_")), (name, drawn[number])
-    assert len(set(constants.values())) == len(constants), "two words in one place"
+        parts = [ALIASES[name]] if name in ALIASES else name.split("_")
+        assert any(part in drawn[number].lower() for part in parts), (name, drawn[number])
+    assert len(set(constants.values())) == len(constants), "one word has two names"
 
 
-def test_the_record_words_stand_where_they_are_drawn() -> None:
-    _, drawn = drawn_words("header words")
-    told = ["state", "generation", "num_blocks", "num_tokens", "owner", "readers left", "leases",
-            "created", "published", "ready", "key"]  # fmt: skip
-    for number, begins in enumerate(told):
-        assert drawn[number].startswith(begins)
-        field = Record._fields[number].removesuffix("_ns").removesuffix("_low")
-        assert field.replace("_", " ") == begins.replace("_", " ")
-    assert drawn[12].startswith("request id")
+@pytest.mark.parametrize(("record", "title"), [(Record, "record"), (LeaseRecord, "lease")])
+def test_a_record_is_read_in_the_order_of_its_drawing(
+    record: type[Record | LeaseRecord], title: str
+) -> None:
+    drawn = drawn_words()[title]
+    for number, field in enumerate(record._fields):
+        name = field.removesuffix("_ns")
+        told = {"live_index": "index in `live`", "message_length": "length of that message"}
+        begins = told.get(name, name.replace("_", " "))
+        text = drawn[number].removeprefix("is ").replace("_", " ")
+        assert text.startswith(begins), (field, drawn[number])
 
 
 def test_the_bytes_that_are_locked_are_those_of_every_version() -> None:

@@ -96,7 +96,7 @@ def test_a_length_beyond_the_blocks_is_refused(pool: BlockPool) -> None:
 @pytest.mark.parametrize("readers", [0, -1])
 def test_what_nobody_will_read_is_not_published(pool: BlockPool, readers: int) -> None:
     handle = pools.take(pool)
-    with pytest.raises(ValueError, match="readers: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match="readers: expected a whole number from 1 to"):
         pool.publish(handle, readers=readers)
     assert state(pool, handle) is State.RESERVED
 
@@ -183,9 +183,7 @@ def test_a_lease_is_released_when_its_block_of_code_raises(pool: BlockPool) -> N
     assert state(pool, handle) is State.FREE
 
 
-def test_a_lease_that_was_dropped_is_released_by_the_next_call_with_a_warning(
-    pool: BlockPool,
-) -> None:
+def test_a_lease_that_was_dropped_is_released_at_once_with_a_warning(pool: BlockPool) -> None:
     handle = published(pool)
     kept = [pool.open(handle)]
     with pytest.warns(ResourceWarning, match="lease was not released"):
@@ -220,7 +218,7 @@ def test_as_many_leases_as_the_config_says_and_no_more(pool: BlockPool) -> None:
     with pytest.raises(TooManyLeasesError, match=r"all 16 leases are open; .*max_leases"):
         pool.open(handle)
     with pytest.raises(TooManyLeasesError):
-        pool.write(pool.handle_at(pools.take(pool).start_block))
+        pool.open_for_write(pool.handle_at(pools.take(pool).start_block))
     pool.free(pool.handle_at(2))
     assert pools.state_of(pool)[:-40] == before[:-40] or pool.check() == []
     leases.pop(7).release()
@@ -253,7 +251,7 @@ def test_what_is_freed_under_a_lease_drains_and_is_free_with_its_last_one(
     pool.free(handle)
     assert state(pool, handle) is State.DRAINING
     assert pool.available_blocks() == 14
-    for use in (pool.open, pool.write, pool.publish, pool.view):
+    for use in (pool.open, pool.open_for_write, pool.publish, pool.view):
         with pytest.raises((InvalidStateError, StaleHandleError)):
             use(handle)
     leases[0].release()
@@ -291,7 +289,7 @@ def test_a_writers_lease_keeps_the_blocks_whatever_their_owner_does(pool: BlockP
     assert landing is not None
 
     def write_there(channel: Channel) -> None:
-        with pool.write(landing):
+        with pool.open_for_write(landing):
             channel.say("writing")
             channel.hear("done")
 
@@ -308,7 +306,7 @@ def test_a_writers_lease_keeps_the_blocks_whatever_their_owner_does(pool: BlockP
 
 def test_a_writers_lease_ends_and_leaves_the_reservation(pool: BlockPool) -> None:
     landing = pools.take(pool)
-    with pool.write(landing) as lease:
+    with pool.open_for_write(landing) as lease:
         assert [info.kind for info in pool.allocations()[0].leases] == ["writes"]
         assert lease.handle == landing
     assert state(pool, landing) is State.RESERVED
@@ -370,7 +368,7 @@ def test_what_a_dead_writer_published_is_read(pool: BlockPool) -> None:
 def test_a_dead_owners_landing_drains_until_its_writer_has_gone(pool: BlockPool) -> None:
     landing = abandoned(pool, lambda other: pools.take(other, 5))
     assert isinstance(landing, BlockHandle)
-    lease = pool.write(landing)
+    lease = pool.open_for_write(landing)
     report = pool.reap()
     assert (report.reservations, report.blocks) == (1, 0)
     assert state(pool, landing) is State.DRAINING
@@ -380,7 +378,7 @@ def test_a_dead_owners_landing_drains_until_its_writer_has_gone(pool: BlockPool)
 
 def test_a_dead_writers_lease_leaves_the_landing_to_its_owner(pool: BlockPool) -> None:
     landing = pools.take(pool, 5)
-    kept = abandoned(pool, lambda other: other.write(landing))
+    kept = abandoned(pool, lambda other: other.open_for_write(landing))
     assert kept is not None
     assert pool.reap().leases == 1
     assert state(pool, landing) is State.RESERVED

@@ -20,9 +20,9 @@ from shmblocks import (
     HandleQueue,
     PoolClosedError,
     PoolExistsError,
+    PoolInspector,
     PoolNotFoundError,
     list_pools,
-    open_inspector,
     remove_pool,
 )
 from shmblocks._os.filelock import PLACE_BYTE
@@ -110,9 +110,9 @@ def test_a_dead_pool_cannot_be_attached_and_attaching_leaves_it_as_it_is(pool_na
 
 def test_an_unknown_prefault_is_refused_before_anything_is_made(pool_name: str) -> None:
     with pytest.raises(ValueError, match="prefault: expected one of background, now, off"):
-        BlockPool.create(pool_name, pools.tiny(), prefault="yes")
+        BlockPool.create(pool_name, pools.tiny(), prefault="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prefault: expected one of background, now, off"):
-        BlockPool.attach(pool_name, prefault="yes")
+        BlockPool.attach(pool_name, prefault="yes")  # type: ignore[arg-type]
     assert not is_there(pool_name)
 
 
@@ -142,7 +142,7 @@ def test_the_last_one_out_removes_the_segment(pool_name: str) -> None:
 
 def test_an_inspector_keeps_no_pool(pool_name: str) -> None:
     pool = pools.create(pool_name)
-    with open_inspector(pool_name) as inspector:
+    with PoolInspector(pool_name) as inspector:
         was_alive = inspector.is_alive
         pool.close()
         assert not is_there(pool_name)
@@ -156,7 +156,7 @@ def test_closing_gives_back_what_is_ones_own_and_nothing_else(pool: BlockPool) -
     other = pools.attach(pool.name)
     theirs = other.publish(pools.take(other, 9))
     pools.take(other, 2)
-    leases = [other.open(published), other.write(ours)]
+    leases = [other.open(published), other.open_for_write(ours)]
     assert pool.stats().leases == 2
     other.close()
     assert all(lease.is_released for lease in leases)
@@ -174,7 +174,7 @@ def test_closing_gives_back_what_is_ones_own_and_nothing_else(pool: BlockPool) -
 def test_closing_is_idempotent_and_says_so(pool_name: str) -> None:
     pool = pools.create(pool_name)
     was_closed = pool.is_closed
-    assert "ParticipantId(place=0" in repr(pool)
+    assert "ParticipantId(slot=0" in repr(pool)
     pool.close()
     pool.close()
     assert (was_closed, pool.is_closed) == (False, True)
@@ -272,7 +272,7 @@ def test_a_pool_that_is_collected_inside_an_operation_and_cannot_leave_is_droppe
 
         def collect() -> None:
             gc.collect()
-            wait_until(lambda: not stranger.is_locked_by_others(PLACE_BYTE + 1), "its place fell")
+            wait_until(lambda: not stranger.is_locked_by_others(PLACE_BYTE + 1), "its slot fell")
 
         run_inside(pool, collect)
         stranger.close()

@@ -165,12 +165,12 @@ class PoolMachine(RuleBasedStateMachine):
         name = self.actor(who)
         known = self.model.knows(handle)
         if known is None:
-            return self.refused(StaleHandleError, lambda: self.actors[name].write(handle))
+            return self.refused(StaleHandleError, lambda: self.actors[name].open_for_write(handle))
         if known.state is not State.RESERVED:
-            return self.refused(InvalidStateError, lambda: self.actors[name].write(handle))
+            return self.refused(InvalidStateError, lambda: self.actors[name].open_for_write(handle))
         claim = Claim(name, reads=False)
         self.model.claim(known, claim)
-        return handle, claim, self.actors[name].write(handle)
+        return handle, claim, self.actors[name].open_for_write(handle)
 
     @rule(held=consumes(leases))
     def release(self, held: Held) -> None:
@@ -201,6 +201,7 @@ class PoolMachine(RuleBasedStateMachine):
             stats.published_blocks,
             stats.leased_blocks,
             stats.draining_blocks,
+            stats.settling_blocks,
         ) == tuple(counts[state] for state in list(State)[1:])
         assert stats.dead_participants == len(self.model.dead)
         assert stats.leases == sum(len(each.claims) for each in self.model.live.values())

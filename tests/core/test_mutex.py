@@ -14,7 +14,7 @@ import pytest
 
 from shmblocks import BlockPool, InvalidStateError, PoolTimeoutError
 from shmblocks._os.filelock import FileLocks
-from shmblocks._state.mutex import Mutex
+from shmblocks._state.mutex import _SECTION, Mutex
 from tests.core import pools
 from tests.support.children import Channel, fork, wait_until
 from tests.support.inside import run_inside
@@ -127,7 +127,7 @@ def test_a_wait_that_times_out_names_the_stopped_holder(pool_name: str) -> None:
         child.hear("inside")
         child.stop()
         begin = time.monotonic()
-        said = rf"not to be had within 0\.2 s.*participant 1 \(pid {child.pid}, embedding\)"
+        said = rf"could not acquire the lock within 0\.2 s.*participant 1 \(pid {child.pid}, embedding\)"
         with pytest.raises(PoolTimeoutError, match=f"{pool_name}: .*{said}.*stopped") as caught:
             pool.alloc(1)
         assert time.monotonic() - begin >= 0.2
@@ -146,7 +146,7 @@ def test_a_wait_for_a_thread_of_the_own_process_times_out_too(pool_name: str) ->
         leave.wait(60)
 
     with pools.create(pool_name, pools.tiny(lock_timeout=0.1), role="us") as pool:
-        thread = threading.Thread(target=pool.state.run, args=(body,))
+        thread = threading.Thread(target=run_inside, args=(pool, body))
         thread.start()
         assert inside.wait(60)
         with pytest.raises(PoolTimeoutError, match=r"participant 0 \(pid \d+, us\)"):
@@ -167,9 +167,9 @@ def test_a_waiter_that_is_killed_takes_the_lock_from_nobody(pool: BlockPool) -> 
     def wait_there(channel: Channel) -> None:
         wait = pool.state.mutex.wait
 
-        def tell_and_wait(token: list[int]) -> None:
+        def tell_and_wait(token: list[int], describe_holder: Callable[[], str]) -> None:
             channel.say("waiting")
-            wait(token)
+            wait(token, describe_holder)
 
         pool.state.mutex.wait = tell_and_wait  # type: ignore[method-assign]
         run_inside(pool, channel.say, "inside")
@@ -274,10 +274,10 @@ def test_an_exception_in_a_section_leaves_the_lock_free(
 def leave_token_behind(pool: BlockPool) -> None:
     """What two exceptions within the same microsecond would do: no clean-up runs."""
     mutex = pool.state.mutex
-    leave = mutex._leave
-    mutex._leave = lambda token: None  # type: ignore[method-assign]
+    leave = mutex.leave
+    mutex.leave = lambda token: None  # type: ignore[method-assign]
     run_inside(pool, int)
-    mutex._leave = leave  # type: ignore[method-assign]
+    mutex.leave = leave  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("where", ["same thread", "another thread", "dead thread"])
@@ -340,13 +340,12 @@ class Interrupter:
 
 TraceFunction = Callable[[FrameType, str, object], "TraceFunction | None"]
 
-LINES_OF_MUTEX = {
+LINES_OF_MUTEX = {_SECTION} | {
     function.__code__
     for function in (
-        Mutex.run,
-        Mutex._try_file,
-        Mutex._leave,
-        Mutex._wait,
+        Mutex.try_file,
+        Mutex.leave,
+        Mutex.wait,
         Mutex._refuse_nesting,
         Mutex._give_back_abandoned,
     )
@@ -414,7 +413,7 @@ def test_threads_waiting_for_a_thread_go_on_when_it_is_interrupted(pool: BlockPo
     holder = threading.Thread(target=interrupted)
     holder.start()
     assert inside.wait(60)
-    waiters = [threading.Thread(target=pool.state.run, args=(waited.append, n)) for n in range(3)]
+    waiters = [threading.Thread(target=run_inside, args=(pool, waited.append, n)) for n in range(3)]
     for thread in waiters:
         thread.start()
     wait_until(lambda: len(threading.enumerate()) >= 4, "all threads run")

@@ -49,9 +49,9 @@ def test_a_killed_waiter_of_equal_pid_does_not_open_the_holders_section(pool_nam
         channel.hear("now")
         original = pool.state.mutex.wait
 
-        def tell_and_wait(token: list[int]) -> None:
+        def tell_and_wait(token: list[int], describe_holder: Callable[[], str]) -> None:
             channel.say("waiting")
-            original(token)
+            original(token, describe_holder)
 
         pool.state.mutex.wait = tell_and_wait  # type: ignore[method-assign]
         pool.alloc(1)
@@ -97,7 +97,7 @@ def test_participants_of_equal_pid_are_told_apart_and_die_apart(pool_name: str) 
             assert len({info.pid_namespace for info in pool.participants()}) == 3
             assert all(info.is_alive for info in inside)
             kill_first_process(second)
-            alive = {(info.place, info.incarnation): info.is_alive for info in pool.participants()}
+            alive = {(info.slot, info.incarnation): info.is_alive for info in pool.participants()}
             assert alive == {(0, 1): True, one: True, two: False}
             assert pool.reap().participants == 1
         kill_first_process(first)

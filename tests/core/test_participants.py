@@ -15,10 +15,17 @@ import pytest
 from shmblocks import BlockPool, InvalidStateError, ParticipantId
 from shmblocks._os.segment import path_of
 from shmblocks._state import participants
+from shmblocks._state.layout import PARTICIPANT, WORD
 from shmblocks._state.participants import utf8_prefix
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support.children import Channel, fork, run_in_fork, wait_until
+from tests.support.inside import run_inside
+
+
+def pid_word(pool: BlockPool, who: ParticipantId) -> int:
+    """The word of a participant's record that its pid stands in."""
+    return (pool.state.layout.participants + who.slot * PARTICIPANT.size) // WORD + 1
 
 
 def living(pool: BlockPool) -> list[int]:
@@ -37,7 +44,7 @@ def test_a_participant_is_shown_with_what_is_known_of_it(pool: BlockPool) -> Non
             "language rank 1", False, False,
         )  # fmt: skip
         assert creator.pid_namespace == os.stat("/proc/self/ns/pid").st_ino
-        assert creator.age >= attached.age >= 0
+        assert creator.age_seconds >= attached.age_seconds >= 0
         assert other.participant is not None
         said = f"participant 1 (pid {os.getpid()}, language rank 1)"
         assert pool.describe(other.participant) == said
@@ -47,7 +54,7 @@ def test_a_participant_is_shown_with_what_is_known_of_it(pool: BlockPool) -> Non
 
 @pytest.mark.parametrize(
     ("role", "shown"),
-    [("", ""), ("é" * 20, "é" * 15), ("x" * 31, "x" * 31), ("x" * 30 + "é", "x" * 30)],
+    [("", ""), ("é" * 40, "é" * 31), ("x" * 63, "x" * 63), ("x" * 62 + "é", "x" * 62)],
 )
 def test_a_role_is_cut_between_characters(pool: BlockPool, role: str, shown: str) -> None:
     with pools.attach(pool.name, role=role):
@@ -132,7 +139,7 @@ def test_a_process_that_forks_while_another_thread_is_inside_gives_its_child_a_f
         inside.set()
         leave.wait(60)
 
-    thread = threading.Thread(target=pool.state.run, args=(body,))
+    thread = threading.Thread(target=run_inside, args=(pool, body))
     thread.start()
     assert inside.wait(60)
     with fork(lambda channel: pools.take(pool).start_block) as child:
@@ -284,7 +291,7 @@ def test_a_stopped_process_lives_and_keeps_what_it_holds(pool: BlockPool) -> Non
         child.kill()
 
 
-def test_a_place_is_used_again_under_another_incarnation(pool: BlockPool) -> None:
+def test_a_slot_is_used_again_under_another_incarnation(pool: BlockPool) -> None:
     first = pools.attach(pool.name)
     who = first.participant
     assert who is not None
@@ -294,11 +301,11 @@ def test_a_place_is_used_again_under_another_incarnation(pool: BlockPool) -> Non
     with pools.attach(pool.name) as second:
         newcomer = second.participant
         assert newcomer is not None
-        assert newcomer.place == who.place
+        assert newcomer.slot == who.slot
         assert newcomer.incarnation != who.incarnation
         assert not pool.is_alive(who)
         assert pool.is_alive(newcomer)
-        # The same blocks, the same place: still not the same.
+        # The same blocks, the same slot: still not the same.
         again = second.alloc_blocks(16, 1)
         assert again is not None
         assert again.generation != handle.generation
@@ -322,7 +329,7 @@ def test_a_dead_participant_whose_pid_belongs_to_another_now_is_dead(pool: Block
     who = other.participant
     assert who is not None
     pools.abandon(other)
-    pools.set_word(pool, pool.state.layout.participant_word(who.place) + 1, os.getpid())
+    pools.set_word(pool, pid_word(pool, who), os.getpid())
     assert not pool.is_alive(who)
     assert pool.reap().participants == 1
 
@@ -331,7 +338,7 @@ def test_a_participant_is_alive_whatever_its_record_says_of_its_pid(pool: BlockP
     with pools.attach(pool.name) as other:
         who = other.participant
         assert who is not None
-        pools.set_word(pool, pool.state.layout.participant_word(who.place) + 1, 2**22)
+        pools.set_word(pool, pid_word(pool, who), 2**22)
         assert not Path(f"/proc/{2**22}").exists()
         assert pool.is_alive(who)
         assert pool.reap().participants == 0
@@ -362,7 +369,7 @@ def test_nobody_who_was_never_there_is_alive(pool: BlockPool) -> None:
         assert not pool.is_alive(who)
 
 
-def test_killed_between_locking_its_place_and_writing_its_record_nobody_was_there(
+def test_killed_between_locking_its_slot_and_writing_its_record_nobody_was_there(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def join_and_die(channel: Channel) -> None:
@@ -377,5 +384,5 @@ def test_killed_between_locking_its_place_and_writing_its_record_nobody_was_ther
     assert len(pool.participants()) == 1
     with pools.attach(pool.name) as other:
         assert other.participant is not None
-        assert other.participant.place == 1
+        assert other.participant.slot == 1
         require_right(pool)

@@ -21,6 +21,7 @@ ALLOWED = {
     (State.LEASED, Event.RELEASE),
     (State.LEASED, Event.FREE),
     (State.DRAINING, Event.RELEASE),
+    (State.SETTLING, Event.SETTLE),
 }
 
 
@@ -66,6 +67,8 @@ def test_nothing_happens_to_what_is_free() -> None:
         # Draining: only the leases keep it.
         (State.DRAINING, Event.RELEASE, 1, 0, State.DRAINING),
         (State.DRAINING, Event.RELEASE, 0, 0, State.FREE),
+        # Settling: only a stream of its owner keeps it.
+        (State.SETTLING, Event.SETTLE, 0, 0, State.FREE),
     ],
 )
 def test_an_event_leads_where_the_leases_and_readers_to_come_say(
@@ -74,14 +77,35 @@ def test_an_event_leads_where_the_leases_and_readers_to_come_say(
     assert STATES[transition(NUMBER[state], event, leases, readers_left)] is after
 
 
+@pytest.mark.parametrize(
+    ("state", "event"),
+    [
+        (State.RESERVED, Event.FREE),
+        (State.PUBLISHED, Event.FREE),
+        (State.LEASED, Event.FREE),
+        (State.LEASED, Event.RELEASE),
+        (State.DRAINING, Event.RELEASE),
+    ],
+)
+def test_what_a_stream_of_its_owner_works_on_settles_before_it_is_free(
+    state: State, event: Event
+) -> None:
+    assert STATES[transition(NUMBER[state], event, 0, 0, in_flight=True)] is State.SETTLING
+    # While leases are open it is theirs first.
+    with_leases = transition(NUMBER[state], event, 1, 0, in_flight=True)
+    assert STATES[with_leases] in (State.DRAINING, State.LEASED)
+
+
 def test_every_state_but_free_can_be_reached_and_left() -> None:
-    assert set(itertools.chain.from_iterable(TRANSITIONS.values())) == set(State)
+    # Settling is entered in place of free.
+    entered = {*itertools.chain.from_iterable(TRANSITIONS.values())}
+    assert entered == set(State)
     assert {state for state, _ in TRANSITIONS} == {*State} - {State.FREE}
 
 
 def test_zeroed_memory_is_free_and_numbers_are_never_reassigned() -> None:
     # They stand in segments that another version of the library may have made.
-    assert [NUMBER[state] for state in State] == [0, 1, 2, 3, 4]
+    assert [NUMBER[state] for state in State] == [0, 1, 2, 3, 4, 5]
     assert STATES == (
-        State.FREE, State.RESERVED, State.PUBLISHED, State.LEASED, State.DRAINING,
+        State.FREE, State.RESERVED, State.PUBLISHED, State.LEASED, State.DRAINING, State.SETTLING,
     )  # fmt: skip

@@ -187,7 +187,7 @@ def test_what_one_process_writes_another_sees_at_once_and_back(pool: BlockPool) 
     here = pool.view(landing)
 
     def there(channel: Channel) -> None:
-        with pool.write(landing) as lease:
+        with pool.open_for_write(landing) as lease:
             lease["grid"].fill_(2.5)
             lease["mrope_positions"][2] = torch.arange(19, dtype=torch.int32)
             lease.aux[0] = 19

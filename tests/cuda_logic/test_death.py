@@ -12,7 +12,7 @@ import pytest
 from shmblocks import (
     BlockHandle,
     BlockPool,
-    IncompatiblePoolError,
+    DamagedPoolError,
     InvalidStateError,
     PeerDiedError,
     PoolTimeoutError,
@@ -48,13 +48,13 @@ def test_a_stream_goes_on_soon_after_the_death_of_what_it_waits_for(
     with spawn(publish_on_a_stream_that_stands, pool.name) as child:
         handle = BlockHandle.decode(child.receive())  # type: ignore[arg-type]
         lease = pool.open(handle, stream=OTHER_STREAM)
-        use = pool._streams.begun
+        use = pool.streams.begun
         assert use is not None
         assert use.watcher.is_running
         assert not gpu.run(OTHER_STREAM)
         child.kill()
     wait_until(lambda: gpu.run(OTHER_STREAM), "the stream went on")
-    with pytest.raises(PeerDiedError, match="ask for the request anew"):
+    with pytest.raises(PeerDiedError, match="release the lease and retry the request"):
         lease["rows"]
     with pytest.raises(PeerDiedError):
         _ = lease.is_ready
@@ -97,12 +97,12 @@ def test_what_a_gpu_user_held_is_kept_apart_until_its_second_byte_falls(
     with spawn(hold_much, pool.name) as child:
         child.say(handle.encode())
         child.hear("holds")
-        place = next(info.place for info in pool.participants() if not info.is_self)
+        slot = next(info.slot for info in pool.participants() if not info.is_self)
         child.kill()
     strange = pools.locks_of(pool.name)
     try:
         # As if its GPU still worked: somebody has the byte.
-        assert strange.try_lock(GPU_BYTE + place)
+        assert strange.try_lock(GPU_BYTE + slot)
         report = pool.reap()
         assert (report.blocks, report.leases, report.participants) == (0, 0, 0)
         assert pool.available_blocks() == 12
@@ -110,7 +110,7 @@ def test_what_a_gpu_user_held_is_kept_apart_until_its_second_byte_falls(
         assert pool.check() == []
         with pools.attach(pool.name) as newcomer:
             assert newcomer.participant is not None
-            assert newcomer.participant.place != place, "its place is not given to another"
+            assert newcomer.participant.slot != slot, "its slot is not given to another"
     finally:
         strange.close()
     report = pool.reap()
@@ -123,12 +123,12 @@ def test_a_stream_goes_on_even_if_the_end_of_the_dead_cannot_be_seen(
 ) -> None:
     with spawn(publish_on_a_stream_that_stands, pool.name) as child:
         handle = BlockHandle.decode(child.receive())  # type: ignore[arg-type]
-        place = next(info.place for info in pool.participants() if not info.is_self)
+        slot = next(info.slot for info in pool.participants() if not info.is_self)
         lease = pool.open(handle, stream=OTHER_STREAM)
         child.kill()
     strange = pools.locks_of(pool.name)
     try:
-        if strange.try_lock(GPU_BYTE + place):
+        if strange.try_lock(GPU_BYTE + slot):
             wait_until(lambda: gpu.run(OTHER_STREAM), "the stream went on")
             lease.release()
             gpu.run(OTHER_STREAM)
@@ -150,7 +150,7 @@ def test_the_watcher_ends_when_there_is_nothing_to_watch(
     monkeypatch.setattr(watcher, "IDLE", 0.1)
     handle = pool.publish(pools.take(pool, 8), stream=STREAM)
     pool.open(handle, stream=OTHER_STREAM).release()
-    use = pool._streams.begun
+    use = pool.streams.begun
     assert use is not None
     assert use.watcher.is_running
     gpu.run()
@@ -244,7 +244,7 @@ def test_a_users_pool_that_is_collected_inside_an_operation_leaves_from_another_
             gc.collect()
             gpu.gate.set()
 
-        (first if where == "the same pool" else second).state.run(collect)
+        run_inside(first if where == "the same pool" else second, collect)
         wait_until(lambda: len(first.participants()) == 1, "it left")
         assert gpu.came_through == [True]
         assert not gpu.registered
@@ -287,7 +287,7 @@ def test_a_users_pool_that_is_damaged_closes(gpu: FakeGpu, pool_name: str) -> No
     pool = pools.create(pool_name, pools.tiny(fields=FIELDS))
     pool.pin()
     pools.set_word(pool, pool.state.journal.head, 1 << 40)
-    with pytest.raises(IncompatiblePoolError, match="journal is damaged"):
+    with pytest.raises(DamagedPoolError, match="journal is damaged"):
         pool.close()
     assert pool.is_closed
     assert not gpu.registered

@@ -128,7 +128,7 @@ def test_freeing_what_the_producers_stream_still_writes_keeps_the_blocks(
     assert pool.available_blocks() == 14
     assert pool.stats().settling_allocations == 1
     assert pool.check() == []
-    assert pool.allocations()[0].state is State.DRAINING
+    assert pool.allocations()[0].state is State.SETTLING
     gpu.run()
     assert pool.available_blocks() == 16
     assert pool.stats().settling_allocations == 0
@@ -195,7 +195,7 @@ def test_a_writers_lease_on_a_stream_holds_a_landing_allocation(
     import threading
 
     handle = pools.take(pool, 8)
-    lease = pool.write(handle, stream=STREAM)
+    lease = pool.open_for_write(handle, stream=STREAM)
     rows = lease["rows"]
     gpu.work(lambda: rows.fill_(3))
     lease.release()
@@ -267,7 +267,7 @@ def test_the_bit_that_says_failed_satisfies_a_stream_that_waits(
     record = pool.state.blocks.record(handle.start_block)
     run_inside(pool, pool.state.blocks.fail, handle.start_block, record)
     assert gpu.run(OTHER_STREAM)
-    with pytest.raises(PeerDiedError, match="ask for the request anew"):
+    with pytest.raises(PeerDiedError, match="release the lease and retry the request"):
         lease["rows"]
     lease.release()
     gpu.run()

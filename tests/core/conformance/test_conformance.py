@@ -145,7 +145,7 @@ def test_a_landing_allocation_is_written_by_another_and_read_by_its_owner(
 ) -> None:
     landing = pool.alloc_default()
     assert landing is not None
-    with kind.attach(pool.name) as other, other.write(landing) as lease:
+    with kind.attach(pool.name) as other, other.open_for_write(landing) as lease:
         for name in NAMES:
             stored = lease[name].t() if name == "mrope_positions" else lease[name]
             stored.view(torch.uint8).copy_(pattern(name, stored, 7))
