@@ -14,7 +14,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeVar, get_args
 
 import msgspec
 
@@ -77,7 +77,7 @@ T = TypeVar("T")
 _DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 
 
-Allocation = Literal["next fit", "window"]
+Allocation = Literal["next fit", "first fit"]
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -211,9 +211,9 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     channels            channels that the pool can have
     channel_slots       messages that all channels together can hold
     max_claims          keys of the cache that can be claimed at once
-    allocation          where free blocks are looked for: `"next fit"`, from where the last search
-                        ended, so that freed blocks rest longest; or `"window"`, among the blocks of
-                        a window that moves on when they are used up (for the cache)
+    allocation          where free blocks are searched for: `"next fit"`, from where the last search
+                        ended, so that freed blocks rest longest and a late reader's bug shows; or
+                        `"first fit"`, from the start, so that few pages are touched
     unclaimed_timeout   seconds after which published blocks that nobody opened are reclaimed
     lock_timeout        seconds to wait for the pool's lock before `PoolTimeoutError`
     stream_timeout      seconds that a CPU waits for a CUDA stream before `PoolTimeoutError`
@@ -256,9 +256,9 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _in_range("total_tokens / block_size", self.total_blocks, MAX_BLOCKS)
         for name in ("unclaimed_timeout", "lock_timeout", "stream_timeout"):
             _set(self, name, _positive_seconds(name, getattr(self, name)))
-        if self.allocation not in ("next fit", "window"):
+        if self.allocation not in get_args(Allocation):
             raise ValueError(
-                f"allocation: expected 'next fit' or 'window', got {self.allocation!r}"
+                f"allocation: expected 'next fit' or 'first fit', got {self.allocation!r}"
             )
         require_type("device", self.device, str)
         if not _DEVICE.fullmatch(self.device):

@@ -118,6 +118,7 @@ class BlockTable:
         journal: Journal,
         participants: Participants,
         keys: KeyIndex,
+        first_fit: bool,
     ) -> None:
         """`participants` say of whom nothing can be running on a GPU any more."""
         self._block_size = block_size
@@ -133,6 +134,7 @@ class BlockTable:
         self._journal = journal
         self._participants = participants
         self._keys = keys
+        self._first_fit = first_fit
         self._next_lease = 0
 
     # ---- reading -----------------------------------------------------------------------------
@@ -290,7 +292,7 @@ class BlockTable:
         free: int = words[H_FREE_BLOCKS]
         if num_blocks > free:
             return None
-        start: int = words[H_CURSOR] if near is None else near
+        start: int = near if near is not None else 0 if self._first_fit else words[H_CURSOR]
         marked = self._marked_if_free(start, num_blocks)
         if marked is None:
             start = self._search(start, num_blocks)

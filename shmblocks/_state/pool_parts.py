@@ -52,4 +52,5 @@ class PoolParts(SharedSegment):
             self.journal,
             self.participants,
             self.keys,
+            config.allocation == "first fit",
         )

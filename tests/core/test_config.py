@@ -188,8 +188,8 @@ def test_a_config_that_no_pool_can_have_is_refused(wrong: Wrong) -> None:
 
 def test_where_blocks_are_looked_for_is_one_of_two_words() -> None:
     assert PoolConfig(total_tokens=128, block_size=4).allocation == "next fit"
-    assert PoolConfig(total_tokens=128, block_size=4, allocation="window").allocation == "window"
-    with pytest.raises(ValueError, match="allocation: expected 'next fit' or 'window', got 'first"):
+    assert PoolConfig(total_tokens=128, block_size=4, allocation="first fit").allocation == "window"
+    with pytest.raises(ValueError, match="allocation: expected 'next fit' or 'first fit', got 'first"):
         PoolConfig(total_tokens=128, block_size=4, allocation="first fit")  # type: ignore[arg-type]
 
 
@@ -319,7 +319,7 @@ def configs(draw: st.DrawFn) -> PoolConfig:
         channels=draw(st.integers(1, 99)),
         channel_slots=draw(st.integers(1, 99)),
         max_claims=draw(st.integers(1, 99)),
-        allocation=draw(st.sampled_from(["next fit", "window"])),
+        allocation=draw(st.sampled_from(["next fit", "first fit"])),
         unclaimed_timeout=draw(st.floats(1e-3, 1e6)),
         lock_timeout=draw(st.floats(1e-3, 1e6)),
         group=draw(st.none() | names),

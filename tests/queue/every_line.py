@@ -258,7 +258,7 @@ def put_first_after_fork(scene: Scene) -> Call:
 
 @case(two_messages, THERE, [b"1"], interruptible=False)
 def get_first_after_fork(scene: Scene) -> Call:
-    return lambda: scene.survivor.get()
+    return scene.survivor.get
 
 
 @case(two_messages, THERE, [], interruptible=False)
@@ -268,7 +268,7 @@ def get_many_first_after_fork(scene: Scene) -> Call:
 
 @case(two_messages, THERE, interruptible=False)
 def close_first_after_fork(scene: Scene) -> Call:
-    return lambda: scene.survivor.close()
+    return scene.survivor.close
 
 
 @case(nobody)
