@@ -20,6 +20,8 @@ from __future__ import annotations
 from shmblocks._os import process as process
 from shmblocks._state.info import (
     AllocationInfo,
+    CacheStats,
+    EntryInfo,
     LeaseInfo,
     ParticipantId,
     ParticipantInfo,
@@ -32,6 +34,7 @@ from shmblocks._state.info import (
 )
 from shmblocks._state.layout import UNBOUNDED
 from shmblocks._state.states import State
+from shmblocks.channel import Channel
 from shmblocks.config import Field, PoolConfig, multimodal_fields
 from shmblocks.errors import (
     AuthenticationError,
@@ -61,6 +64,7 @@ from shmblocks.errors import (
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.inspector import PoolInspector, list_pools, remove_pool
+from shmblocks.keys import Namespace, content_key
 from shmblocks.lease import Lease, Reservation
 from shmblocks.pool import BlockPool
 from shmblocks.queue import HandleQueue
@@ -73,8 +77,11 @@ __all__ = [
     "BlockHandle",
     "BlockPool",
     "BlockView",
+    "CacheStats",
+    "Channel",
     "CudaUnavailableError",
     "DamagedPoolError",
+    "EntryInfo",
     "Field",
     "ForeignHandleError",
     "HandleQueue",
@@ -86,6 +93,7 @@ __all__ = [
     "LeaseInfo",
     "MalformedHandleError",
     "MalformedMessageError",
+    "Namespace",
     "ParticipantId",
     "ParticipantInfo",
     "PeerDiedError",
@@ -112,6 +120,7 @@ __all__ = [
     "UnsupportedPlatformError",
     "Violation",
     "WaiterInfo",
+    "content_key",
     "list_pools",
     "multimodal_fields",
     "remove_pool",

@@ -15,16 +15,17 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from shmblocks._state.blocks import LeaseKey
-from shmblocks._state.cache_state import Ticket
+from shmblocks._state.cache_state import CacheState, Ticket
 from shmblocks._state.mutex import is_inside
 from shmblocks._state.pool_state import PoolState
+from shmblocks.cuda.order import StreamOrder
 from shmblocks.errors import InvalidStateError, ShmBlocksError
 from shmblocks.handle import BlockHandle
 from shmblocks.tickets import encode_ticket
-from shmblocks.view import BlockView
+from shmblocks.view import BlockView, FieldTensors, LeaseGuard
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,14 @@ class _Owner(Mapping[str, "torch.Tensor"]):
     _instead = "send its `handle`, which the other process opens"
 
 
+class LeaseMeans(NamedTuple):
+    """What leases of one pool need of it."""
+
+    state: PoolState
+    streams: StreamOrder
+    tensors: FieldTensors
+
+
 class Lease(_Owner):
     """A claim on blocks of a pool; release it, or use it in a `with` statement.
 
@@ -86,47 +95,57 @@ class Lease(_Owner):
     segmentation fault: other readers see the same memory. Owns the claim, keeps the pool alive.
     """
 
-    __slots__ = ("_is_ready", "_key", "_make_view", "_order", "_pool", "handle", "message")
+    __slots__ = (
+        "_guard",
+        "_key",
+        "_order",
+        "_owner",
+        "_state",
+        "_streams",
+        "_tensors",
+        "handle",
+        "message",
+    )
 
     def __init__(
         self,
-        pool: BlockPool,
         handle: BlockHandle,
         key: LeaseKey,
+        means: LeaseMeans,
+        owner: object,
         order: Order | None,
         is_ready: bool,
-        is_writer: bool,
         message: bytes = b"",
     ) -> None:
-        """For `BlockPool.open` and `open_for_write`; takes over the claim of `key`."""
-        self._pool = pool
+        """For `BlockPool.open` and its like; takes over the claim of `key`, keeps `owner` alive."""
         self.handle = handle
         # What the sender of a channel said with it.
         self.message = message
-        self._make_view = pool.writers_view if is_writer else pool.readers_view
+        self._state = means.state
+        self._streams = means.streams
+        self._tensors = means.tensors
+        self._owner = owner
         self._order = order
         # The CPU waits before there is a lease; a stream waits by itself.
-        self._is_ready = is_ready or order is None
+        self._guard = LeaseGuard(means.state, is_ready or order is None)
         # Set last: `__del__` treats an object with `_key` as fully constructed.
         self._key: LeaseKey | None = key
 
     @property
     def is_released(self) -> bool:
         """Whether it was released, or its pool closed in this process."""
-        return self._key is None or self._pool.is_closed
+        return self._key is None or self._state.is_closed
 
     @property
     def view(self) -> BlockView:
         """The fields of the allocation; raises `InvalidStateError` after the release."""
-        self.require_usable(self.handle)
-        return self._make_view(self.handle, self)
+        self._guard.require(self.handle)
+        return BlockView(self._tensors, self.handle, self._guard, self)
 
-    def require_usable(self, handle: BlockHandle) -> None:
-        """What its views check at each access."""
-        if self._key is None or self._pool.is_closed:
-            raise InvalidStateError(f"{handle}: the lease was released; read within it")
-        if not self._is_ready:
-            self._is_ready = self._pool.state.is_ready(handle)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        handle, tensors = self.handle, self._tensors
+        self._guard.require(handle)
+        return tensors.rows(name, handle.start_block * tensors.block_size, handle.num_tokens)
 
     @property
     def is_ready(self) -> bool:
@@ -135,8 +154,8 @@ class Lease(_Owner):
         False: what is enqueued on the lease's stream waits for it. Raises `PeerDiedError` when the
         producer died before.
         """
-        self.require_usable(self.handle)
-        return self._is_ready
+        self._guard.require(self.handle)
+        return self._guard.is_ready
 
     def release(self, stream: Stream | None = None) -> None:
         """End the claim; idempotent.
@@ -145,15 +164,14 @@ class Lease(_Owner):
         opened on); this returns at once.
         """
         key = self._key
-        pool = self._pool
-        if key is not None and not pool.is_closed:
+        if key is not None and not self._state.is_closed:
             order = self._order
             if stream is not None:
-                order = pool.streams.order(stream)
+                order = self._streams.order(stream)
             elif order is not None:
                 order.refuse_capture()
-            _end(pool.state, key, order)
-        self._key = None
+            _end(self._state, key, order)
+        self._is_over()
 
     def give_back(self) -> None:
         """End the claim as if it had never been opened: its reader is still to come. Idempotent.
@@ -161,13 +179,18 @@ class Lease(_Owner):
         For one who could not pass on what it read. Nothing may read the blocks on a stream.
         """
         key = self._key
-        if key is not None and not self._pool.is_closed:
-            self._pool.state.release(key, unread=True)
+        if key is not None and not self._state.is_closed:
+            self._state.release(key, unread=True)
+        self._is_over()
+
+    def _is_over(self) -> None:
         self._key = None
+        self._guard.is_open = False
 
     def disown(self) -> int:
         """Somebody else ends the claim; when it was opened, in ns. For this package alone."""
-        key, self._key = self._key, None
+        key = self._key
+        self._is_over()
         return key.opened_ns if key is not None else 0
 
     def ticket(self) -> bytes:
@@ -177,14 +200,14 @@ class Lease(_Owner):
         when this process dies or leaves the pool, and `BlockPool.revoke` takes it back. Raises
         `InvalidStateError` for a lease that has ended, or that a stream works under.
         """
-        self.require_usable(self.handle)
+        self._guard.require(self.handle)
         if self._order is not None or self._key is None:
             raise InvalidStateError(
                 f"{self.handle}: a lease on a stream cannot travel; wait for the stream first"
             )
-        number = self._pool.cache_state.give(self._key)
+        number = CacheState(self._state).give(self._key)
         ticket = encode_ticket(Ticket(self._key.slot, number, self.handle))
-        self._key = None
+        self._is_over()
         return ticket
 
     def __enter__(self) -> Lease:
@@ -202,7 +225,8 @@ class Lease(_Owner):
         key = getattr(self, "_key", None)
         if key is None or sys.is_finalizing():
             return
-        state = self._pool.state
+        state = self._state
+        self._guard.is_open = False
         if state.is_closed or key.holder != state.participants.me_word:
             return  # given back already; in a forked child: it is the parent's
         _end_dropped(state, key, self._order)

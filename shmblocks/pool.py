@@ -77,9 +77,9 @@ from shmblocks.errors import (
     ShmBlocksError,
 )
 from shmblocks.handle import BlockHandle
-from shmblocks.lease import Lease, Reservation
+from shmblocks.lease import Lease, LeaseMeans, Reservation
 from shmblocks.tickets import decode_ticket
-from shmblocks.view import AUX, BlockView, FieldTensors, ViewOwner, count_tokens, fill
+from shmblocks.view import AUX, BlockView, FieldTensors, ReservationGuard, count_tokens, fill
 
 if TYPE_CHECKING:
     import torch
@@ -116,10 +116,11 @@ class BlockPool:
         self._prefault: Prefault = prefault
         self._read_only_leases = read_only_leases and not state.config.is_on_gpu
         self._is_on_gpu = state.config.is_on_gpu
-        self._block_size = state.config.block_size
         # None when closed: they keep the mapping alive.
         self._tensors: FieldTensors | None = field_tensors(state)
-        self._read_only: FieldTensors | None = None
+        self._read_means: LeaseMeans | None = None
+        self._write_means: LeaseMeans | None = None
+        self._guard = ReservationGuard(state)
         self._waiters = AllocWaiters(state)
         self.cache_state = CacheState(state)
         self._claim_waiters = ClaimWaiters(self.cache_state)
@@ -280,7 +281,7 @@ class BlockPool:
         self._claim_waiters.close()
         for channel in list(self._channels):
             channel.close()
-        self._tensors = self._read_only = None
+        self._tensors = self._read_means = self._write_means = None
         self.streams.end()
         self._finalizer.detach()
 
@@ -646,19 +647,7 @@ class BlockPool:
             self.streams.wait_for_writers(real)
         if self._is_on_gpu:
             self.streams.will_write(real)
-        return self.writers_view(real, self)
-
-    def writers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
-        """A view whose tensors can be written to; for leases and `view`."""
-        tensors = self._tensors or self._open_tensors()
-        return BlockView(tensors, handle, handle.start_block * self._block_size, owner)
-
-    def readers_view(self, handle: BlockHandle, owner: ViewOwner) -> BlockView:
-        """A view for reading; for leases."""
-        tensors = self._tensors or self._open_tensors()
-        if self._read_only_leases and self.streams.begun is None:
-            tensors = self._read_only or self._map_read_only()
-        return BlockView(tensors, handle, handle.start_block * self._block_size, owner)
+        return BlockView(self._tensors or self._open_tensors(), real, self._guard, self)
 
     def _open_tensors(self) -> FieldTensors:
         tensors = self._tensors
@@ -666,18 +655,20 @@ class BlockPool:
             raise self.state.mutex.closed()
         return tensors
 
-    def _map_read_only(self) -> FieldTensors:
-        self._read_only = read_only_tensors(self.state)
-        return self._read_only
+    def _means(self, *, for_write: bool) -> LeaseMeans:
+        """What a lease needs, prepared: each `open` asks."""
+        if for_write or not self._read_only_leases or self.streams.begun is not None:
+            return self._write_means or self._open_means()
+        means = self._read_means
+        if means is None:
+            self._open_tensors()
+            means = LeaseMeans(self.state, self.streams, read_only_tensors(self.state))
+            self._read_means = means
+        return means
 
-    def require_usable(self, handle: BlockHandle) -> None:
-        """What a view of a reservation checks at each access; lock-free."""
-        if not self.state.is_reserved(handle):
-            self._require_open()
-            raise InvalidStateError(
-                f"{handle}: it was published or freed, so that its blocks cannot be written "
-                "through this view any more; write before"
-            )
+    def _open_means(self) -> LeaseMeans:
+        self._write_means = LeaseMeans(self.state, self.streams, self._open_tensors())
+        return self._write_means
 
     def open_for_write(self, handle: BlockHandle, stream: Stream | None = None) -> Lease:
         """A writer's lease on a reservation, whoever owns it (a landing allocation).
@@ -819,7 +810,8 @@ class BlockPool:
             order.use.memory()
         if not opened.is_ready:
             self.streams.wait_ready(handle, order)
-        return Lease(self, handle, opened.key, order, opened.is_ready, False, message)
+        means = self._means(for_write=False)
+        return Lease(handle, opened.key, means, self, order, opened.is_ready, message)
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -850,7 +842,8 @@ class BlockPool:
             opened = self.state.open(real, for_write=for_write)
             if not opened.is_ready:
                 self.streams.wait_ready(real, order)
-            return Lease(self, real, opened.key, order, opened.is_ready, for_write)
+            means = self._means(for_write=for_write)
+            return Lease(real, opened.key, means, self, order, opened.is_ready)
         except BaseException:
             if opened is not None:
                 self.state.undo_open(opened.key)
@@ -869,7 +862,8 @@ class BlockPool:
             opened = self.state.open(real)
             if not opened.is_ready:
                 await self.streams.wait_ready_async(real)
-            return Lease(self, real, opened.key, None, True, False)
+            means = self._means(for_write=False)
+            return Lease(real, opened.key, means, self, None, True)
         except BaseException:
             if opened is not None:
                 self.state.undo_open(opened.key)
@@ -931,7 +925,7 @@ class BlockPool:
         if self._is_on_gpu:
             order = self.streams.order(None)
             order.use.memory()
-        return Lease(self, handle, key, order, True, False)
+        return Lease(handle, key, self._means(for_write=False), self, order, True)
 
     def adopt(self, ticket: bytes) -> Lease:
         """Make the lease that a ticket carries this process's own.

@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from shmblocks._state.layout import AUX_BYTES, Layout
+from shmblocks._state.pool_state import PoolState
 from shmblocks.config import DTYPES, Field, PoolConfig
+from shmblocks.errors import InvalidStateError
 from shmblocks.handle import BlockHandle
 
 if TYPE_CHECKING:
@@ -136,6 +138,7 @@ class FieldTensors:
         self._aux = aux
         self._memory = fields or aux
         self._fields = {field.name: field for field in config.fields}
+        self.block_size = config.block_size
         # Made once for each field: each access of a view passes here.
         self._makers: dict[str, Maker] = {}
 
@@ -214,12 +217,49 @@ class FieldTensors:
         return self._aux.memory(self._layout.aux + block * AUX_BYTES, AUX_BYTES)
 
 
-class ViewOwner(Protocol):
-    """What a view belongs to: a pool, for a reservation; a lease."""
+class Guard(Protocol):
+    """Says at each access of a view whether the blocks may still be used."""
 
-    def require_usable(self, handle: BlockHandle) -> None:
-        """Raise `InvalidStateError` when the blocks may not be used any more."""
+    def require(self, handle: BlockHandle) -> None:
+        """Raise `InvalidStateError` when they may not."""
         ...
+
+
+class ReservationGuard:
+    """For views of reservations: until it is published, freed or grown. Lock-free."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
+
+    def require(self, handle: BlockHandle) -> None:
+        state = self._state
+        if state.is_reserved(handle):
+            return
+        if state.is_closed:
+            raise state.mutex.closed()
+        raise InvalidStateError(
+            f"{handle}: it was published or freed, so that its blocks cannot be written through "
+            "this view any more; write before"
+        )
+
+
+class LeaseGuard:
+    """For a lease and its views: until it is released. `is_ready`: its blocks are complete."""
+
+    __slots__ = ("_state", "is_open", "is_ready")
+
+    def __init__(self, state: PoolState, is_ready: bool) -> None:
+        self._state = state
+        self.is_open = True
+        self.is_ready = is_ready
+
+    def require(self, handle: BlockHandle) -> None:
+        if not self.is_open or self._state.is_closed:
+            raise InvalidStateError(f"{handle}: the lease was released; read within it")
+        if not self.is_ready:
+            self.is_ready = self._state.is_ready(handle)
 
 
 class BlockView(Mapping[str, "torch.Tensor"]):
@@ -231,17 +271,17 @@ class BlockView(Mapping[str, "torch.Tensor"]):
     raises `InvalidStateError`; tensors that were taken before still look at the memory.
     """
 
-    __slots__ = ("_owner", "_tensors", "handle", "start_token")
+    __slots__ = ("_guard", "_owner", "_tensors", "handle", "start_token")
 
     def __init__(
-        self, tensors: FieldTensors, handle: BlockHandle, start_token: int, owner: ViewOwner
+        self, tensors: FieldTensors, handle: BlockHandle, guard: Guard, owner: object
     ) -> None:
-        """`owner` says at each access whether the blocks may still be used, and is kept alive: a
-        pool that is dropped under a view must not leave."""
-        self._owner = owner
+        """`owner`, a pool or a lease, is kept alive: dropped under a view, it must not leave."""
         self._tensors = tensors
         self.handle = handle
-        self.start_token = start_token
+        self._guard = guard
+        self._owner = owner
+        self.start_token = handle.start_block * tensors.block_size
 
     @property
     def num_tokens(self) -> int:
@@ -251,11 +291,11 @@ class BlockView(Mapping[str, "torch.Tensor"]):
     @property
     def aux(self) -> torch.Tensor:
         """int32[16]: `aux[0]` total length in tokens, `aux[1]` mrope position delta."""
-        self._owner.require_usable(self.handle)
+        self._guard.require(self.handle)
         return self._tensors.aux(self.handle.start_block)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        self._owner.require_usable(self.handle)
+        self._guard.require(self.handle)
         return self._tensors.rows(name, self.start_token, self.handle.num_tokens)
 
     def memory(self, name: str) -> memoryview:
@@ -263,7 +303,7 @@ class BlockView(Mapping[str, "torch.Tensor"]):
 
         Writable in a view of a reservation, read-only in one of a lease with read-only memory.
         """
-        self._owner.require_usable(self.handle)
+        self._guard.require(self.handle)
         if name == AUX:
             return self._tensors.aux_bytes(self.handle.start_block)
         return self._tensors.row_bytes(name, self.start_token, self.handle.num_tokens)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from shmblocks._os.segment import normal_name
+from shmblocks._os.segment import normal_name, remove_abandoned
 from shmblocks._state.info import ParticipantInfo, PoolSummary, ReapReport, Violation
 from shmblocks._words import bytes_text, count_text
 from shmblocks.cli.render import (
@@ -262,6 +262,7 @@ def _reap(arguments: Namespace) -> Answer:
         raise UsageError("reap: expected either NAME or --all (see: shmblocks reap --help)")
     if arguments.all:
         report = ReapAllReport(pools=[_reap_or_remove(each) for each in list_segments()])
+        remove_abandoned()  # nameless segments of creators that were killed halfway
     else:
         report = ReapAllReport(pools=[_reap_one(arguments.name)])
     document = [_reaped_line(each) for each in report.pools]

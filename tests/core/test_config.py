@@ -188,9 +188,12 @@ def test_a_config_that_no_pool_can_have_is_refused(wrong: Wrong) -> None:
 
 def test_where_blocks_are_looked_for_is_one_of_two_words() -> None:
     assert PoolConfig(total_tokens=128, block_size=4).allocation == "next fit"
-    assert PoolConfig(total_tokens=128, block_size=4, allocation="first fit").allocation == "window"
-    with pytest.raises(ValueError, match="allocation: expected 'next fit' or 'first fit', got 'first"):
-        PoolConfig(total_tokens=128, block_size=4, allocation="first fit")  # type: ignore[arg-type]
+    config = PoolConfig(total_tokens=128, block_size=4, allocation="first fit")
+    assert config.allocation == "first fit"
+    with pytest.raises(
+        ValueError, match="allocation: expected 'next fit' or 'first fit', got 'best"
+    ):
+        PoolConfig(total_tokens=128, block_size=4, allocation="best fit")  # type: ignore[arg-type]
 
 
 def test_numpys_numbers_are_taken_and_kept_as_pythons(pool_name: str) -> None:
