@@ -4,13 +4,16 @@ Start with `BlockPool.create` and `BlockPool.attach`; `README.md` shows both in 
 things live, from the bottom to the top (a part imports only parts of the lines above its own):
 
     errors  _words                              every error, and who has to act; numbers as text
-    config  handle                              what a pool holds; the value that crosses a queue
+    config  handle  keys                        values: what a pool holds, what crosses a queue
     _os/                                        one kernel facility each; knows nothing of pools
     _state/                                     every shared byte, and every change to it
-    queue  view  inspector  _alloc_wait  cuda/  HandleQueue, tensors, looking, waiting, GPU memory
+    queue  view  inspector                      HandleQueue, tensors, looking
+    _alloc_wait  _claim_wait  tickets           waiting for blocks and claims; leases that travel
+    cuda/                                       the GPU part
     lease                                       what a process holds, as context managers
+    channel                                     blocks from process to process, inside the pool
     pool                                        BlockPool
-    sglang  testing/  transfer/                 the original's API; deaths; encode/language
+    cache  sglang  testing/  transfer/          TensorCache; SGLang's API; deaths; encode/language
     doctor/                                     what will fail on this machine
     cli/                                        the command line
 """

@@ -27,18 +27,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from shmblocks._os.wait import Sleeper, deadline_of, seconds_left
 from shmblocks._state.channel_state import ChannelState, Received
 from shmblocks._state.channels import MOST_MESSAGE_BYTES
+from shmblocks._state.pool_state import Opened, PoolState
 from shmblocks.errors import PoolTimeoutError
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
 
 if TYPE_CHECKING:
-    from shmblocks.cuda.use import Stream
-    from shmblocks.pool import BlockPool
+    from shmblocks.cuda.order import StreamOrder
+    from shmblocks.cuda.use import Order, Stream
+
+
+class ReadyToSend(NamedTuple):
+    """What a channel is to publish; `order`: the stream that writes it."""
+
+    handle: BlockHandle
+    published: BlockHandle
+    readers: int
+    order: Order | None
+
+
+class Carries(Protocol):
+    """What a channel asks of the pool that it is of."""
+
+    state: PoolState
+    channel_state: ChannelState
+    streams: StreamOrder
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare_send(
+        self, handle: BlockHandle, readers: int, num_tokens: int | None, stream: Stream | None
+    ) -> ReadyToSend: ...
+
+    def lease_received(self, handle: BlockHandle, opened: Opened, message: bytes) -> Lease: ...
 
 
 class Channel:
@@ -48,7 +75,7 @@ class Channel:
     """
 
     def __init__(
-        self, pool: BlockPool, state: ChannelState, index: int, name: str, spin: float
+        self, pool: Carries, state: ChannelState, index: int, name: str, spin: float
     ) -> None:
         """For `BlockPool.channel`."""
         self.pool = pool

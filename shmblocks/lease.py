@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from shmblocks._state.blocks import LeaseKey
 from shmblocks._state.cache_state import CacheState, Ticket
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from shmblocks.cuda.use import Order, Stream
-    from shmblocks.pool import BlockPool
 
 
 class _Owner(Mapping[str, "torch.Tensor"]):
@@ -271,6 +270,32 @@ def _end_quietly(state: PoolState, key: LeaseKey, order: Order | None) -> None:
         return  # closed meanwhile, or its lock is held by a stopped process: it ends with the pool
 
 
+class Reserves(Protocol):
+    """What a reservation asks of the pool that it is of."""
+
+    state: PoolState
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    def view(self, handle: BlockHandle) -> BlockView: ...
+
+    def grow(self, handle: BlockHandle, num_tokens: int) -> BlockHandle | None: ...
+
+    def free_own(self, handle: BlockHandle) -> None: ...
+
+    def publish(
+        self,
+        handle: BlockHandle,
+        *,
+        readers: int = 1,
+        num_tokens: int | None = None,
+        stream: Stream | None = None,
+        key: bytes | None = None,
+        hold: float = 0.0,
+    ) -> BlockHandle: ...
+
+
 class Reservation(_Owner):
     """Blocks that this process writes: publish them, or they are freed when the `with` block ends.
 
@@ -280,7 +305,7 @@ class Reservation(_Owner):
 
     __slots__ = ("_handle", "_is_over", "_pool")
 
-    def __init__(self, pool: BlockPool, handle: BlockHandle) -> None:
+    def __init__(self, pool: Reserves, handle: BlockHandle) -> None:
         """For `BlockPool.reserve`; takes over the reservation."""
         self._pool = pool
         self._handle = handle
@@ -321,12 +346,23 @@ class Reservation(_Owner):
         return True
 
     def publish(
-        self, *, readers: int = 1, num_tokens: int | None = None, stream: Stream | None = None
+        self,
+        *,
+        readers: int = 1,
+        num_tokens: int | None = None,
+        stream: Stream | None = None,
+        key: bytes | None = None,
+        hold: float = 0.0,
     ) -> BlockHandle:
         """Make it readable; see `BlockPool.publish`. The handle that this returns is to travel."""
         self._require_open()
         handle = self._pool.publish(
-            self._handle, readers=readers, num_tokens=num_tokens, stream=stream
+            self._handle,
+            readers=readers,
+            num_tokens=num_tokens,
+            stream=stream,
+            key=key,
+            hold=hold,
         )
         self._is_over = True
         return handle
@@ -389,7 +425,7 @@ class Reservation(_Owner):
         return f"Reservation({self._handle}, {'over' if self._is_over else 'open'})"
 
 
-def _free_quietly(pool: BlockPool, handle: BlockHandle) -> None:
+def _free_quietly(pool: Reserves, handle: BlockHandle) -> None:
     try:
         pool.free_own(handle)
     except ShmBlocksError:

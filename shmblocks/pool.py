@@ -38,7 +38,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from shmblocks._alloc_wait import AllocWaiters
 from shmblocks._claim_wait import ClaimWaiters
@@ -63,7 +63,7 @@ from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
 from shmblocks._state.participants import utf8_prefix
 from shmblocks._state.pool_state import AllocRequest, Opened, PoolState, stamp
 from shmblocks._state.shared_segment import ATTACH_POLL
-from shmblocks.channel import Channel, send
+from shmblocks.channel import Channel, ReadyToSend, send
 from shmblocks.config import MAX_BLOCKS, MAX_SECONDS, PoolConfig
 from shmblocks.cuda.order import StreamOrder
 from shmblocks.cuda.placement import allocate_on_gpu, field_tensors, placed, read_only_tensors
@@ -84,7 +84,7 @@ from shmblocks.view import AUX, BlockView, FieldTensors, ReservationGuard, count
 if TYPE_CHECKING:
     import torch
 
-    from shmblocks.cuda.use import Order, Stream
+    from shmblocks.cuda.use import Stream
 
 Prefault = Literal["background", "now", "off"]
 
@@ -92,15 +92,6 @@ Prefault = Literal["background", "now", "off"]
 _MOST = MAX_BLOCKS << 20
 # Bytes from which an async copy runs in a thread, so that the event loop goes on meanwhile.
 _COPY_IN_THREAD = 1 << 20
-
-
-class ReadyToSend(NamedTuple):
-    """What a channel is to publish; `order`: the stream that writes it."""
-
-    handle: BlockHandle
-    published: BlockHandle
-    readers: int
-    order: Order | None
 
 
 class BlockPool:

@@ -30,14 +30,16 @@ PACKAGE = ROOT / "shmblocks"
 # it there are only no circles. `__init__` is what `import shmblocks` gives.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_words"),
-    ("config", "handle"),
+    ("config", "handle", "keys"),
     ("_os",),
     ("_state",),
-    ("queue", "view", "inspector", "_alloc_wait", "cuda"),
+    ("queue", "view", "inspector", "_alloc_wait", "_claim_wait", "tickets"),
+    ("cuda",),
     ("lease",),
+    ("channel",),
     ("pool",),
     ("__init__",),
-    ("sglang", "testing", "transfer"),
+    ("cache", "sglang", "testing", "transfer"),
     ("doctor",),
     ("cli",),
 )
