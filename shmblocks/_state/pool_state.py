@@ -86,6 +86,10 @@ from shmblocks.handle import BlockHandle
 # Seconds between two polls of a waiter while a stream is to give blocks back. Shorter: more polls.
 # Longer: it waits longer than the stream.
 STREAM_POLL = 1e-3
+# Seconds after which a dead producer whose end cannot be seen (participants.py) is believed to
+# write nothing more. Measured on an H100: the last byte of a killed process arrived 6 ms after the
+# kill at the latest.
+DEAD_PATIENCE = 1.0
 
 _FREE = NUMBER[State.FREE]
 _RESERVED = NUMBER[State.RESERVED]

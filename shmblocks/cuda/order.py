@@ -19,7 +19,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from shmblocks._state.pool_state import PoolState
+from shmblocks._state.pool_state import DEAD_PATIENCE, PoolState
 from shmblocks.errors import CudaUnavailableError, PeerDiedError, PoolTimeoutError
 from shmblocks.handle import BlockHandle
 
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 # Seconds between two polls of a CPU for a word that a stream is to write. Shorter: more polls of
 # 10 us. Longer: the CPU goes on later than it could.
 STREAM_POLL = 100e-6
-# Seconds after which a dead producer whose end cannot be seen (participants.py) is believed to
-# write nothing more. Measured on an H100: the last byte of a killed process arrived 6 ms after the
-# kill at the latest.
-DEAD_PATIENCE = 1.0
 
 
 class StreamOrder:

@@ -22,8 +22,7 @@ import logging
 import threading
 import time
 
-from shmblocks._state.pool_state import PoolState
-from shmblocks.cuda.order import DEAD_PATIENCE
+from shmblocks._state.pool_state import DEAD_PATIENCE, PoolState
 from shmblocks.errors import PoolClosedError, ShmBlocksError
 
 # Seconds between two polls. Shorter: more wake-ups while streams wait. Longer: streams of the dead
