@@ -111,6 +111,8 @@ class Channels:
 
     def redelivers(self, channel: int) -> bool:
         """Whether messages of dead receivers go back."""
+        if channel >= self._most_channels:
+            raise _damaged(f"a lease came by channel {channel} of {self._most_channels}")
         return bool(self._words[self._word(channel) + _C_REDELIVER])
 
     def made(self, name: str, capacity: int, redeliver: bool) -> list[Store] | str:

@@ -29,7 +29,7 @@ The first 64 bytes of the header and the bytes that participants lock (filelock.
 every layout version, so that any version can tell whether a pool is one, and whether it is in use.
 
     header words                            record words (`Record` in this order)
-    0   magic "SHMBLKS\\0"                    0   state (`states.State`)
+    0   magic "SHMBLKS\\0"                   0   state (`states.State`)
     1   layout version                      1   generation
     2   pool id                             2   num_blocks
     3   segment bytes                       3   num_tokens

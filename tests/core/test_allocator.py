@@ -83,7 +83,7 @@ def test_blocks_may_be_more_than_the_tokens_need_but_not_less(pool: BlockPool) -
 
 @pytest.mark.parametrize("number", [0, -1, 2**60])
 def test_a_number_that_no_allocation_has_is_refused(pool: BlockPool, number: int) -> None:
-    said = "expected a whole number of at least 1"
+    said = "expected a whole number from 1 to"
     with pytest.raises(ValueError, match=said):
         pool.alloc(number)
     with pytest.raises(ValueError, match=said):

@@ -10,8 +10,11 @@ from shmblocks import BlockPool, PoolInspector, Violation
 from shmblocks._state.layout import (
     H_CURSOR,
     H_FREE_BLOCKS,
+    H_LIVE,
     H_NEXT_GENERATION,
+    H_PENDING,
     H_UNCLAIMED,
+    H_WAITERS,
     LEASE_WORDS,
     RECORD_WORDS,
     Record,
@@ -67,6 +70,18 @@ def flip(where: Callable[[BlockPool], int], bit: int) -> Plant:
     return planted
 
 
+def list_the_copy(pool: BlockPool) -> None:
+    """The allocation of block 0 once more, at block 1, and in the list."""
+    copy_record(pool)
+    pools.set_word(pool, pool.state.layout.live_word(4), 1)
+    pools.set_word(pool, H_LIVE, 5)
+
+
+def list_twice(pool: BlockPool) -> None:
+    """The allocation of block 0 in the place of that of block 2."""
+    pools.set_word(pool, pool.state.layout.live_word(1), 0)
+
+
 def copy_record(pool: BlockPool) -> None:
     """The allocation of block 0 once more, at block 1."""
     first = pool.state.layout.record_word(0)
@@ -77,11 +92,13 @@ def copy_record(pool: BlockPool) -> None:
 PLANTED: dict[str, tuple[int, Plant, str]] = {
     "a block that is used and marked free": (1, flip(bitmap, 3), "the first is 3.*says free"),
     "a block that is free and marked used": (1, flip(bitmap, 15), "the first is 15.*says used"),
-    "a block in two allocations": (1, copy_record, "block 1 is in two allocations"),
+    "a block in two allocations": (1, list_the_copy, "block 1 is in two allocations"),
+    "an allocation that is not in the list": (1, copy_record, "names 4: they differ at block 1"),
+    "an allocation that is listed twice": (1, list_twice, "names 4: they differ at block 2"),
     "a wrong count of free blocks": (1, plant(header_word(H_FREE_BLOCKS), 9), "8 blocks are free"),
     "an allocation past the end": (2, plant(record_word(6, "num_blocks"), 11), "block 6"),
     "an allocation of no blocks": (2, plant(record_word(6, "num_blocks"), 0), "block 6"),
-    "an allocation of an unknown state": (2, plant(record_word(6, "state"), 5), "block 6"),
+    "an allocation of an unknown state": (2, plant(record_word(6, "state"), 6), "block 6"),
     "more tokens than blocks hold": (2, plant(record_word(0, "num_tokens"), 9), "block 0"),
     "no tokens": (2, plant(record_word(0, "num_tokens"), 0), "claims 0 tokens"),
     "a cursor outside of the pool": (2, plant(header_word(H_CURSOR), 16), "cursor"),
@@ -98,6 +115,11 @@ PLANTED: dict[str, tuple[int, Plant, str]] = {
     "a lease that nobody counts": (
         3, plant(record_word(0, "state"), 4), "draining allocation at block 0 has no lease",
     ),
+    "settling for no stream": (
+        3, plant(record_word(0, "state"), 5), "0 leases and 1 allocations wait for a stream",
+    ),
+    "a stream that nothing waits for": (3, plant(header_word(H_PENDING), 1), "say 1 and 0"),
+    "a waiter that is not there": (5, plant(header_word(H_WAITERS), 1), "0 wait, the count says 1"),
     "more leases counted than open": (
         3, plant(record_word(4, "leases"), 2), "counts 2 leases, 1 are open",
     ),

@@ -26,6 +26,7 @@ from shmblocks._state import naming as naming_module
 from shmblocks._state import pool_state as pool_state_module
 from shmblocks._state import shared_segment as shared_segment_module
 from shmblocks._state.layout import H_VERSION
+from shmblocks._state.participants import Participants
 from shmblocks._state.pool_state import PoolState
 from tests.core import pools
 from tests.core.conftest import require_right
@@ -109,7 +110,7 @@ def test_one_of_many_creators_wins_a_name_and_the_others_are_told(pool_name: str
 STEPS: dict[str, tuple[object, str]] = {
     "before the header": (pool_state_module, "_write_header"),
     "before the memory is mapped": (PoolState, "__init__"),
-    "before it joins": (PoolState, "join"),
+    "before it joins": (Participants, "join"),
     "before it has a name": (shared_segment_module, "claim_name"),
     "before the link": (naming_module, "link_name"),
     "after the link": (lifetime, "watch_exit"),
@@ -123,7 +124,7 @@ def test_a_creator_killed_half_way_leaves_nothing(
     owner, function = STEPS[step]
 
     def create(channel: Channel) -> None:
-        monkeypatch.setattr(owner, function, lambda *args: die())
+        monkeypatch.setattr(owner, function, lambda *args, **named: die())
         pools.create(pool_name)
 
     with fork(create) as child:
@@ -166,7 +167,7 @@ def test_a_creation_that_fails_at_any_step_is_undone(
 ) -> None:
     owner, function = STEPS[step]
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **named: object) -> None:
         raise AnyError
 
     before = set(procfs.descriptors())
@@ -184,7 +185,7 @@ def test_a_creation_whose_prefault_fails_is_undone(
 ) -> None:
     from shmblocks._os.segment import Segment
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **named: object) -> None:
         raise AnyError
 
     monkeypatch.setattr(Segment, "prefault", fail)
@@ -198,11 +199,11 @@ def test_a_failed_attach_takes_nothing_from_the_creator(
 ) -> None:
     from shmblocks._os.segment import Segment
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **named: object) -> None:
         raise AnyError
 
     handle = pools.take(pool)
-    for owner, function in ((Segment, "prefault"), (PoolState, "join"), (PoolState, "__init__")):
+    for owner, function in ((Segment, "prefault"), (Participants, "join"), (PoolState, "__init__")):
         monkeypatch.setattr(owner, function, fail)
         with pytest.raises(AnyError):
             BlockPool.attach(pool.name)
@@ -217,7 +218,9 @@ def test_a_failed_attach_takes_nothing_from_the_creator(
 
 def test_the_name_of_a_living_pool_is_taken_and_the_pool_untouched(pool: BlockPool) -> None:
     handle = pools.take(pool)
-    with pytest.raises(PoolExistsError, match=f"{pool.name}: a living pool holds the name.*attach"):
+    with pytest.raises(
+        PoolExistsError, match=f"{pool.name}: a living pool or queue holds the name .*attach"
+    ):
         pools.create(pool.name, pools.tiny(64))
     assert pool.handle_at(handle.start_block) == handle
     with pools.attach(pool.name) as other:
@@ -257,7 +260,9 @@ def test_a_leftover_that_is_locked_for_ever_is_told_after_the_lock_timeout(pool_
 def test_a_foreign_file_of_that_name_is_left_alone(pool_name: str, content: bytes) -> None:
     path = Path(path_of(pool_name))
     path.write_bytes(content)
-    with pytest.raises(PoolExistsError, match=f"not a pool holds the name.*/dev/shm/{pool_name}"):
+    with pytest.raises(
+        PoolExistsError, match=f"neither a pool nor a queue holds the name.*/dev/shm/{pool_name}"
+    ):
         pools.create(pool_name)
     with pytest.raises(IncompatiblePoolError, match="not a pool"):
         pools.attach(pool_name)
@@ -302,7 +307,7 @@ def test_a_dead_pool_of_another_version_is_replaced_and_a_living_one_is_not(
 ) -> None:
     pool = pools.create(pool_name)
     pools.set_word(pool, H_VERSION, 99)
-    with pytest.raises(PoolExistsError, match="a living pool holds the name"):
+    with pytest.raises(PoolExistsError, match="a living pool or queue holds the name"):
         pools.create(pool_name)
     pools.abandon(pool)
     with pools.create(pool_name) as new:

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmblocks import IncompatiblePoolError
+from shmblocks import DamagedPoolError
 from shmblocks._state.journal import Journal, Store
 
 SIZE = 1024
 JOURNAL = 256
 JOURNAL_BYTES = 256
-LEDGER_BYTES = 768
+STATE_BYTES = 768
 
 
 class KilledError(Exception):
@@ -76,7 +76,7 @@ def journal_on(memory: bytearray, budget: int = -1) -> Journal:
         cast("memoryview", Words(tape)),
         JOURNAL,
         JOURNAL_BYTES,
-        LEDGER_BYTES,
+        STATE_BYTES,
     )
 
 
@@ -96,7 +96,7 @@ def is_open(memory: bytearray) -> bool:
 
 
 places = st.integers(0, JOURNAL // 8 - 1) | st.integers(
-    (JOURNAL + JOURNAL_BYTES) // 8, LEDGER_BYTES // 8 - 1
+    (JOURNAL + JOURNAL_BYTES) // 8, STATE_BYTES // 8 - 1
 )
 
 
@@ -105,7 +105,7 @@ def changes(draw: st.DrawFn) -> list[Store]:
     """Stores of whole words outside of the journal; they may overlap."""
     stores: list[Store] = []
     for place in draw(st.lists(places, min_size=1, max_size=4)):
-        end = JOURNAL // 8 if place < JOURNAL // 8 else LEDGER_BYTES // 8
+        end = JOURNAL // 8 if place < JOURNAL // 8 else STATE_BYTES // 8
         words = draw(st.integers(1, min(3, end - place)))
         stores.append((place * 8, draw(st.binary(min_size=words * 8, max_size=words * 8))))
     return stores
@@ -165,7 +165,7 @@ def recovered_however_often_killed(memory: bytearray) -> bytes:
 
 def test_a_change_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     memory = bytearray(SIZE)
-    with pytest.raises(IncompatiblePoolError, match="does not fit the journal of 248 bytes"):
+    with pytest.raises(DamagedPoolError, match="does not fit the journal of 248 bytes"):
         journal_on(memory).commit([(0, bytes(240))])
     assert memory == bytes(SIZE)
     journal_on(memory).commit([(0, b"x" * 232)])  # with its head of 16 bytes: exactly full
@@ -178,9 +178,9 @@ def test_a_change_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         (b"", 2**64 - 1, "claims 18446744073709551615 bytes"),
         (bytes(8), 8, "an entry is cut off"),
         (b"\0" * 8 + b"\x10" + b"\0" * 7 + b"x" * 8, 24, "an entry of 16 bytes at 0 leaves"),
-        (b"\xff" * 8 + b"\x08" + b"\0" * 7 + b"x" * 8, 24, "leaves the ledger"),
+        (b"\xff" * 8 + b"\x08" + b"\0" * 7 + b"x" * 8, 24, "leaves the state"),
         (b"\xf9\x02" + b"\0" * 6 + b"\x08" + b"\0" * 7 + b"x" * 8, 24, "at 761 leaves"),
-        (b"\0" * 8 + b"\xff" * 8, 16, "leaves the ledger"),
+        (b"\0" * 8 + b"\xff" * 8, 16, "leaves the state"),
     ],
 )
 def test_a_damaged_journal_is_told_and_nothing_is_stored(
@@ -190,7 +190,7 @@ def test_a_damaged_journal_is_told_and_nothing_is_stored(
     memory[JOURNAL : JOURNAL + 8] = claimed.to_bytes(8, "little")
     memory[JOURNAL + 8 : JOURNAL + 8 + len(log)] = log
     before = bytes(memory)
-    with pytest.raises(IncompatiblePoolError, match=f"journal is damaged .*{why}"):
+    with pytest.raises(DamagedPoolError, match=f"journal is damaged .*{why}"):
         recover(memory)
     assert memory == before
 
@@ -200,13 +200,13 @@ def test_a_good_entry_before_a_damaged_one_is_not_stored() -> None:
     good = b"\0" * 8 + b"\x08" + b"\0" * 7 + b"x" * 8
     memory[JOURNAL : JOURNAL + 8] = (32).to_bytes(8, "little")
     memory[JOURNAL + 8 : JOURNAL + 8 + len(good)] = good
-    with pytest.raises(IncompatiblePoolError, match="cut off"):
+    with pytest.raises(DamagedPoolError, match="cut off"):
         recover(memory)
     assert memory[:8] == bytes(8)
 
 
 @given(st.binary(max_size=JOURNAL_BYTES - 8), st.integers(0, 2**64 - 1) | st.integers(0, 256))
-def test_any_bytes_in_the_journal_are_replayed_inside_the_ledger_or_told(
+def test_any_bytes_in_the_journal_are_replayed_inside_the_state_or_told(
     log: bytes, claimed: int
 ) -> None:
     memory = bytearray(SIZE)
@@ -214,7 +214,7 @@ def test_any_bytes_in_the_journal_are_replayed_inside_the_ledger_or_told(
     memory[JOURNAL + 8 : JOURNAL + 8 + len(log)] = log
     try:
         recover(memory)
-    except IncompatiblePoolError:
+    except DamagedPoolError:
         return
     assert not is_open(memory)
-    assert memory[LEDGER_BYTES:] == bytes(SIZE - LEDGER_BYTES)
+    assert memory[STATE_BYTES:] == bytes(SIZE - STATE_BYTES)

@@ -134,7 +134,9 @@ def test_the_largest_change_fits_the_journal(config: PoolConfig) -> None:
 def test_the_structs_have_the_drawn_sizes() -> None:
     drawn = {
         region: int(size)
-        for region, size in re.findall(r"^(\w+)\[\w+\] .* (\d+) B an? \w+$", DRAWING, re.MULTILINE)
+        for region, size in re.findall(
+            r"^ *(\w+)\[\w+\] .* (\d+) B an? \w+$", DRAWING, re.MULTILINE
+        )
     }
     assert drawn == {
         "participants": PARTICIPANT.size,
@@ -146,15 +148,15 @@ def test_the_structs_have_the_drawn_sizes() -> None:
         "records": RECORD.size,
         "live": WORD,
         "buckets": WORD,
+        "aux": AUX_BYTES,
     }
-    assert f"int32[16], the user's                            {AUX_BYTES} B a block" in DRAWING
     assert RECORD_BODY.size == WORD * len(Record._fields)
     assert LEASE_HEAD.size == WORD * len(LeaseRecord._fields)
     assert RECORD_HEAD.size == WORD * Record._fields.index("ready")
 
 
-# Where the right half of the tables of words begins.
-MIDDLE = 44
+# Where the halves of the tables of words begin.
+LEFT, RIGHT = 4, 44
 
 
 def drawn_words() -> dict[str, dict[int, str]]:
@@ -163,10 +165,10 @@ def drawn_words() -> dict[str, dict[int, str]]:
     begin = next(number for number, line in enumerate(lines) if "header words" in line)
     end = next(number for number, line in enumerate(lines) if line.startswith("A *participant"))
     tables: dict[str, dict[int, str]] = {}
-    for half in (slice(MIDDLE), slice(MIDDLE, None)):
+    for half in (slice(LEFT, RIGHT), slice(RIGHT, None)):
         table: dict[int, str] = {}
         for line in lines[begin:end]:
-            text = line[half].strip()
+            text = line[half].rstrip()
             if title := re.match(r"([a-z]+) words", text):
                 table = tables[title[1]] = {}
             elif word := re.match(r"(\d+) +([a-z(].*)", text):

@@ -240,41 +240,42 @@ def test_a_thread_that_closes_ends_the_others_with_an_error(pool_name: str) -> N
     assert not is_there(pool_name)
 
 
-def test_a_pool_that_is_dropped_leaves_by_itself(pool: BlockPool) -> None:
+def test_a_pool_that_is_dropped_leaves_at_once(pool: BlockPool) -> None:
     other = pools.attach(pool.name)
     pools.take(other)
     del other
-    gc.collect()
     assert [each.is_self for each in pool.participants()] == [True]
     assert pool.stats().reserved_blocks == 0
 
 
-def test_a_pool_that_is_collected_inside_an_operation_on_its_segment_leaves_too(
+def test_a_pool_that_is_dropped_inside_an_operation_on_its_segment_leaves_too(
     pool: BlockPool,
 ) -> None:
     """Found: it waited for the lock of the operation that it had interrupted."""
     other = pools.attach(pool.name)
     pools.take(other)
+    kept = [other]
     del other
-    run_inside(pool, gc.collect)
+    run_inside(pool, kept.clear)
     wait_until(lambda: len(pool.participants()) == 1, "it left from another thread")
     assert pool.stats().reserved_blocks == 0
 
 
-def test_a_pool_that_is_collected_inside_an_operation_and_cannot_leave_is_dropped(
+def test_a_pool_that_is_dropped_inside_an_operation_and_cannot_leave_lets_go(
     pool_name: str,
 ) -> None:
     with pools.create(pool_name, pools.tiny(lock_timeout=0.2)) as pool:
         other = pools.attach(pool.name)
         pools.take(other)
+        kept = [other]
         del other
         stranger = pools.locks_of(pool.name)
 
-        def collect() -> None:
-            gc.collect()
+        def drop() -> None:
+            kept.clear()
             wait_until(lambda: not stranger.is_locked_by_others(PLACE_BYTE + 1), "its slot fell")
 
-        run_inside(pool, collect)
+        run_inside(pool, drop)
         stranger.close()
         assert pool.reap().participants == 1
         assert pool.stats().reserved_blocks == 0
@@ -456,10 +457,21 @@ def test_a_pool_is_sent_to_a_spawned_process_and_is_the_same_there(pool: BlockPo
     assert pool.stats().participants == 1
 
 
-def test_a_pool_unpickled_in_its_own_process_is_another_participant(pool: BlockPool) -> None:
-    with pickle.loads(pickle.dumps(pool)) as twin:
-        assert twin.pool_id == pool.pool_id
-        assert {each.role for each in pool.participants()} == {"tester"}
+def test_a_pool_unpickled_in_its_own_process_is_the_same_object(pool: BlockPool) -> None:
+    """Found: each unpickling took a slot of its own, until there were none."""
+    assert pickle.loads(pickle.dumps(pool)) is pool
+    assert [each.role for each in pool.participants()] == ["tester"]
+
+
+def test_a_pool_unpickled_after_it_was_closed_here_attaches_again(pool: BlockPool) -> None:
+    with pools.attach(pool.name, role="late") as other:
+        data = pickle.dumps(other)
+    with pickle.loads(data) as again:
+        assert again is not other
+        assert [each.role for each in pool.participants()] == ["tester", "late"]
+    with pools.attach(pool.name) as another:
+        # Whichever of the open ones it is, it is none more.
+        assert pickle.loads(data) in (pool, another)
         assert len(pool.participants()) == 2
 
 

@@ -42,13 +42,13 @@ def test_views_lie_in_the_device_memory_and_aux_in_the_segment(
 ) -> None:
     handle = pools.take(cuda_pool, 6)
     view = cuda_pool.view(handle)
-    view["rows"].fill_(9)
+    rows = view["rows"].fill_(9)
     view.aux[0] = 6
     (memory_of_pool,) = gpu.allocated.values()
     assert memory_of_pool.raw[: 6 * 16] == (9).to_bytes(4, "little") * 24
     with cuda_pool.open(cuda_pool.publish(handle)) as lease:
         gpu.run()
-        assert torch.equal(lease["rows"], view["rows"])
+        assert torch.equal(lease["rows"], rows)
         assert int(lease.aux[0]) == 6
     gpu.run()
 

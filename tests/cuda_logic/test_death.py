@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -48,9 +47,7 @@ def test_a_stream_goes_on_soon_after_the_death_of_what_it_waits_for(
     with spawn(publish_on_a_stream_that_stands, pool.name) as child:
         handle = BlockHandle.decode(child.receive())  # type: ignore[arg-type]
         lease = pool.open(handle, stream=OTHER_STREAM)
-        use = pool.streams.begun
-        assert use is not None
-        assert use.watcher.is_running
+        assert watchers()
         assert not gpu.run(OTHER_STREAM)
         child.kill()
     wait_until(lambda: gpu.run(OTHER_STREAM), "the stream went on")
@@ -150,12 +147,10 @@ def test_the_watcher_ends_when_there_is_nothing_to_watch(
     monkeypatch.setattr(watcher, "IDLE", 0.1)
     handle = pool.publish(pools.take(pool, 8), stream=STREAM)
     pool.open(handle, stream=OTHER_STREAM).release()
-    use = pool.streams.begun
-    assert use is not None
-    assert use.watcher.is_running
+    assert watchers()
     gpu.run()
     gpu.run(OTHER_STREAM)
-    wait_until(lambda: not use.watcher.is_running, "the thread has ended")
+    wait_until(lambda: not watchers(), "the thread has ended")
 
 
 def test_a_publisher_that_dies_after_it_was_ready_takes_nothing_with_it(
@@ -227,7 +222,7 @@ class Gated(FakeGpu):
 
 
 @pytest.mark.parametrize("where", ["the same pool", "another pool"])
-def test_a_users_pool_that_is_collected_inside_an_operation_leaves_from_another_thread(
+def test_a_users_pool_that_is_dropped_inside_an_operation_leaves_from_another_thread(
     new_pool_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Its streams may wait for a watcher, and that for the operation that was interrupted."""
@@ -238,13 +233,14 @@ def test_a_users_pool_that_is_collected_inside_an_operation_leaves_from_another_
         dropped.pin()
         handle = dropped.publish(pools.take(dropped, 8), stream=STREAM)
         dropped.open(handle, stream=OTHER_STREAM).release()
+        kept = [dropped]
         del dropped
 
-        def collect() -> None:
-            gc.collect()
+        def drop() -> None:
+            kept.clear()
             gpu.gate.set()
 
-        run_inside(first if where == "the same pool" else second, collect)
+        run_inside(first if where == "the same pool" else second, drop)
         wait_until(lambda: len(first.participants()) == 1, "it left")
         assert gpu.came_through == [True]
         assert not gpu.registered
