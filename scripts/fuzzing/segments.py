@@ -19,11 +19,21 @@ from shmblocks import (
     Field,
     Lease,
     PoolConfig,
+    PoolInspector,
     ShmBlocksError,
-    open_inspector,
 )
 from shmblocks._os.filelock import PLACE_BYTE, FileLocks
-from shmblocks._state.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
+from shmblocks._state.layout import (
+    CHANNEL_BYTES,
+    CLAIM,
+    LEASE,
+    MESSAGE_BYTES,
+    PARTICIPANT,
+    RECORD,
+    WAITER,
+    WORD,
+    Layout,
+)
 from shmblocks.testing import abandon
 
 CONFIG = PoolConfig(
@@ -32,6 +42,10 @@ CONFIG = PoolConfig(
     block_size=4,
     max_leases=8,
     max_participants=4,
+    max_waiters=4,
+    max_claims=4,
+    channels=2,
+    channel_slots=4,
     lock_timeout=2.0,
     # A damaged word can say that a stream has yet to get there; it is waited for so long.
     unclaimed_timeout=0.05,
@@ -80,7 +94,7 @@ def fuzz_living(name: str, inputs: int, chooser: random.Random) -> dict[str, int
 
 def _damage(pool: BlockPool, layout: Layout, chooser: random.Random) -> None:
     memory = pool.state.segment.memory
-    data = bytearray(memory[: layout.ledger_bytes])
+    data = bytearray(memory[: layout.state_bytes])
     identity = bytes(data[:64])
     telling = _telling_words(bytes(data), layout)
     if chooser.random() < 0.15:
@@ -88,20 +102,24 @@ def _damage(pool: BlockPool, layout: Layout, chooser: random.Random) -> None:
     words_mutated(data, chooser, telling)
     # Read once, when it was attached.
     data[:64] = identity
-    memory[: layout.ledger_bytes] = bytes(data)
+    memory[: layout.state_bytes] = bytes(data)
 
 
 def _use_again(pool: BlockPool, handles: list[BlockHandle], leases: list[Lease]) -> None:
     """What the participant held before the damage."""
-    for lease in leases:
+    for number, lease in enumerate(leases):
         with contextlib.suppress(ShmBlocksError):
-            lease.release()
+            (lease.give_back if number % 2 else lease.release)()
     for handle in handles:
-        for operation in (pool.free, pool.view, pool.open, pool.write, pool.publish):
+        for operation in (pool.free, pool.view, pool.open, pool.open_for_write, pool.publish):
             with contextlib.suppress(ShmBlocksError):
                 operation(handle)
+        with contextlib.suppress(ShmBlocksError):
+            pool.forgo(handle)
     with contextlib.suppress(ShmBlocksError):
         pool.alloc(3, timeout=1e-6)
+    with contextlib.suppress(ShmBlocksError), pool.reserve(3, timeout=1e-6) as reservation:
+        reservation.grow(9)
     with contextlib.suppress(ShmBlocksError):
         pool.close()
 
@@ -114,7 +132,7 @@ def _telling_words(image: bytes, layout: Layout) -> list[int]:
     header = list(range(32))
     filled = [
         index
-        for index in range(layout.ledger_bytes // WORD)
+        for index in range(layout.state_bytes // WORD)
         if any(image[index * WORD : index * WORD + WORD])
     ]
     tables = [
@@ -122,13 +140,18 @@ def _telling_words(image: bytes, layout: Layout) -> list[int]:
         (layout.participants, 4 * PARTICIPANT.size),
         (layout.waiters, 3 * WAITER.size),
         (layout.leases, 8 * LEASE.size),
+        (layout.claims, 4 * CLAIM.size),
+        (layout.channels, 2 * CHANNEL_BYTES),
+        (layout.messages, 4 * MESSAGE_BYTES),
         (layout.records, 32 * RECORD.size),
+        (layout.live, 32 * WORD),
+        (layout.buckets, 32 * WORD),
         (layout.bitmap, layout.bitmap_bytes),
     ]
     words = [
         index
         for start, size in tables
-        for index in range(start // WORD, min(start + size, layout.ledger_bytes) // WORD)
+        for index in range(start // WORD, min(start + size, layout.state_bytes) // WORD)
     ]
     return 3 * header + 2 * filled + words + 10 * [layout.journal // WORD]
 
@@ -139,7 +162,7 @@ def _plant_journal(
     """Entries as a dead holder of the lock could have left them, and as nobody could."""
     entries = bytearray()
     for _ in range(chooser.choice((1, 1, 2, 3))):
-        edge = chooser.choice((0, layout.ledger_bytes - 8, layout.ledger_bytes, 1 << 40))
+        edge = chooser.choice((0, layout.state_bytes - 8, layout.state_bytes, 1 << 40))
         offset = edge if chooser.random() < 0.3 else chooser.choice(telling) * WORD
         length = chooser.choice((0, 8, 8, 16, 24, 72, 3, 1 << 30))
         entries += offset.to_bytes(WORD, "little") + length.to_bytes(WORD, "little")
@@ -184,10 +207,10 @@ def _open(name: str, data: bytes) -> bool:
 
 def _inspect(name: str) -> bool:
     try:
-        with open_inspector(name) as pool:
-            for look in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
+        with PoolInspector(name) as pool:
+            for read in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
                 with contextlib.suppress(ShmBlocksError):
-                    look()
+                    read()
     except ShmBlocksError:
         return False
     return True
@@ -221,9 +244,9 @@ def _use(pool: BlockPool) -> None:
             with contextlib.suppress(ShmBlocksError):
                 pool.grow(handle, handle.num_tokens + 3)
             pool.free(handle)
-    for look in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
+    for read in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
         with contextlib.suppress(ShmBlocksError):
-            look()
+            read()
 
 
 def _touch(pool: BlockPool, view: BlockView) -> None:

@@ -266,7 +266,7 @@ class Conductor:
                 0, f"{BLOCKS - self._pool.available_blocks()} blocks are lost:\n{held}"
             )
         if self._pool.stats().waiters:
-            self._board.violation(0, "somebody is left in the waiting line")
+            self._board.violation(0, "somebody is left in the wait queue")
 
     def _kill_the_rest(self) -> None:
         for pid in self._pids.values():

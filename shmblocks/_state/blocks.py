@@ -147,9 +147,13 @@ class BlockTable:
         moment: int = self._words[H_UNCLAIMED]
         return moment
 
-    def record(self, block: int) -> Record:
-        """The record at `block`, checked to lie inside the pool when it is not free."""
-        words = RECORD_BODY.unpack_from(self._memory, self._records + block * RECORD.size)
+    def record(self, block: int, copy: bytes | None = None) -> Record:
+        """The record at `block` (or a copy of it), checked to lie inside the pool when it is not
+        free."""
+        if copy is None:
+            words = RECORD_BODY.unpack_from(self._memory, self._records + block * RECORD.size)
+        else:
+            words = RECORD_BODY.unpack_from(copy)
         state = words[0]
         # Refuse numbers that lead outside of the pool, or that no operation leaves behind. By
         # index: each operation passes here, and a name costs three times as much.

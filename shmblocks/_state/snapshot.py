@@ -34,7 +34,6 @@ from shmblocks._state.layout import (
     LEASE_HEAD,
     R_REQUEST_ID,
     RECORD,
-    RECORD_BODY,
     WORD,
     LeaseRecord,
     Record,
@@ -84,10 +83,10 @@ class RawState:
         return _HEADER.unpack(self._header)
 
     def allocations(self) -> list[Allocation]:
-        """Every allocation, by start block."""
+        """Every allocation, by start block; `DamagedPoolError` for one that cannot be."""
         found = []
         for start, data in sorted(zip(self._starts, self._records, strict=True)):
-            record = Record._make(RECORD_BODY.unpack_from(data))
+            record = self.parts.blocks.record(start, data)
             text = data[R_REQUEST_ID * WORD :]
             req_id = text[1 : 1 + min(text[0], 63)].decode("utf-8", "replace")
             found.append(Allocation(start, record, req_id))
