@@ -66,8 +66,8 @@ def _one_pair(pool: BlockPool, chooser: random.Random) -> int:
             sending.send(room, data)
             for _ in range(PER_PAIR // 4):
                 known = there.seen + back.seen
-                either = chooser.choice((there, back))
-                queue.SimpleQueue.put(either, mutated(chooser.choice(known), chooser, known))
+                connection = chooser.choice((there, back))
+                queue.SimpleQueue.put(connection, mutated(chooser.choice(known), chooser, known))
                 if chooser.random() < 0.3:
                     chooser.choice((sending, receiving)).poll()
             for _ in range(20):

@@ -23,7 +23,17 @@ from shmblocks import (
     ShmBlocksError,
 )
 from shmblocks._os.filelock import PLACE_BYTE, FileLocks
-from shmblocks._state.layout import LEASE, PARTICIPANT, RECORD, WAITER, WORD, Layout
+from shmblocks._state.layout import (
+    CHANNEL_BYTES,
+    CLAIM,
+    LEASE,
+    MESSAGE_BYTES,
+    PARTICIPANT,
+    RECORD,
+    WAITER,
+    WORD,
+    Layout,
+)
 from shmblocks.testing import abandon
 
 CONFIG = PoolConfig(
@@ -32,6 +42,10 @@ CONFIG = PoolConfig(
     block_size=4,
     max_leases=8,
     max_participants=4,
+    max_waiters=4,
+    max_claims=4,
+    channels=2,
+    channel_slots=4,
     lock_timeout=2.0,
     # A damaged word can say that a stream has yet to get there; it is waited for so long.
     unclaimed_timeout=0.05,
@@ -93,15 +107,19 @@ def _damage(pool: BlockPool, layout: Layout, chooser: random.Random) -> None:
 
 def _use_again(pool: BlockPool, handles: list[BlockHandle], leases: list[Lease]) -> None:
     """What the participant held before the damage."""
-    for lease in leases:
+    for number, lease in enumerate(leases):
         with contextlib.suppress(ShmBlocksError):
-            lease.release()
+            (lease.give_back if number % 2 else lease.release)()
     for handle in handles:
         for operation in (pool.free, pool.view, pool.open, pool.open_for_write, pool.publish):
             with contextlib.suppress(ShmBlocksError):
                 operation(handle)
+        with contextlib.suppress(ShmBlocksError):
+            pool.forgo(handle)
     with contextlib.suppress(ShmBlocksError):
         pool.alloc(3, timeout=1e-6)
+    with contextlib.suppress(ShmBlocksError), pool.reserve(3, timeout=1e-6) as reservation:
+        reservation.grow(9)
     with contextlib.suppress(ShmBlocksError):
         pool.close()
 
@@ -122,7 +140,12 @@ def _telling_words(image: bytes, layout: Layout) -> list[int]:
         (layout.participants, 4 * PARTICIPANT.size),
         (layout.waiters, 3 * WAITER.size),
         (layout.leases, 8 * LEASE.size),
+        (layout.claims, 4 * CLAIM.size),
+        (layout.channels, 2 * CHANNEL_BYTES),
+        (layout.messages, 4 * MESSAGE_BYTES),
         (layout.records, 32 * RECORD.size),
+        (layout.live, 32 * WORD),
+        (layout.buckets, 32 * WORD),
         (layout.bitmap, layout.bitmap_bytes),
     ]
     words = [
@@ -185,9 +208,9 @@ def _open(name: str, data: bytes) -> bool:
 def _inspect(name: str) -> bool:
     try:
         with PoolInspector(name) as pool:
-            for call in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
+            for read in (pool.stats, pool.allocations, pool.participants, pool.check, pool.reap):
                 with contextlib.suppress(ShmBlocksError):
-                    call()
+                    read()
     except ShmBlocksError:
         return False
     return True
@@ -221,9 +244,9 @@ def _use(pool: BlockPool) -> None:
             with contextlib.suppress(ShmBlocksError):
                 pool.grow(handle, handle.num_tokens + 3)
             pool.free(handle)
-    for call in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
+    for read in (pool.check, pool.stats, pool.allocations, pool.participants, pool.reap):
         with contextlib.suppress(ShmBlocksError):
-            call()
+            read()
 
 
 def _touch(pool: BlockPool, view: BlockView) -> None:

@@ -83,7 +83,7 @@ class RawState:
         return _HEADER.unpack(self._header)
 
     def allocations(self) -> list[Allocation]:
-        """Every allocation, by start block."""
+        """Every allocation, by start block; `DamagedPoolError` for one that cannot be."""
         found = []
         for start, data in sorted(zip(self._starts, self._records, strict=True)):
             record = self.parts.blocks.record(start, data)
