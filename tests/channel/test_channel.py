@@ -32,7 +32,9 @@ def take(pool: BlockPool, num_tokens: int = 4) -> BlockHandle:
 
 
 def send(channel: Channel, message: bytes) -> BlockHandle:
-    return channel.send(take(channel.pool), message=message)
+    pool = channel.pool
+    assert isinstance(pool, BlockPool)
+    return channel.send(take(pool), message=message)
 
 
 def receive(channel: Channel, timeout: float | None = 0.0) -> bytes:

@@ -28,6 +28,7 @@ from shmblocks._state import shared_segment as shared_segment_module
 from shmblocks._state.layout import H_VERSION
 from shmblocks._state.participants import Participants
 from shmblocks._state.pool_state import PoolState
+from shmblocks.pool import Prefault
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support import procfs
@@ -181,7 +182,7 @@ def test_a_creation_that_fails_at_any_step_is_undone(
 
 @pytest.mark.parametrize("prefault", ["now", "background"])
 def test_a_creation_whose_prefault_fails_is_undone(
-    pool_name: str, monkeypatch: pytest.MonkeyPatch, prefault: str
+    pool_name: str, monkeypatch: pytest.MonkeyPatch, prefault: Prefault
 ) -> None:
     from shmblocks._os.segment import Segment
 

@@ -21,6 +21,7 @@ from shmblocks import (
     BlockPool,
     DamagedPoolError,
     IncompatiblePoolError,
+    Lease,
     PoolExistsError,
     PoolInspector,
     PoolTimeoutError,
@@ -192,6 +193,11 @@ def inspect(name: str) -> None:
                 look()
 
 
+def release_all(leases: list[Lease]) -> None:
+    for lease in leases:
+        lease.release()
+
+
 def operations(pool: BlockPool) -> Iterator[Callable[[], object]]:
     """Every operation, on everything that the pool says it has, and on what it does not have."""
     yield pool.stats
@@ -214,10 +220,10 @@ def operations(pool: BlockPool) -> Iterator[Callable[[], object]]:
     yield pool.cache_stats
     yield lambda: pool.find(KEY)
     yield lambda: pool.touch(KEY)
-    yield lambda: [lease.release() for lease in pool.get(KEY) or ()]
+    yield lambda: release_all(pool.get(KEY) or [])
     yield lambda: pool.claim(b"c" * 16)
     yield lambda: pool.end_claim(b"c" * 16)
-    yield lambda: [lease.release() for lease in channel(pool, "c").receive_many(2, timeout=0)]
+    yield lambda: release_all(channel(pool, "c").receive_many(2, timeout=0))
     yield lambda: channel(pool, "d").send(pools.take(pool), message=b"m", timeout=0)
     yield lambda: pool.publish(pools.take(pool), key=b"n" * 16)
     yield lambda: pool.drop(KEY)

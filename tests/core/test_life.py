@@ -27,6 +27,7 @@ from shmblocks import (
 )
 from shmblocks._os.filelock import PLACE_BYTE
 from shmblocks._os.segment import path_of
+from shmblocks.pool import Prefault
 from tests.core import pools
 from tests.core.conftest import require_right
 from tests.support import procfs
@@ -117,7 +118,9 @@ def test_an_unknown_prefault_is_refused_before_anything_is_made(pool_name: str) 
 
 
 @pytest.mark.parametrize("prefault", ["background", "now", "off"])
-def test_prefaulting_changes_no_byte_and_ends_with_the_pool(pool_name: str, prefault: str) -> None:
+def test_prefaulting_changes_no_byte_and_ends_with_the_pool(
+    pool_name: str, prefault: Prefault
+) -> None:
     with BlockPool.create(pool_name, pools.tiny(), prefault=prefault) as pool:
         pools.take(pool)
         with BlockPool.attach(pool_name, prefault=prefault) as other:

@@ -9,9 +9,10 @@ from typing import cast
 import torch
 
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
+from shmblocks import lease as lease_module
 from shmblocks._state.blocks import LeaseKey
+from shmblocks._state.pool_state import PoolState
 from shmblocks.cuda.use import GpuUse, Order
-from shmblocks.lease import Leases
 from tests.support.children import Channel
 
 WIDTH = 1024
@@ -89,13 +90,13 @@ def broken(how: str) -> Iterator[None]:
         Order.wait = lambda self, word, value: None  # type: ignore[method-assign]
         undo.append(lambda: setattr(Order, "wait", wait))
     elif how == "early release":
-        release = Leases.release_on
+        end = lease_module._end
 
-        def at_once(self: Leases, key: LeaseKey, order: object) -> None:
-            self.release(key)
+        def at_once(state: PoolState, key: LeaseKey, order: object) -> None:
+            state.release(key)
 
-        Leases.release_on = at_once  # type: ignore[method-assign]
-        undo.append(lambda: setattr(Leases, "release_on", release))
+        lease_module._end = at_once
+        undo.append(lambda: setattr(lease_module, "_end", end))
     try:
         yield
     finally:
@@ -120,7 +121,7 @@ def read_many(channel: Channel, name: str, count: int, how: str, pinned: bool) -
 
 
 def ipc_opens(pool: BlockPool) -> int:
-    use = pool.state.outside
+    use = pool.state.device_use
     assert isinstance(use, GpuUse)
     opens: int = use.gpu.ipc_opens  # type: ignore[attr-defined]
     return opens
