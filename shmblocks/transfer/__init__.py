@@ -3,26 +3,31 @@
 embedding process                              language process
 endpoint = EmbeddingEndpoint(pool, tx, rx)     endpoint = LanguageEndpoint(pool, tx, rx)
 sender = endpoint.send(7, {...})               receiver = endpoint.receive(7)
-sender.wait()                                  with receiver.wait() as result:
+sender.wait(timeout=30)                        with receiver.wait(timeout=30) as result:
                                                    result["input_embeddings"]
 
-Both take `spill=other_pool`: a pool in host memory for what theirs, on a GPU, has no room for.
+With asyncio: `sender = await endpoint.send_async(7, {...})`, `await sender`; `receiver = await
+endpoint.receive_async(7)`, `with await receiver as result:`.
+
+Both endpoints take `spill=other_pool`: a pool in host memory that is used when theirs, on a GPU,
+has no free blocks.
 """
 
 from __future__ import annotations
 
-from shmblocks.transfer.channel import QueueLike
+from shmblocks.transfer.connection import EndpointStats
 from shmblocks.transfer.embedding import EmbeddingEndpoint, Sender
-from shmblocks.transfer.endpoint import EndpointStats
 from shmblocks.transfer.language import LanguageEndpoint, Receiver
+from shmblocks.transfer.messages import Mode
+from shmblocks.transfer.queues import QueueLike, ZmqQueue
 from shmblocks.transfer.result import TransferResult
-from shmblocks.transfer.status import Status
-from shmblocks.transfer.zmqqueue import ZmqQueue
+from shmblocks.transfer.room import Status
 
 __all__ = [
     "EmbeddingEndpoint",
     "EndpointStats",
     "LanguageEndpoint",
+    "Mode",
     "QueueLike",
     "Receiver",
     "Sender",

@@ -1,19 +1,22 @@
-"""What both endpoints are: a line to the peer, open rooms, and one lock around them.
+"""What both endpoints have in common: a connection, open rooms, and one lock around them.
 
-    poll()    everything that can be done now: send what is unsent, take what has arrived, look
-              whether the peer lives, let every room go on. Never sleeps
+    poll()    do everything that can be done now: send what is unsent, take what has arrived, check
+              that the peer lives, let every room go on. Never sleeps
     wait      poll until one room has ended, asleep on the queue in between
 
-Any thread may call anything. All state is behind `_turn`. Of the threads that wait, one at a time
-reads the queue, without the lock:
+Any thread may call anything. `_changed`, a condition, is the lock around all state. Of the threads
+that wait, one at a time reads the queue, without the lock:
 
-  1. under the lock, nobody else being the reader, it becomes the reader;
-  2. it lets go of the lock and sleeps in the queue's own get, for a bounded time;
-  3. what it got goes to the inbox *before* it takes the lock again, and until it has it again
-     nobody else takes from the queue (poll sees that there is a reader). So messages are
-     handled in the order in which they came.
+  1. under the lock, if there is no reader, it becomes the reader;
+  2. it releases the lock and sleeps in the queue's own get, for a bounded time;
+  3. it puts what it got into the inbox *before* it takes the lock again. Until it has the lock,
+     nobody else reads the queue (poll sees that there is a reader). So messages are handled in the
+     order in which they came.
 
-The others sleep on `_turn` and are woken when the reader is back.
+The other threads sleep on `_changed`; the reader wakes them when it has the lock again.
+
+With asyncio, a room is opened in the event loop's default executor, as `asyncio.to_thread` does,
+because that may copy; and one thread of the endpoint waits for all awaited rooms (`async_wait.py`).
 
 What it does not do: know the messages of rooms (the two endpoints do), own the pool or the queues,
 or work in another process than the one that made it.
@@ -22,25 +25,24 @@ or work in another process than the one that made it.
 from __future__ import annotations
 
 import abc
+import asyncio
+import math
 import os
 import threading
 import time
+from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
-from shmblocks._state.info import ParticipantId
 from shmblocks.errors import InvalidStateError, PeerDiedError, PoolTimeoutError
-from shmblocks.transfer.channel import QueueLike
-from shmblocks.transfer.holders import who_holds_blocks
-from shmblocks.transfer.link import Link
-from shmblocks.transfer.messages import Bye, Hello, RoomMessage
+from shmblocks.transfer.async_wait import AsyncWaits
+from shmblocks.transfer.connection import Connection, EndpointStats, ExpiringDict
+from shmblocks.transfer.messages import AnyMessage, Bye, Hello, RoomMessage
 from shmblocks.transfer.pools import Pools
-from shmblocks.transfer.recent import Recent
-from shmblocks.transfer.returns import Returns
-from shmblocks.transfer.room import Room
-from shmblocks.transfer.status import Status
+from shmblocks.transfer.queues import QueueLike
+from shmblocks.transfer.room import Room, Status
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,50 +50,26 @@ if TYPE_CHECKING:
     from shmblocks.pool import BlockPool
 
 R = TypeVar("R", bound=Room)
+T = TypeVar("T")
 
-# Seconds asleep in one go while only a message can help. Smaller: more wake-ups for nothing.
-# Larger: a dead peer is noticed later, and a second thread's room waits longer for its turn to
-# read.
+# Seconds of one sleep while only a message can help. Smaller: more wake-ups for nothing. Larger: a
+# dead peer is noticed later, and a room of another thread waits longer.
 LONGEST_SLICE = 0.05
-# The same while blocks, or room in a full queue, can help too, which nothing wakes us for: it grows
-# from the first to the second. Smaller: less latency, more looks at the pool (a few us each).
+# The same while free blocks, or a full queue that is read, can help too: nothing wakes us for
+# these. It grows from the first to the second. Smaller: less latency, more polls of the pool (a few
+# us each).
 FIRST_NAP = 0.0002
 LONGEST_NAP = 0.01
 # Seconds for which close(), and a wait that has ended, try to send what a full queue has not taken.
-# Longer: they take longer when the other side does not read. Shorter: it may not be told the end of
-# a room when this side's user polls no more.
+# Longer: they take longer when the other side does not read. Shorter: the other side may not be
+# told the end of a room when this side's user does not poll any more.
 SEND_PATIENCE = 0.2
 
-# Ended attempts that are remembered, to tell their late messages. Fewer: a very late message of a
-# busy endpoint is taken for an early one, and kept for a while. More: more memory (some 200 bytes).
+# Ended attempts that are remembered, to recognise their late messages. Fewer: a very late message
+# of a busy endpoint is taken for an early one, and kept for a while. More: memory (some 200 bytes
+# each).
 REMEMBERED = 4096
 REMEMBERED_SECONDS = 600.0
-
-
-class EndpointStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts since the endpoint was made, and what is open now.
-
-    malformed, foreign, late and duplicate are messages that were dropped: not a message at all; of
-    a participant that is not the peer; of a room that has ended or never was; had before.
-    spilled are the rounds (of all rooms, as soon as they went over) that went through the spill
-    pool.
-    """
-
-    peer: str
-    sent: int
-    received: int
-    malformed: int
-    foreign: int
-    late: int
-    duplicate: int
-    rooms_open: int
-    rooms_succeeded: int
-    rooms_failed: int
-    rounds: int
-    spilled: int
-    tokens: int
-    bytes: int
-    unsent: int
 
 
 class Endpoint(abc.ABC, Generic[R]):
@@ -103,87 +81,74 @@ class Endpoint(abc.ABC, Generic[R]):
         """`tx` of one side is `rx` of the other.
 
         `spill`: a pool in host memory with the same fields and block size, used whenever `pool`
-        (most of the time one on a GPU) is full. Both sides give the same, or neither does.
+        (mostly one on a GPU) is full. Both sides give the same, or neither does.
         """
         if not pool.config.fields:
             raise ValueError(f"pool {pool.name}: expected at least one field to transfer, got none")
-        self._pool = pool
         self._pools = Pools(pool, spill)
-        self._link = Link(self._pools, tx, rx)
-        self._returns = Returns(self._pools)
+        self._connection = Connection(self._pools, tx, rx)
         self._rooms: dict[int, R] = {}
-        self._ended: Recent[int, bool] = Recent(REMEMBERED, REMEMBERED_SECONDS)
-        self._turn = threading.Condition(threading.Lock())
+        self._ended: ExpiringDict[int, bool] = ExpiringDict(REMEMBERED, REMEMBERED_SECONDS)
+        self._changed = threading.Condition(threading.Lock())
         self._has_reader = False
         self._is_closed = False
-        self._num_bytes = 0
+        self._async_waits = AsyncWaits(self._serve)
         self._pid = os.getpid()
-        self._link.greet()
+        self._connection.say_hello()
 
     # ---- for users ---------------------------------------------------------------------------
 
     @property
     def pool(self) -> BlockPool:
         """The pool that both sides are attached to."""
-        return self._pool
+        return self._pools.own
 
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._is_closed
 
-    @property
     def stats(self) -> EndpointStats:
         """What was counted up to now."""
-        with self._turn:
-            counts, link = self._link.counts, self._link
-            return EndpointStats(
-                peer=link.peer_name,
-                sent=counts.sent,
-                received=counts.received,
-                malformed=counts.malformed,
-                foreign=counts.foreign,
-                late=counts.late,
-                duplicate=counts.duplicate,
+        with self._changed:
+            return msgspec.structs.replace(
+                self._connection.counts,
+                peer=self._connection.peer_name,
                 rooms_open=sum(not room.is_over for room in self._rooms.values()),
-                rooms_succeeded=counts.succeeded,
-                rooms_failed=counts.failed,
-                rounds=counts.rounds,
-                spilled=counts.spilled,
-                tokens=counts.tokens,
-                bytes=self._num_bytes,
-                unsent=link.unsent,
+                unsent=self._connection.unsent,
             )
 
     def poll(self) -> None:
         """Do everything that can be done now, for every room. Never sleeps.
 
-        What arrives can never make it raise. It raises `InvalidStateError` on a closed endpoint,
-        and what the pool raises about itself (`PoolClosedError`).
+        No message can make it raise. It raises `InvalidStateError` on a closed endpoint, and the
+        errors of the pool itself (`PoolClosedError`).
         """
-        with self._turn:
+        with self._changed:
             self._check_usable()
             self._pump()
 
     def close(self) -> None:
         """Fail every open room, tell the other side, give everything back; idempotent.
 
-        Results that were handed out stay valid until they are released. The pool and the queues
-        stay open: they are the caller's.
+        Results that were taken stay valid until they are released. The pool and the queues stay
+        open: they are the caller's. It may take SEND_PATIENCE seconds; in a coroutine:
+        `await asyncio.to_thread(endpoint.close)`.
         """
         if os.getpid() != self._pid:
             return  # a forked child: rooms and blocks are the parent's
-        with self._turn:
+        with self._changed:
             if self._is_closed:
                 return
             for room in self._rooms.values():
                 room.fail("the endpoint was closed")
             self._sweep()
             self._discard_untaken()
-            self._link.part()
+            self._connection.say_bye()
             self._is_closed = True
-            self._turn.notify_all()
-        self._send_the_rest(SEND_PATIENCE)
+            self._changed.notify_all()
+        self._send_rest(SEND_PATIENCE)
+        self._async_waits.join()
 
     def __enter__(self) -> Self:
         return self
@@ -198,26 +163,28 @@ class Endpoint(abc.ABC, Generic[R]):
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else f"{len(self._rooms)} rooms"
-        peer = self._link.peer_name or "no peer yet"
-        return f"{type(self).__name__}({self._pool.name!r}, {state}, {peer})"
+        peer = self._connection.peer_name or "no peer yet"
+        return f"{type(self).__name__}({self.pool.name!r}, {state}, {peer})"
 
     # ---- rooms -------------------------------------------------------------------------------
 
     def _start(self, room: R) -> None:
-        """Open a room and let it go as far as it can.
+        """Open a room and let it go as far as it can; if that raises, it holds nothing.
 
-        What has arrived is taken first, so that a request that was withdrawn since is not begun.
+        Take what has arrived first: the other side may have withdrawn its request since.
         """
-        with self._turn:
-            self._check_usable()
-            self._pump()
-            self._open(room)
+        with self._changed:
             try:
+                self._check_usable()
+                self._pump()
+                self._open(room)
                 self._begin(room)
                 self._pump()
             except BaseException:
-                room.fail("it could not be started")
-                self._sweep()
+                if self._rooms.get(room.number) is room:
+                    room.fail("it could not be started")
+                    self._sweep()
+                room.give_back()
                 raise
 
     def _begin(self, room: R) -> None:
@@ -226,22 +193,22 @@ class Endpoint(abc.ABC, Generic[R]):
     def _open(self, room: R) -> None:
         self._check_usable()
         self._sweep()
-        if not 0 <= room.room < 1 << 64:
-            raise ValueError(f"room: expected 0 to 2**64 - 1, got {room.room}")
-        if room.room in self._rooms:
+        if not 0 <= room.number < 1 << 64:
+            raise ValueError(f"room: expected 0 to 2**64 - 1, got {room.number}")
+        if room.number in self._rooms:
             raise ValueError(
-                f"room {room.room}: is open already ({self._rooms[room.room].status}); end it "
+                f"room {room.number}: is open already ({self._rooms[room.number].status}); end it "
                 "first, or take another number"
             )
-        self._rooms[room.room] = room
+        self._rooms[room.number] = room
 
     def _check_usable(self) -> None:
         if self._is_closed:
             raise InvalidStateError(f"{self!r}: it was closed")
         if os.getpid() != self._pid:
             raise InvalidStateError(
-                f"{self!r}: it was made by the process {self._pid} before a fork; make an endpoint "
-                "in the process that uses it"
+                f"{self!r}: the process {self._pid} made it before a fork; make an endpoint in the "
+                "process that uses it"
             )
 
     def _find(self, message: RoomMessage) -> R | None:
@@ -249,36 +216,32 @@ class Endpoint(abc.ABC, Generic[R]):
         room = self._rooms.get(message.room)
         if room is not None and room.nonce == message.nonce and not room.is_over:
             return room
-        self._link.counts.late += 1
+        self._connection.counts.late += 1
         return None
 
     def _abort(self, room: R, reason: str) -> bool:
         """End a room; False when it had ended before."""
-        with self._turn:
+        with self._changed:
             was_open = not room.is_over
             room.fail(f"aborted: {reason}")
             self._discard(room)
             self._sweep()
-            self._turn.notify_all()
+            self._changed.notify_all()
         return was_open
 
     def _sweep(self) -> None:
         """Forget the rooms that have ended, and count them."""
-        over = [room for room in self._rooms.values() if room.is_over]
-        for room in over:
-            del self._rooms[room.room]
+        counts = self._connection.counts
+        for room in [room for room in self._rooms.values() if room.is_over]:
+            del self._rooms[room.number]
             if room.nonce:
                 self._ended.put(room.nonce, True)
-            self._count(room)
+            counts.rooms_succeeded += room.status is Status.Success
+            counts.rooms_failed += room.status is Status.Failed
+            counts.rounds += room.rounds
+            counts.num_tokens += room.num_tokens
+            counts.num_bytes += room.num_bytes
             self._on_end(room)
-
-    def _count(self, room: R) -> None:
-        counts = self._link.counts
-        counts.succeeded += room.status is Status.Success
-        counts.failed += room.status is Status.Failed
-        counts.rounds += room.rounds
-        counts.tokens += room.tokens
-        self._num_bytes += room.num_bytes
 
     @abc.abstractmethod
     def _handle(self, message: RoomMessage) -> None:
@@ -291,7 +254,7 @@ class Endpoint(abc.ABC, Generic[R]):
         """The peer is lost; its rooms have failed."""
 
     def _discard(self, room: R) -> None:
-        """Give back what a room that succeeded has for its user, when he has not taken it."""
+        """Give back the result of a room that succeeded, if its user has not taken it."""
 
     def _discard_untaken(self) -> None:
         """The same for all rooms."""
@@ -299,124 +262,266 @@ class Endpoint(abc.ABC, Generic[R]):
     # ---- pumping (all with the lock held) ----------------------------------------------------
 
     def _pump(self) -> None:
-        self._returns.retry()
-        self._link.flush()
+        self._pools.retry_free()
+        self._connection.flush()
         if not self._has_reader:
-            self._link.fetch()
-        while (message := self._link.take()) is not None:
-            if not self._is_from_peer(message.origin.place, message.origin.incarnation, message):
-                self._link.counts.foreign += 1
-            elif isinstance(message, Hello):
-                self._link.on_hello(message)
-            elif isinstance(message, Bye):
-                self._link.on_bye()
-            elif isinstance(message, RoomMessage):
-                self._handle(message)
-        self._link.look()
+            self._connection.fetch()
+        while (message := self._connection.take()) is not None:
+            self._dispatch(message)
+        self._connection.check_peer()
         self._fail_if_lost()
         self._advance()
         self._sweep()
 
-    def _advance(self) -> None:
-        """Let every room go on, the oldest first.
-
-        When the pool has refused a number of blocks, whoever waits for as many or more need not ask
-        in this round: a hundred waiting rooms would be a hundred searches of a full pool.
-        """
-        refused = 0
-        for room in list(self._rooms.values()):
-            if not 0 < refused <= room.blocks_wanted:
-                room.safely(room.advance)
-                refused = min(refused or room.blocks_wanted, room.blocks_wanted or refused)
-
-    def _is_from_peer(self, place: int, incarnation: int, message: object) -> bool:
-        sender = ParticipantId(place, incarnation)
-        if sender == self._link.peer:
-            is_new = isinstance(message, Hello) and self._link.loss is not None
-            if is_new and self._pool.is_alive(sender):  # it made another endpoint
-                self._fail_if_lost()
-                self._link.adopt(sender)
-            return True
-        if not self._link.may_adopt(sender):
-            return False
-        self._fail_if_lost()
-        self._link.adopt(sender)
-        return True
+    def _dispatch(self, message: AnyMessage) -> None:
+        connection = self._connection
+        whose = connection.identify(message)
+        if whose == "foreign":
+            connection.counts.foreign += 1
+            return
+        if whose == "newcomer":
+            self._fail_if_lost()
+            connection.adopt(message.sender.participant)
+        if isinstance(message, Hello):
+            connection.on_hello(message)
+        elif isinstance(message, Bye):
+            connection.on_bye()
+        else:
+            self._handle(message)
 
     def _fail_if_lost(self) -> None:
-        loss = self._link.loss
+        loss = self._connection.loss
         if loss is None:
             return
-        is_death = issubclass(loss.error, PeerDiedError) and bool(self._rooms)
+        must_reap = issubclass(loss.error, PeerDiedError) and bool(self._rooms)
         for room in self._rooms.values():
-            room.fail_by_loss(loss)
+            room.fail(f"{loss.reason}; {room.waits_for()}", loss.error, tell_peer=False)
         self._sweep()
         self._on_loss()
-        if is_death:
+        if must_reap:
             for pool in self._pools.all:
                 pool.reap()
 
+    def _advance(self) -> None:
+        """Let every room go on, the oldest first.
+
+        Once the pool has refused a number of blocks, rooms that wait for as many or more are not
+        asked in this poll: a hundred waiting rooms would be a hundred searches of a full pool.
+        """
+        refused = math.inf
+        for room in list(self._rooms.values()):
+            if room.blocks_wanted < refused:
+                room.attempt(room.advance)
+                refused = min(refused, room.blocks_wanted or math.inf)
+
     # ---- waiting -----------------------------------------------------------------------------
 
-    def _wait(self, room: R, timeout: float | None) -> None:
+    def _wait(self, room: R, timeout: float | None, start: float | None = None) -> None:
         """Pump until the room has ended; `PoolTimeoutError` says whom it waits for."""
-        start = time.monotonic()
-        nap = FIRST_NAP
-        with self._turn:
-            while not self._has_ended(room):
-                left = LONGEST_SLICE if timeout is None else start + timeout - time.monotonic()
-                if left <= 0:
-                    raise PoolTimeoutError(self._overdue(room, time.monotonic() - start))
-                hungry = self._is_hungry()
-                nap = min(2 * nap, LONGEST_NAP) if hungry else FIRST_NAP
-                self._sleep(min(left, nap if hungry else LONGEST_SLICE))
-        left = SEND_PATIENCE if timeout is None else start + timeout - time.monotonic()
-        self._send_the_rest(min(left, SEND_PATIENCE))
+        start = time.monotonic() if start is None else start
+        deadline = math.inf if timeout is None else start + timeout
+        with self._changed:
+            if not self._pump_until(lambda: room.is_over, deadline):
+                raise PoolTimeoutError(self._overdue(room, time.monotonic() - start))
+        self._send_rest(min(deadline - time.monotonic(), SEND_PATIENCE))
 
-    def _has_ended(self, room: R) -> bool:
-        if not room.is_over:
+    async def _wait_async(self, room: R, timeout: float | None) -> None:
+        """`_wait` without blocking the event loop. When cancelled, the room stays open."""
+        if room.is_over:
+            return
+        start = time.monotonic()
+        if not await self._async_waits.wait(room, timeout):
+            # One last poll, and the text of the error: both may wait for a lock.
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self._wait, room, timeout, start)
+
+    def _serve(self, has_waiters: Callable[[], bool]) -> None:
+        """Pump for coroutines, in a thread, until none waits and what they said is sent."""
+        give_up = 0.0
+
+        def is_done() -> bool:
+            nonlocal give_up
+            now = time.monotonic()
+            if has_waiters():
+                give_up = now + SEND_PATIENCE
+                return False
+            return not self._connection.unsent or now > give_up
+
+        with self._changed:
+            self._pump_until(is_done, math.inf)
+
+    def _pump_until(self, is_done: Callable[[], bool], deadline: float) -> bool:
+        """Pump, with sleeps, until it is done; False when the deadline has passed. Lock held."""
+        nap = FIRST_NAP
+        while not is_done():
             self._check_usable()
             self._pump()
-        return room.is_over
+            if is_done():
+                break
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            is_hungry = self._is_hungry()
+            nap = min(2 * nap, LONGEST_NAP) if is_hungry else FIRST_NAP
+            self._sleep(min(left, nap if is_hungry else LONGEST_SLICE))
+        return True
 
     def _is_hungry(self) -> bool:
-        """Whether something may become possible without a message."""
-        return self._link.unsent > 0 or any(room.blocks_wanted for room in self._rooms.values())
+        """Whether a room may go on without a message."""
+        return self._connection.unsent > 0 or any(
+            room.blocks_wanted for room in self._rooms.values()
+        )
 
     def _sleep(self, seconds: float) -> None:
-        """Sleep on the queue, or until the thread that does so is back; with the lock let go."""
+        """Sleep without the lock: on the queue, or until the reader is back."""
         if self._has_reader:
-            self._turn.wait(seconds)
+            self._changed.wait(seconds)
             return
         self._has_reader = True
-        self._turn.release()
+        self._changed.release()
         try:
-            self._link.wait(seconds)
+            self._connection.wait(seconds)
         finally:
-            self._turn.acquire()
+            self._changed.acquire()
             self._has_reader = False
-            self._turn.notify_all()
+            self._changed.notify_all()
 
     def _overdue(self, room: R, waited: float) -> str:
-        peer = self._link.peer_name or (
+        peer = self._connection.peer_name or (
             "nobody yet: no message has come; was the other endpoint made, and is its rx this "
             "one's tx?"
         )
         text = (
-            f"room {room.room} has not ended after {waited:.2f} s (at {room.status} since it was "
-            f"opened {time.monotonic() - room.opened:.2f} s ago): {room.waits_for()}; the other "
-            f"side is {peer}; the room stays open"
+            f"room {room.number} has not ended after {waited:.2f} s (opened "
+            f"{time.monotonic() - room.opened_at:.2f} s ago, now {room.status}): "
+            f"{room.waits_for()}; the other side is {peer}; the room stays open"
         )
-        if not room.blocks_wanted:
-            return text
-        return "\n".join([text, *map(who_holds_blocks, self._pools.all)])
+        return f"{text}\n{self._pools.who_holds()}" if room.blocks_wanted else text
 
-    def _send_the_rest(self, seconds: float) -> None:
+    def _send_rest(self, seconds: float) -> None:
+        """Try to send what a full queue has not taken."""
         deadline = time.monotonic() + seconds
-        while self._link.unsent and time.monotonic() < deadline:
+        while self._connection.unsent and time.monotonic() < deadline:
             time.sleep(FIRST_NAP)
-            with self._turn:
+            with self._changed:
                 if self._is_closed:
-                    self._link.flush()
+                    self._connection.flush()
                 else:
-                    self._pump()  # both sides may be here: each must read, too
+                    self._pump()  # the other side may be doing the same, so both must read
+
+
+class Transfer(abc.ABC, Generic[R, T]):
+    """What a user holds of a room: `Sender` or `Receiver`. Any thread may use it."""
+
+    def __init__(self, endpoint: Endpoint[R], room: R) -> None:
+        self._endpoint = endpoint
+        self._room = room
+
+    @property
+    def room(self) -> int:
+        """The room's number."""
+        return self._room.number
+
+    @property
+    def status(self) -> Status:
+        """The room's status; `poll` and `wait` bring it up to date."""
+        return self._room.status
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed; None when it has not."""
+        return self._room.failure
+
+    @property
+    def rounds(self) -> int:
+        """Chunks that went over."""
+        return self._room.rounds
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that went over."""
+        return self._room.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that went over."""
+        return self._room.num_bytes
+
+    def poll(self) -> Status:
+        """Do what can be done now, for every room of the endpoint; gives this room's status."""
+        if not self._room.is_over:
+            self._endpoint.poll()
+        return self._room.status
+
+    def abort(self, reason: str = "by its user") -> bool:
+        """End the room as Failed, give everything back, tell the other side why.
+
+        False when it had ended before; a result that nobody has taken is given back even then.
+        """
+        return self._endpoint._abort(self._room, reason)
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Wait for Success; a Receiver gives the result, which holds blocks until it is released.
+
+        Raises `TransferError` with the reason when the room failed, `PeerDiedError` when the other
+        side died, and `PoolTimeoutError` after `timeout` seconds: the room stays open, wait again
+        or abort it.
+        """
+        self._endpoint._wait(self._room, timeout)
+        return self._outcome()
+
+    async def wait_async(self, timeout: float | None = None) -> T:
+        """`wait`, without blocking the event loop. `await transfer` does the same.
+
+        When cancelled, the room stays open, and a result stays untaken.
+        """
+        await self._endpoint._wait_async(self._room, timeout)
+        return self._outcome()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.wait_async().__await__()
+
+    def _outcome(self) -> T:
+        if self._room.status is Status.Failed:
+            raise self._room.error(self._room.failure)
+        return self._result()
+
+    @abc.abstractmethod
+    def _result(self) -> T:
+        """What `wait` gives, after Success."""
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(room={self.room}, {self.status}, {self.num_tokens} tokens in "
+            f"{self.rounds} round(s))"
+        )
+
+
+X = TypeVar("X", bound=Transfer[Any, Any])
+
+
+async def open_async(open_room: Callable[[], X]) -> X:
+    """`open_room()` in the loop's default executor. When cancelled, the room is aborted."""
+    loop = asyncio.get_running_loop()
+    opened: list[X] = []
+    # The end of `work` and the cancellation both try to take it; the second one aborts the room.
+    first = threading.Lock()
+
+    def work() -> X | None:
+        try:
+            opened.append(open_room())
+        except Exception:
+            if first.acquire(blocking=False):
+                raise
+            return None
+        if not first.acquire(blocking=False):
+            opened[0].abort("cancelled while it was being opened")
+        return opened[0]
+
+    try:
+        await asyncio.shield(loop.run_in_executor(None, work))
+    except asyncio.CancelledError:
+        if not first.acquire(blocking=False) and opened:
+            loop.run_in_executor(None, opened[0].abort, "cancelled while it was being opened")
+        raise
+    return opened[0]

@@ -6,11 +6,9 @@ import time
 from typing import TYPE_CHECKING, get_args
 
 from shmblocks.errors import TransferError
-from shmblocks.transfer.channel import QueueLike
-from shmblocks.transfer.endpoint import Endpoint
-from shmblocks.transfer.face import RoomFace
-from shmblocks.transfer.intake import make_intake
+from shmblocks.transfer.endpoint import Endpoint, Transfer, open_async
 from shmblocks.transfer.messages import Chunk, Failed, Mode, RoomMessage, Starved
+from shmblocks.transfer.queues import QueueLike
 from shmblocks.transfer.receiving import ReceivingRoom
 from shmblocks.transfer.result import TransferResult
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 # Seconds that a result may lie in the pool, not taken, while a room has no blocks. Smaller: results
 # are copied whose user was about to take them. Larger: the room waits longer.
-PATIENCE_FOR_RESULTS = 0.02
+UNTAKEN_PATIENCE = 0.02
 
 
 class LanguageEndpoint(Endpoint[ReceivingRoom]):
@@ -28,8 +26,8 @@ class LanguageEndpoint(Endpoint[ReceivingRoom]):
     def __init__(
         self, pool: BlockPool, tx: QueueLike, rx: QueueLike, *, spill: BlockPool | None = None
     ) -> None:
-        # Rooms that succeeded and whose result nobody has taken: the endpoint's to give back.
-        # In the order of their success, with the moment of it.
+        # Rooms that succeeded and whose result nobody has taken, so that the endpoint gives it
+        # back. In the order of their success, with its time.
         self._untaken: dict[ReceivingRoom, float] = {}
         super().__init__(pool, tx, rx, spill=spill)
 
@@ -44,25 +42,34 @@ class LanguageEndpoint(Endpoint[ReceivingRoom]):
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
-        intake = make_intake(self._pools, self._returns, mode, req_id or f"room {room}")
-        opened = ReceivingRoom(self._link, self._pools, room, mode, intake)
+        req_id = req_id or f"room {room}"
+        opened = ReceivingRoom(self._connection, self._pools, room, mode, req_id)
         self._start(opened)
         return Receiver(self, opened)
 
+    async def receive_async(
+        self, room: int, mode: Mode = "landing", req_id: str | None = None
+    ) -> Receiver:
+        """`receive`, without blocking the event loop; `await` the Receiver to get the result.
+
+        When cancelled, the room is aborted.
+        """
+        return await open_async(lambda: self.receive(room, mode, req_id))
+
     def _handle(self, message: RoomMessage) -> None:
         if not isinstance(message, (Chunk, Starved, Failed)):
-            self._link.counts.malformed += 1  # well-formed, but of the language side
+            self._connection.counts.malformed += 1  # only a language side sends such a message
             return
         room = self._find(message)
         if room is None:
             return
         if isinstance(message, Failed):
-            room.fail_by_peer(message.reason)
+            room.fail_by_peer(message)
         elif isinstance(message, Starved):
             room.on_starved(message)
         else:
             chunk = message
-            room.safely(lambda: room.on_chunk(chunk))
+            room.attempt(lambda: room.on_chunk(chunk))
 
     # ---- results -----------------------------------------------------------------------------
 
@@ -71,8 +78,8 @@ class LanguageEndpoint(Endpoint[ReceivingRoom]):
             self._untaken[room] = time.monotonic()
 
     def _take(self, room: ReceivingRoom) -> TransferResult | None:
-        """The room's result; it is its user's from now on."""
-        with self._turn:
+        """The room's result; its user owns it from now on."""
+        with self._changed:
             self._untaken.pop(room, None)
         return room.result
 
@@ -87,43 +94,36 @@ class LanguageEndpoint(Endpoint[ReceivingRoom]):
     def _advance(self) -> None:
         super()._advance()
         if self._untaken and any(room.is_starved for room in self._rooms.values()):
-            self._make_room()
+            self._move_untaken_out()
 
-    def _make_room(self) -> None:
+    def _move_untaken_out(self) -> None:
         """Move results that nobody has taken out of the pool.
 
-        A user who waits for one room takes the results of others only after it. Were they to keep
-        their blocks while that room has none, it would wait for ever.
+        A user who waits for one room takes the results of other rooms only afterwards. If these
+        kept their blocks while that room has none, it would wait for ever.
         """
-        ripe = time.monotonic() - PATIENCE_FOR_RESULTS
+        limit = time.monotonic() - UNTAKEN_PATIENCE
         for room, since in self._untaken.items():
-            if since <= ripe and room.result is not None:
-                room.safely(room.result.move_out)
+            if since <= limit and room.result is not None:
+                room.attempt(room.result.move_out)
 
 
-class Receiver(RoomFace[ReceivingRoom]):
+class Receiver(Transfer[ReceivingRoom, TransferResult]):
     """One transfer to come."""
 
     def __init__(self, endpoint: LanguageEndpoint, room: ReceivingRoom) -> None:
         super().__init__(endpoint, room)
-        self._language = endpoint
+        self._take = endpoint._take
 
     @property
     def result(self) -> TransferResult | None:
-        """What arrived, once the status is Success; the caller's to release from then on.
+        """What arrived, once the status is Success; the caller releases it from then on.
 
         None before, and after `abort()` gave it back.
         """
-        return self._language._take(self._room)
+        return self._take(self._room)
 
-    def wait(self, timeout: float | None = None) -> TransferResult:
-        """Wait for Success and give the result, which holds blocks until it is released.
-
-        Raises `TransferError` with the reason when the room failed, `PeerDiedError` when the other
-        side died, and `PoolTimeoutError` after `timeout` seconds: the room is open still, wait
-        again or abort it.
-        """
-        self._wait(timeout)
+    def _result(self) -> TransferResult:
         result = self.result
         if result is None:
             raise TransferError(f"room {self.room}: its result was given back by abort()")

@@ -1,13 +1,13 @@
 """`TransferResult`: what arrived, and the blocks that it lies in.
 
     one allocation       every field is that memory, no copy
-    two allocations      a resumed landing: joined into private memory when a field is asked for;
-                         `parts(name)` gives the two without a copy
-    private memory       it went through a pool that had no room for all of it at once
+    two allocations      a resumed landing: a field is joined into private memory when it is asked
+                         for; `parts(name)` gives the two without a copy
+    private memory       the pool could not hold all of the transfer at once
 
-It holds the blocks until `release()` (or the end of its `with` block). Tensors of it that lie in
-the pool may be overwritten after that: copy what must outlive it. Nothing releases it by itself,
-because nothing could tell whether such a tensor is still in use.
+It holds its blocks until `release()` or the end of its `with` block. After that its tensors in the
+pool may be overwritten: copy what must outlive it. It never releases itself, because nothing can
+tell whether such a tensor is still in use.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from shmblocks.config import Field
 from shmblocks.errors import InvalidStateError
 from shmblocks.transfer.tensors import (
     AUX_MROPE_DELTA,
+    Fields,
+    PrivateTokens,
     Tensors,
-    copy_tokens,
-    empty,
-    nbytes,
     token_dim,
 )
 
@@ -33,58 +31,36 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """Tokens that lie together: their tensors, and what gives their blocks back."""
+    """Tokens that lie together. `give_back` frees their blocks; None for private memory."""
 
     tensors: Tensors
-    give_back: Callable[[], None]
-    in_pool: bool
+    give_back: Callable[[], None] | None
 
-    def num_tokens(self, fields: Sequence[Field]) -> int:
+    def num_tokens(self, fields: Fields) -> int:
         """Tokens of every field."""
-        first = fields[0]
-        return int(self.tensors[first.name].shape[token_dim(first)])
-
-
-def nothing_to_give_back() -> None:
-    """For private memory."""
-
-
-class PrivateTokens:
-    """Memory of this process for all tokens of a transfer, filled from the front."""
-
-    def __init__(self, fields: Sequence[Field], device: torch.device, total_tokens: int) -> None:
-        self._fields = fields
-        self.tensors = empty(fields, device, total_tokens)
-        self.filled = 0
-
-    def append(self, source: Tensors, source_token: int, num_tokens: int) -> None:
-        """Copy the next tokens in."""
-        copy_tokens(self._fields, self.tensors, self.filled, source, source_token, num_tokens)
-        self.filled += num_tokens
+        return int(self.tensors[fields[0].name].shape[token_dim(fields[0])])
 
 
 class TransferResult(Mapping[str, "torch.Tensor"]):
-    """The fields of one transfer: `result["input_embeddings"]` is `[num_tokens, *shape]` (a
-    transposed field: `[k, num_tokens]`), `result.aux` a copy of the int32[16]."""
+    """The fields of one transfer, and `aux`, a copy of the int32[16].
+
+    `result["input_embeddings"]` is `[num_tokens, *shape]`, a transposed field `[k, num_tokens]`.
+    Any thread may use it.
+    """
 
     def __init__(
-        self,
-        room: int,
-        fields: Sequence[Field],
-        parts: Sequence[Part],
-        aux: torch.Tensor,
-        rounds: int,
+        self, room: int, fields: Fields, parts: Sequence[Part], aux: torch.Tensor, rounds: int
     ) -> None:
         self.room = room
         self.aux = aux
         self.rounds = rounds
         self.num_tokens = sum(part.num_tokens(fields) for part in parts)
-        self.num_bytes = sum(nbytes(part.tensors) for part in parts)
-        self.is_zero_copy = len(parts) == 1 and parts[0].in_pool
+        self.num_bytes = self.num_tokens * sum(field.token_bytes for field in fields)
         self._fields = tuple(fields)
         self._parts = tuple(parts)
         self._joined: Tensors | None = parts[0].tensors if len(parts) == 1 else None
         self._lock = threading.Lock()
+        self.is_zero_copy = len(parts) == 1 and self._is_in_pool
         self._is_released = False
 
     @property
@@ -97,12 +73,16 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
         """Whether the blocks were given back."""
         return self._is_released
 
+    @property
+    def _is_in_pool(self) -> bool:
+        return any(part.give_back is not None for part in self._parts)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         with self._lock:
-            self._check_held()
+            self._check_usable(name)
             if self._joined is None:
                 self._joined = self._join()
-            return self._joined[self._known(name)]
+            return self._joined[name]
 
     def __iter__(self) -> Iterator[str]:
         return (field.name for field in self._fields)
@@ -113,17 +93,16 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
     def parts(self, name: str) -> list[torch.Tensor]:
         """The field as it lies in memory, in order, never copied."""
         with self._lock:
-            self._check_held()
-            return [part.tensors[self._known(name)] for part in self._parts]
+            self._check_usable(name)
+            return [part.tensors[name] for part in self._parts]
 
     def release(self) -> None:
         """Give the blocks back; a second call does nothing."""
         with self._lock:
-            parts, self._parts = self._parts, ()
-            self._joined = None
             self._is_released = True
-        for part in parts:
-            part.give_back()
+            self._joined = None
+            parts, self._parts = self._parts, ()
+        _give_back(parts)
 
     def move_out(self) -> None:
         """Copy everything into private memory and give the blocks back; the result stays usable.
@@ -131,17 +110,15 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
         Tensors that were taken from it before still lie in the pool, as after `release`.
         """
         with self._lock:
-            if self._is_released or not any(part.in_pool for part in self._parts):
+            if not self._is_in_pool:
                 return
-            tensors = self._join()
-            parts, self._parts = self._parts, (Part(tensors, nothing_to_give_back, in_pool=False),)
-            self._joined = tensors
+            self._joined = self._join()
+            parts, self._parts = self._parts, (Part(self._joined, None),)
             self.is_zero_copy = False
-        for part in parts:
-            part.give_back()
+        _give_back(parts)
 
     def __enter__(self) -> TransferResult:
-        self._check_held()
+        self._check_usable()
         return self
 
     def __exit__(
@@ -164,17 +141,14 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
             f"rounds={self.rounds}, is_zero_copy={self.is_zero_copy}, {held})"
         )
 
-    def _check_held(self) -> None:
+    def _check_usable(self, name: str | None = None) -> None:
         if self._is_released:
             raise InvalidStateError(
-                f"the result of room {self.room} was released; its blocks may hold another "
-                "request's data by now. Copy what must outlive release()"
+                f"the result of room {self.room} was released, and its blocks may hold another "
+                "request's data now. Copy what must outlive release()"
             )
-
-    def _known(self, name: str) -> str:
-        if all(field.name != name for field in self._fields):
+        if name is not None and name not in list(self):
             raise KeyError(f"field: expected one of {', '.join(self)}, got {name!r}")
-        return name
 
     def _join(self) -> Tensors:
         device = self._parts[0].tensors[self._fields[0].name].device
@@ -182,3 +156,9 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
         for part in self._parts:
             joined.append(part.tensors, 0, part.num_tokens(self._fields))
         return joined.tensors
+
+
+def _give_back(parts: Sequence[Part]) -> None:
+    for part in parts:
+        if part.give_back is not None:
+            part.give_back()

@@ -1,14 +1,14 @@
 """Tokens of every field: checking what a user hands over, and copying between memories.
 
 A field of shape `s` is `[tokens, *s]`; a transposed one (shape `(k,)`) is `[k, tokens]`, for the
-user as in a pool's view. `token_dim` is the one place that knows which.
+user as in a pool's view. Only `token_dim` and `full_shape` know which.
 
 What it does not do: allocate blocks, or know what a room is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from shmblocks.config import DTYPES, Field
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Tensors = Mapping[str, "torch.Tensor"]
+Fields = Sequence[Field]
 
 AUX_LENGTH = 0  # aux[0]: total length in tokens
 AUX_MROPE_DELTA = 1  # aux[1]: mrope position delta
@@ -41,9 +42,8 @@ def torch_dtype(field: Field) -> torch.dtype:
     return dtype
 
 
-def count_tokens(fields: Iterable[Field], tensors: Tensors) -> int:
-    """How many tokens the tensors hold, once they are exactly what the pool's fields ask for."""
-    fields = tuple(fields)
+def count_tokens(fields: Fields, tensors: Tensors) -> int:
+    """How many tokens the tensors hold; TypeError or ValueError if they don't fit the fields."""
     _check_names([field.name for field in fields], list(tensors))
     lengths = {field.name: _check_tensor(field, tensors[field.name]) for field in fields}
     if len(set(lengths.values())) != 1:
@@ -59,9 +59,9 @@ def count_tokens(fields: Iterable[Field], tensors: Tensors) -> int:
 def _check_names(expected: list[str], got: list[str]) -> None:
     missing = [name for name in expected if name not in got]
     unknown = [name for name in got if name not in expected]
-    if missing or unknown or not expected:
+    if missing or unknown:
         raise ValueError(
-            f"tensors: expected the pool's fields {', '.join(expected) or '(it has none)'}, got "
+            f"tensors: expected the pool's fields {', '.join(expected)}, got "
             f"{', '.join(got) or 'none'} (missing: {', '.join(missing) or 'none'}; unknown: "
             f"{', '.join(unknown) or 'none'})"
         )
@@ -77,16 +77,16 @@ def _check_tensor(field: Field, tensor: torch.Tensor) -> int:
     dim = token_dim(field)
     length = tensor.shape[dim] if tensor.dim() > dim else -1
     if tuple(tensor.shape) != full_shape(field, length):
-        wanted = ", ".join(
-            "tokens" if position == dim else str(size)
-            for position, size in enumerate(full_shape(field, -1))
+        sizes = [str(size) for size in full_shape(field, -1)]
+        sizes[dim] = "tokens"
+        raise ValueError(
+            f"{field.name}: expected the shape [{', '.join(sizes)}], got {list(tensor.shape)}"
         )
-        raise ValueError(f"{field.name}: expected the shape [{wanted}], got {list(tensor.shape)}")
     return length
 
 
 def copy_tokens(
-    fields: Iterable[Field],
+    fields: Fields,
     target: Tensors,
     target_token: int,
     source: Tensors,
@@ -100,7 +100,7 @@ def copy_tokens(
         into.copy_(source[field.name].detach().narrow(dim, source_token, num_tokens))
 
 
-def first_tokens(fields: Iterable[Field], tensors: Tensors, num_tokens: int) -> Tensors:
+def first_tokens(fields: Fields, tensors: Tensors, num_tokens: int) -> Tensors:
     """The first tokens of every field, without a copy."""
     return {
         field.name: tensors[field.name].narrow(token_dim(field), 0, num_tokens) for field in fields
@@ -108,10 +108,10 @@ def first_tokens(fields: Iterable[Field], tensors: Tensors, num_tokens: int) -> 
 
 
 def finish_copies(tensors: Tensors) -> None:
-    """Wait until what was copied into or out of the tensors on this thread's stream is done.
+    """Wait for the copies into or out of the tensors on this thread's current stream.
 
-    For memory that another process is told of by a message, or is offered again: in a CUDA pool no
-    stream of its waits for ours there. In host memory a copy is done when it returns.
+    Needed before a message tells another process of the memory, or offers it again: in a CUDA pool
+    the other process's streams do not wait for ours. In host memory a copy is done when it returns.
     """
     import torch
 
@@ -120,18 +120,22 @@ def finish_copies(tensors: Tensors) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def empty(fields: Iterable[Field], device: torch.device, num_tokens: int) -> Tensors:
-    """Private memory for so many tokens, laid out as in a pool."""
-    import torch
+class PrivateTokens:
+    """Memory of this process for all tokens of a transfer, laid out as in a pool and filled from
+    the front."""
 
-    made: dict[str, torch.Tensor] = {}
-    for field in fields:
-        shape = (num_tokens, *field.shape)
-        stored = torch.empty(shape, dtype=torch_dtype(field), device=device)
-        made[field.name] = stored.t() if field.transposed else stored
-    return made
+    def __init__(self, fields: Fields, device: torch.device, total_tokens: int) -> None:
+        import torch
 
+        self._fields = fields
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.filled = 0
+        for field in fields:
+            shape = (total_tokens, *field.shape)
+            stored = torch.empty(shape, dtype=torch_dtype(field), device=device)
+            self.tensors[field.name] = stored.t() if field.transposed else stored
 
-def nbytes(tensors: Tensors) -> int:
-    """Bytes of all of them."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    def append(self, source: Tensors, source_token: int, num_tokens: int) -> None:
+        """Copy the next tokens in."""
+        copy_tokens(self._fields, self.tensors, self.filled, source, source_token, num_tokens)
+        self.filled += num_tokens

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import shmblocks.transfer
-import shmblocks.transfer.link
+import shmblocks.transfer.connection
 from shmblocks import BlockPool, Field, PoolConfig, State
 from shmblocks.testing import (
     Coverage,
@@ -225,8 +225,8 @@ def kill(name: str) -> Coverage:
     """Kill one side at every line of one step."""
     # Here, once: children that had to import torch each for themselves would take a second each.
     payload()
-    # Look for the peer at every poll and not only now and then: the same lines every time.
-    shmblocks.transfer.link.LOOK_INTERVAL = 0.0
+    # Check the peer at every poll and not only now and then: the same lines every time.
+    shmblocks.transfer.connection.CHECK_INTERVAL = 0.0
     step = STEPS[name]
 
     coverage = kill_at_every_line(

@@ -72,7 +72,7 @@ def test_what_spilled_is_moved_to_the_gpu_and_leaves_the_spill_pool(
         for name, sent in tensors(20).items():
             assert torch.equal(result[name], sent)
             assert result[name].device == both.pool.field(name).device
-    assert (both.embedding.stats.spilled, both.language.stats.spilled) == (
+    assert (both.embedding.stats().spilled, both.language.stats().spilled) == (
         result.rounds,
         result.rounds,
     )
@@ -82,7 +82,7 @@ def test_a_landing_that_spilled_half_way_arrives_in_one_place(both: Spilling) ->
     landing = both.pool.config.default_num_blocks
     num_tokens = landing * both.pool.config.block_size + 4
     with no_blocks(both.pool, free_blocks=landing), transfer(both, num_tokens, "landing") as result:
-        assert (result.rounds, both.language.stats.spilled) == (2, 1)
+        assert (result.rounds, both.language.stats().spilled) == (2, 1)
         assert len(result.parts("rows")) == 1
         assert both.spill.allocations() == []
         for name, sent in tensors(num_tokens).items():

@@ -82,7 +82,7 @@ def receive_all(channel: Channel, name: Names, mode: Mode) -> tuple[int, int, st
                 wrong += not torch.equal(got, rows(tokens_of(seed), seed))
                 where = str(got.device)
                 torch.cuda.synchronize()
-        return endpoint.stats.spilled, wrong, where
+        return endpoint.stats().spilled, wrong, where
 
 
 @pytest.mark.parametrize("mode", ["landing", "push"])
@@ -102,6 +102,6 @@ def test_a_full_cuda_pool_spills_and_the_results_are_the_same(
         print(f"{mode}: {spilled} rounds spilled")
         assert (wrong, where) == (0, "cuda:0")
         assert spilled >= ROUNDS if is_full else spilled == 0
-        assert endpoint.stats.spilled == spilled
+        assert endpoint.stats().spilled == spilled
         torch.cuda.synchronize()
         assert endpoint.pool.available_blocks() == endpoint.pool.config.total_blocks

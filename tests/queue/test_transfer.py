@@ -22,7 +22,7 @@ from tests.transfer.kit import (
     config,
     send_the_rest,
 )
-from tests.transfer.lines import End
+from tests.transfer.kinds import End
 from tests.transfer.partner import PartnerThread
 
 LENGTHS = (1, LANDING, 3 * LANDING + 5)

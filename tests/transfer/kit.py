@@ -99,7 +99,7 @@ def poll_until(
 def settle(*endpoints: EmbeddingEndpoint | LanguageEndpoint) -> None:
     """Poll until nobody has anything to say any more (for queues of this process)."""
     before: list[int] = []
-    while before != (now := [each.stats.sent + each.stats.received for each in endpoints]):
+    while before != (now := [each.stats().sent + each.stats().received for each in endpoints]):
         before = now
         for endpoint in endpoints:
             endpoint.poll()
@@ -107,7 +107,7 @@ def settle(*endpoints: EmbeddingEndpoint | LanguageEndpoint) -> None:
 
 def send_the_rest(endpoint: EmbeddingEndpoint | LanguageEndpoint) -> None:
     """Poll until its bounded queue has taken everything."""
-    poll_until(lambda: endpoint.stats.unsent == 0, endpoint)
+    poll_until(lambda: endpoint.stats().unsent == 0, endpoint)
 
 
 def intercept(messages: queue.SimpleQueue[bytes]) -> list[AnyMessage]:

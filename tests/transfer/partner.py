@@ -5,7 +5,7 @@
     partner.ask("until", 7, status="Transferring")
 
 A *busy* partner polls its endpoint all the time; an idle one only does what it is asked, so that it
-stands still, and can be killed, at a known place.
+stands still, and can be killed, at a known point.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from shmblocks.transfer import (
     Status,
 )
 from tests.support.children import Channel, Child
+from tests.transfer.kinds import AnyEnd
 from tests.transfer.kit import PATIENCE, Mode, assert_arrived, payload
-from tests.transfer.lines import AnyEnd
 
 Side = Literal["embedding", "language"]
 Verb = Literal["start", "poll", "until", "abort", "take", "stats", "close"]
@@ -90,7 +90,7 @@ class _Service:
         elif command.verb == "poll":
             endpoint.poll()
         elif command.verb == "stats":
-            return Reply(peer=endpoint.stats.peer, stats=endpoint.stats)
+            return Reply(peer=endpoint.stats().peer, stats=endpoint.stats())
         elif command.verb == "until":
             self._until(self._rooms[command.room], command.status)
         elif command.verb == "abort":
@@ -121,17 +121,17 @@ class _Service:
             assert_arrived(result, self._pool, command.num_tokens, command.seed, command.delta)
 
 
-def serve_line(
+def serve_one(
     channel: Channel, pool_name: str, side: Side, end: AnyEnd, is_busy: bool = True
 ) -> None:
-    """For a child process: be one side of one line."""
-    serve_lines(channel, pool_name, side, {"": end}, is_busy)
+    """For a child process: be one side of one pair of queues."""
+    serve_all(channel, pool_name, side, {"": end}, is_busy)
 
 
-def serve_lines(
+def serve_all(
     channel: Channel, pool_name: str, side: Side, ends: dict[str, AnyEnd], is_busy: bool = True
 ) -> None:
-    """For a child process: be one side of several lines, one after the other."""
+    """For a child process: be one side of several pairs of queues, one after the other."""
     import torch
 
     torch.set_num_threads(1)  # a forked child has lost the threads of its parent

@@ -1,7 +1,7 @@
 """A peer that is killed, at every status and from each side: its rooms fail within a second, the
 reason names it and says what it was doing, and everything that it held comes back.
 
-The peer is forked, does what it is told and nothing else, and so stands still at a known place. The
+The peer is forked, does what it is told and nothing else, and so stands still at a known point. The
 queues are pipes without threads: what it has sent is in them when it has answered.
 """
 
@@ -23,6 +23,7 @@ from shmblocks.transfer import (
     Status,
 )
 from tests.support.children import Channel, Child, fork
+from tests.transfer.kinds import PROCESS_KINDS, AnyEnd, QueuePair
 from tests.transfer.kit import (
     LANDING,
     PATIENCE,
@@ -33,15 +34,14 @@ from tests.transfer.kit import (
     payload,
     poll_until,
 )
-from tests.transfer.lines import PROCESS_KINDS, AnyEnd, Line
-from tests.transfer.partner import Partner, Side, serve_line
+from tests.transfer.partner import Partner, Side, serve_one
 from tests.transfer.steps import LONG, ROOM, no_blocks
 
 SOON = 1.0  # seconds: the promise
 
 
 @pytest.fixture
-def line() -> Iterator[Line]:
+def queues() -> Iterator[QueuePair]:
     made = PROCESS_KINDS["multiprocessing.SimpleQueue"]("")
     yield made
     made.close()
@@ -56,7 +56,7 @@ class Peer(NamedTuple):
 
 @contextlib.contextmanager
 def forked(pool: BlockPool, side: Side, end: AnyEnd) -> Iterator[Peer]:
-    with fork(serve_line, pool.name, side, end, False) as child:
+    with fork(serve_one, pool.name, side, end, False) as child:
         yield Peer(child, Partner(child))
 
 
@@ -75,18 +75,18 @@ def fails_soon(room: Sender | Receiver, child: Child, doing: str) -> None:
 
 
 @contextlib.contextmanager
-def language_here(pool: BlockPool, line: Line) -> Iterator[LanguageEndpoint]:
+def language_here(pool: BlockPool, queues: QueuePair) -> Iterator[LanguageEndpoint]:
     with (
-        line.language.opened() as (tx, rx),
+        queues.language.opened() as (tx, rx),
         LanguageEndpoint(pool, tx, rx) as language,
     ):
         yield language
 
 
 @contextlib.contextmanager
-def embedding_here(pool: BlockPool, line: Line) -> Iterator[EmbeddingEndpoint]:
+def embedding_here(pool: BlockPool, queues: QueuePair) -> Iterator[EmbeddingEndpoint]:
     with (
-        line.embedding.opened() as (tx, rx),
+        queues.embedding.opened() as (tx, rx),
         EmbeddingEndpoint(pool, tx, rx) as embedding,
     ):
         yield embedding
@@ -95,10 +95,10 @@ def embedding_here(pool: BlockPool, line: Line) -> Iterator[EmbeddingEndpoint]:
 # ---- the embedding side dies -----------------------------------------------------------------
 
 
-def test_embedding_dies_while_the_room_has_no_blocks(pool: BlockPool, line: Line) -> None:
+def test_embedding_dies_while_the_room_has_no_blocks(pool: BlockPool, queues: QueuePair) -> None:
     with (
-        forked(pool, "embedding", line.embedding) as peer,
-        language_here(pool, line) as language,
+        forked(pool, "embedding", queues.embedding) as peer,
+        language_here(pool, queues) as language,
         no_blocks(pool),
     ):
         receiver = language.receive(ROOM)
@@ -107,10 +107,10 @@ def test_embedding_dies_while_the_room_has_no_blocks(pool: BlockPool, line: Line
 
 
 @pytest.mark.parametrize("mode", ["landing", "push"])
-def test_embedding_dies_before_it_writes(pool: BlockPool, line: Line, mode: Mode) -> None:
+def test_embedding_dies_before_it_writes(pool: BlockPool, queues: QueuePair, mode: Mode) -> None:
     with (
-        forked(pool, "embedding", line.embedding) as peer,
-        language_here(pool, line) as language,
+        forked(pool, "embedding", queues.embedding) as peer,
+        language_here(pool, queues) as language,
     ):
         receiver = language.receive(ROOM, mode)
         assert receiver.status is Status.WaitingForInput
@@ -119,12 +119,12 @@ def test_embedding_dies_before_it_writes(pool: BlockPool, line: Line, mode: Mode
 
 
 def test_embedding_dies_while_it_writes_into_the_landing_blocks(
-    pool: BlockPool, line: Line
+    pool: BlockPool, queues: QueuePair
 ) -> None:
     """Its lease goes with it, so that the blocks, freed here meanwhile, come back."""
-    with language_here(pool, line) as language:
+    with language_here(pool, queues) as language:
         receiver = language.receive(ROOM)
-        with fork(_stops_in_the_middle_of_a_write, pool.name, line.embedding) as child:
+        with fork(_stops_in_the_middle_of_a_write, pool.name, queues.embedding) as child:
             child.hear("writing")
             language.poll()
             (landing,) = pool.allocations()
@@ -134,7 +134,7 @@ def test_embedding_dies_while_it_writes_into_the_landing_blocks(
 
 
 def _stops_in_the_middle_of_a_write(channel: Channel, pool_name: str, end: AnyEnd) -> None:
-    from shmblocks.transfer.payload import Payload
+    from shmblocks.transfer.sending import Payload
 
     def stop(*_: object) -> None:
         channel.say("writing")
@@ -150,11 +150,11 @@ def _stops_in_the_middle_of_a_write(channel: Channel, pool_name: str, end: AnyEn
 
 
 @pytest.mark.parametrize("mode", ["landing", "push"])
-def test_embedding_dies_between_two_rounds(pool: BlockPool, line: Line, mode: Mode) -> None:
+def test_embedding_dies_between_two_rounds(pool: BlockPool, queues: QueuePair, mode: Mode) -> None:
     tokens = 3 * WHOLE_POOL
     with (
-        forked(pool, "embedding", line.embedding) as peer,
-        language_here(pool, line) as language,
+        forked(pool, "embedding", queues.embedding) as peer,
+        language_here(pool, queues) as language,
     ):
         receiver = language.receive(ROOM, mode)
         peer.partner.ask("start", ROOM, num_tokens=tokens)
@@ -163,10 +163,10 @@ def test_embedding_dies_between_two_rounds(pool: BlockPool, line: Line, mode: Mo
         assert_nothing_held(pool)
 
 
-def test_embedding_dies_while_it_waits_for_blocks(pool: BlockPool, line: Line) -> None:
+def test_embedding_dies_while_it_waits_for_blocks(pool: BlockPool, queues: QueuePair) -> None:
     with (
-        forked(pool, "embedding", line.embedding) as peer,
-        language_here(pool, line) as language,
+        forked(pool, "embedding", queues.embedding) as peer,
+        language_here(pool, queues) as language,
         no_blocks(pool),
     ):
         receiver = language.receive(ROOM, "push")
@@ -177,12 +177,12 @@ def test_embedding_dies_while_it_waits_for_blocks(pool: BlockPool, line: Line) -
 
 @pytest.mark.parametrize("mode", ["landing", "push"])
 def test_what_the_dead_had_sent_in_full_still_arrives(
-    pool: BlockPool, line: Line, mode: Mode
+    pool: BlockPool, queues: QueuePair, mode: Mode
 ) -> None:
     """No published data is lost, and no chunk that was announced."""
     with (
-        forked(pool, "embedding", line.embedding) as peer,
-        language_here(pool, line) as language,
+        forked(pool, "embedding", queues.embedding) as peer,
+        language_here(pool, queues) as language,
     ):
         receiver = language.receive(ROOM, mode)
         peer.partner.ask("start", ROOM, num_tokens=LANDING)
@@ -197,20 +197,22 @@ def test_what_the_dead_had_sent_in_full_still_arrives(
 # ---- the language side dies ------------------------------------------------------------------
 
 
-def test_language_dies_before_it_asks(pool: BlockPool, line: Line) -> None:
+def test_language_dies_before_it_asks(pool: BlockPool, queues: QueuePair) -> None:
     with (
-        forked(pool, "language", line.language) as peer,
-        embedding_here(pool, line) as embedding,
+        forked(pool, "language", queues.language) as peer,
+        embedding_here(pool, queues) as embedding,
     ):
         sender = embedding.send(ROOM, payload(pool.config.fields, LONG))
         assert sender.status is Status.Bootstrapping
         fails_soon(sender, peer.child, "the language side has not asked for it yet")
 
 
-def test_language_dies_while_we_wait_for_blocks_to_push_with(pool: BlockPool, line: Line) -> None:
+def test_language_dies_while_we_wait_for_blocks_to_push_with(
+    pool: BlockPool, queues: QueuePair
+) -> None:
     with (
-        forked(pool, "language", line.language) as peer,
-        embedding_here(pool, line) as embedding,
+        forked(pool, "language", queues.language) as peer,
+        embedding_here(pool, queues) as embedding,
         no_blocks(pool),
     ):
         peer.partner.ask("start", ROOM, mode="push")
@@ -219,10 +221,10 @@ def test_language_dies_while_we_wait_for_blocks_to_push_with(pool: BlockPool, li
         fails_soon(sender, peer.child, "it waits for 1 consecutive free blocks to push with")
 
 
-def test_language_dies_with_its_landing_blocks_written(pool: BlockPool, line: Line) -> None:
+def test_language_dies_with_its_landing_blocks_written(pool: BlockPool, queues: QueuePair) -> None:
     with (
-        forked(pool, "language", line.language) as peer,
-        embedding_here(pool, line) as embedding,
+        forked(pool, "language", queues.language) as peer,
+        embedding_here(pool, queues) as embedding,
     ):
         peer.partner.ask("start", ROOM)
         sender = embedding.send(ROOM, payload(pool.config.fields, LONG))
@@ -231,11 +233,11 @@ def test_language_dies_with_its_landing_blocks_written(pool: BlockPool, line: Li
         assert_nothing_held(pool)
 
 
-def test_language_dies_with_its_request_unread(pool: BlockPool, line: Line) -> None:
+def test_language_dies_with_its_request_unread(pool: BlockPool, queues: QueuePair) -> None:
     """Its landing blocks may be given to another before we read the request: never written into."""
     with (
-        forked(pool, "language", line.language) as peer,
-        embedding_here(pool, line) as embedding,
+        forked(pool, "language", queues.language) as peer,
+        embedding_here(pool, queues) as embedding,
     ):
         peer.partner.ask("start", ROOM)
         peer.child.kill()
@@ -250,10 +252,12 @@ def test_language_dies_with_its_request_unread(pool: BlockPool, line: Line) -> N
         pool.free(other)
 
 
-def test_language_dies_before_it_opens_what_was_published(pool: BlockPool, line: Line) -> None:
+def test_language_dies_before_it_opens_what_was_published(
+    pool: BlockPool, queues: QueuePair
+) -> None:
     with (
-        forked(pool, "language", line.language) as peer,
-        embedding_here(pool, line) as embedding,
+        forked(pool, "language", queues.language) as peer,
+        embedding_here(pool, queues) as embedding,
     ):
         peer.partner.ask("start", ROOM, mode="push")
         sender = embedding.send(ROOM, payload(pool.config.fields, 50))
@@ -263,10 +267,12 @@ def test_language_dies_before_it_opens_what_was_published(pool: BlockPool, line:
 
 
 @pytest.mark.parametrize("mode", ["landing", "push"])
-def test_language_dies_with_a_result_that_it_reads(pool: BlockPool, line: Line, mode: Mode) -> None:
+def test_language_dies_with_a_result_that_it_reads(
+    pool: BlockPool, queues: QueuePair, mode: Mode
+) -> None:
     with (
-        forked(pool, "language", line.language) as peer,
-        embedding_here(pool, line) as embedding,
+        forked(pool, "language", queues.language) as peer,
+        embedding_here(pool, queues) as embedding,
     ):
         peer.partner.ask("start", ROOM, mode=mode)
         sender = embedding.send(ROOM, payload(pool.config.fields, 50))
@@ -281,13 +287,13 @@ def test_language_dies_with_a_result_that_it_reads(pool: BlockPool, line: Line, 
 # ---- afterwards ------------------------------------------------------------------------------
 
 
-def test_a_wait_ends_when_the_peer_dies(pool: BlockPool, line: Line) -> None:
+def test_a_wait_ends_when_the_peer_dies(pool: BlockPool, queues: QueuePair) -> None:
     """Also one that sleeps on the queue; the other thread kills while it does."""
     import threading
 
     with (
-        forked(pool, "embedding", line.embedding) as peer,
-        language_here(pool, line) as language,
+        forked(pool, "embedding", queues.embedding) as peer,
+        language_here(pool, queues) as language,
     ):
         receiver = language.receive(ROOM)
         killer = threading.Timer(0.05, peer.child.kill)
@@ -297,15 +303,15 @@ def test_a_wait_ends_when_the_peer_dies(pool: BlockPool, line: Line) -> None:
         killer.join()
 
 
-def test_a_successor_takes_the_place_of_the_dead_peer(pool: BlockPool, line: Line) -> None:
+def test_a_successor_replaces_the_dead_peer(pool: BlockPool, queues: QueuePair) -> None:
     """A launcher restarts the embedding side on the same queues: rooms from then on work."""
-    with language_here(pool, line) as language:
-        with forked(pool, "embedding", line.embedding) as first:
+    with language_here(pool, queues) as language:
+        with forked(pool, "embedding", queues.embedding) as first:
             receiver = language.receive(ROOM)
-            poll_until(lambda: language.stats.peer != "", language)
+            poll_until(lambda: language.stats().peer != "", language)
             fails_soon(receiver, first.child, "nothing came yet")
-        with forked(pool, "embedding", line.embedding) as second:
-            poll_until(lambda: f"pid {second.child.pid}" in language.stats.peer, language)
+        with forked(pool, "embedding", queues.embedding) as second:
+            poll_until(lambda: f"pid {second.child.pid}" in language.stats().peer, language)
             receiver = language.receive(ROOM)
             second.partner.ask("start", ROOM, num_tokens=LONG)
             second.partner.ask("poll")
@@ -321,18 +327,21 @@ def _polled(partner: Partner) -> bool:
 
 
 def test_messages_of_the_dead_that_come_after_its_successors_are_foreign(
-    pool: BlockPool, line: Line
+    pool: BlockPool, queues: QueuePair
 ) -> None:
-    with language_here(pool, line) as language, forked(pool, "embedding", line.embedding) as peer:
-        poll_until(lambda: language.stats.peer != "", language)
-        dead = language._link.peer
+    with (
+        language_here(pool, queues) as language,
+        forked(pool, "embedding", queues.embedding) as peer,
+    ):
+        poll_until(lambda: language.stats().peer != "", language)
+        dead = language._connection.peer
         assert dead is not None
         peer.child.kill()
         assert pool.participant is not None
-        from shmblocks.transfer.messages import Bye, Hello, Origin, encode
+        from shmblocks.transfer.messages import Bye, Hello, SenderId, encode
 
-        tx = line.embedding.tx  # type: ignore[union-attr]
-        tx.put(encode(Hello(Origin(*pool.participant), pool.pool_id)))
-        tx.put(encode(Bye(Origin(*dead))))
-        poll_until(lambda: language.stats.foreign == 1, language)
-        assert "tests" in language.stats.peer
+        tx = queues.embedding.tx  # type: ignore[union-attr]
+        tx.put(encode(Hello(SenderId(*pool.participant), pool.pool_id)))
+        tx.put(encode(Bye(SenderId(*dead))))
+        poll_until(lambda: language.stats().foreign == 1, language)
+        assert "tests" in language.stats().peer

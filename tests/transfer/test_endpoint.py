@@ -30,12 +30,12 @@ def test_everything_is_counted(pair: Pair) -> None:
     open_one = pair.language.receive(ROOM + 2)
     settle(pair.embedding, pair.language)
     receiver.wait(0).release()
-    for stats in (pair.embedding.stats, pair.language.stats):
-        assert (stats.rooms_succeeded, stats.rounds, stats.tokens) == (1, 2, tokens)
-        assert stats.bytes == tokens * pair.pool.config.token_bytes
+    for stats in (pair.embedding.stats(), pair.language.stats()):
+        assert (stats.rooms_succeeded, stats.rounds, stats.num_tokens) == (1, 2, tokens)
+        assert stats.num_bytes == tokens * pair.pool.config.token_bytes
         assert (stats.malformed, stats.foreign, stats.late, stats.duplicate) == (0, 0, 0, 0)
         assert stats.peer.startswith("participant 0 (pid ")
-    sent, received = pair.language.stats, pair.embedding.stats
+    sent, received = pair.language.stats(), pair.embedding.stats()
     assert (sent.rooms_failed, sent.rooms_open) == (1, 1)
     assert sent.sent == received.received
     assert received.sent == sent.received
@@ -54,7 +54,7 @@ def test_a_closed_endpoint_says_so(pair: Pair) -> None:
     assert receiver.poll() is Status.Failed
     with pytest.raises(TransferError, match="the endpoint was closed"):
         receiver.wait()
-    assert pair.language.stats.rooms_failed == 1
+    assert pair.language.stats().rooms_failed == 1
 
 
 def test_rooms_opened_after_the_peer_closed_fail_until_it_is_back(pair: Pair) -> None:
@@ -150,7 +150,7 @@ def test_what_a_bounded_queue_does_not_take_is_sent_by_later_polls(pool: BlockPo
         LanguageEndpoint(pool, to_embedding, to_language) as language,
     ):
         receivers = [language.receive(room) for room in range(8)]
-        assert language.stats.unsent == 8
+        assert language.stats().unsent == 8
         for room in range(8):
             embedding.send(room, payload(pool.config.fields, LONG, seed=room))
         for _ in range(200):

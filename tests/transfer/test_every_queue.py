@@ -13,6 +13,7 @@ from shmblocks import BlockPool, TransferError
 from shmblocks.transfer import LanguageEndpoint, Status
 from tests.support import naming
 from tests.support.children import Child, spawn
+from tests.transfer.kinds import ALL_KINDS, PROCESS_KINDS, QueuePair
 from tests.transfer.kit import (
     LANDING,
     MODES,
@@ -25,16 +26,15 @@ from tests.transfer.kit import (
     poll_until,
     send_the_rest,
 )
-from tests.transfer.lines import ALL_KINDS, PROCESS_KINDS, Line
-from tests.transfer.partner import Partner, PartnerThread, serve_lines
+from tests.transfer.partner import Partner, PartnerThread, serve_all
 
 
 class FarSide(NamedTuple):
-    """A process that serves the embedding end of one line of every kind, one after the other."""
+    """A process that serves the embedding end of one pair of queues of every kind, one after another."""
 
     child: Child
     pool: BlockPool
-    lines: dict[str, Line]
+    pairs: dict[str, QueuePair]
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def far_side() -> Iterator[FarSide]:
         tempfile.TemporaryDirectory() as folder,
         BlockPool.create(name, config(), role="language", prefault="off") as pool,
     ):
-        lines = {kind: make(folder) for kind, make in PROCESS_KINDS.items()}
-        ends = {kind: line.embedding for kind, line in lines.items()}
-        with spawn(serve_lines, name, "embedding", ends) as child:
-            yield FarSide(child, pool, lines)
+        pairs = {kind: make(folder) for kind, make in PROCESS_KINDS.items()}
+        ends = {kind: queues.embedding for kind, queues in pairs.items()}
+        with spawn(serve_all, name, "embedding", ends) as child:
+            yield FarSide(child, pool, pairs)
             child.say(None)
-        for line in lines.values():
-            line.close()
+        for queues in pairs.values():
+            queues.close()
 
 
 class Near(NamedTuple):
@@ -63,29 +63,29 @@ class Near(NamedTuple):
 
 
 @pytest.fixture(params=[f"thread: {kind}" for kind in ALL_KINDS])
-def thread_line(request: pytest.FixtureRequest, pool: BlockPool) -> Iterator[Near]:
+def near_in_thread(request: pytest.FixtureRequest, pool: BlockPool) -> Iterator[Near]:
     with tempfile.TemporaryDirectory() as folder:
-        line = ALL_KINDS[request.param.removeprefix("thread: ")](folder)
+        queues = ALL_KINDS[request.param.removeprefix("thread: ")](folder)
         with (
-            PartnerThread(pool, "embedding", line.embedding) as partner,
-            line.language.opened() as (tx, rx),
+            PartnerThread(pool, "embedding", queues.embedding) as partner,
+            queues.language.opened() as (tx, rx),
             LanguageEndpoint(pool, tx, rx) as language,
         ):
             yield Near(pool, language, partner)
-        line.close()
+        queues.close()
 
 
-# Each kind's line is used by the tests of that kind in turn: pytest orders by a module's parameter.
+# pytest orders tests by a module's parameter, so all tests of one kind of queue run together.
 @pytest.fixture(scope="module", params=list(PROCESS_KINDS))
-def process_line(request: pytest.FixtureRequest, far_side: FarSide) -> Iterator[Near]:
+def near_in_process(request: pytest.FixtureRequest, far_side: FarSide) -> Iterator[Near]:
     far_side.child.say(request.param)
     partner = Partner(far_side.child)
     with (
-        far_side.lines[request.param].language.opened() as (tx, rx),
+        far_side.pairs[request.param].language.opened() as (tx, rx),
         LanguageEndpoint(far_side.pool, tx, rx) as language,
     ):
         # A connection that is made during a test would count as left behind by it.
-        poll_until(lambda: language.stats.peer != "", language)
+        poll_until(lambda: language.stats().peer != "", language)
         while not partner.ask("stats").peer:
             language.poll()
         yield Near(far_side.pool, language, partner)
@@ -150,11 +150,11 @@ class Conformance:
 
 class TestInThreads(Conformance):
     @pytest.fixture
-    def near(self, thread_line: Near) -> Near:
-        return thread_line
+    def near(self, near_in_thread: Near) -> Near:
+        return near_in_thread
 
 
 class TestInProcesses(Conformance):
     @pytest.fixture
-    def near(self, process_line: Near) -> Near:
-        return process_line
+    def near(self, near_in_process: Near) -> Near:
+        return near_in_process

@@ -1,5 +1,5 @@
-"""Landing: blocks that the language side reserves before it knows the length, and how it makes more
-room when they are too few."""
+"""Landing: blocks that the language side reserves before it knows the length, and how it gets
+more when they are too few."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def transfer(pair: Pair, tokens: int, room: int = ROOM) -> TransferResult:
     assert sender.status is Status.Success, sender.failure
     assert sender.rounds == receiver.rounds
     assert sender.num_tokens == receiver.num_tokens == tokens
-    assert sender.bytes == receiver.bytes == tokens * pair.pool.config.token_bytes
+    assert sender.num_bytes == receiver.num_bytes == tokens * pair.pool.config.token_bytes
     return receiver.wait(0)
 
 
@@ -74,7 +74,7 @@ def test_what_cannot_grow_takes_a_second_allocation_and_copies_nothing(pair: Pai
     pair.pool.free(in_the_way)
 
 
-def test_what_finds_no_room_at_all_offers_the_same_blocks_again(pair: Pair) -> None:
+def test_when_no_blocks_are_free_the_same_ones_are_offered_again(pair: Pair) -> None:
     receiver = pair.language.receive(ROOM)
     with no_blocks(pair.pool, free_blocks=LANDING_BLOCKS):
         tokens = 5 * LANDING + 3

@@ -18,9 +18,9 @@ from shmblocks.transfer.messages import (
     Done,
     Failed,
     Hello,
-    Origin,
     Request,
     Resume,
+    SenderId,
     Starved,
     decode,
     encode,
@@ -29,7 +29,7 @@ from shmblocks.transfer.messages import (
 
 BIG = (1 << 64) - 1
 LONGEST = (1 << 31) - 1
-FROM = Origin((1 << 16) - 1, BIG)
+FROM = SenderId((1 << 16) - 1, BIG)
 HANDLE = BlockHandle(2**32 - 1, 2**32 - 1, BIG, BIG, BIG).encode()
 MESSAGES: list[AnyMessage] = [
     Hello(FROM, BIG),
@@ -41,7 +41,7 @@ MESSAGES: list[AnyMessage] = [
     Resume(FROM, 0, 1, 1, None, 0, 1),
     Starved(FROM, BIG, BIG, LONGEST, LONGEST),
     Done(FROM, BIG, BIG),
-    Failed(FROM, BIG, BIG, "no room at the inn"),
+    Failed(FROM, BIG, BIG, "no blocks at the inn"),
 ]
 
 
@@ -69,7 +69,7 @@ def test_a_truncated_or_lengthened_message_is_none(message: AnyMessage) -> None:
         (["chunk", [0, 1], 7, 1, 0, "text", 0, 0, 1, 1], "a handle is bytes"),
         (["chunk", [0, 1], 7, 1, 0, b"", 0, 0, 1, 1, 1], "one value too many"),
         (["chunk", [0, 1], -7, 1, 0, b"", 0, 0, 1, 1], "a negative room"),
-        (["chunk", [2**16, 1], 7, 1, 0, b"", 0, 0, 1, 1], "no place is so high"),
+        (["chunk", [2**16, 1], 7, 1, 0, b"", 0, 0, 1, 1], "no slot is so high"),
         (["request", [0, 1], 7, 1, "other", None], "no such mode"),
         (["resume", [0, 1], 7, 1, 0, None, 0, 1], "round 0 is asked for by a request"),
         (["failed", [0, 1], 7, 1, "x" * 2001], "too long a reason"),
@@ -81,7 +81,7 @@ def test_a_value_out_of_range_makes_the_message_none(values: list[object], what:
     assert decode(msgspec.msgpack.encode(values)) is None, what
 
 
-def test_a_message_that_is_too_long_is_not_even_looked_at() -> None:
+def test_a_message_that_is_too_long_is_not_even_decoded() -> None:
     assert decode(bytes(MAX_MESSAGE_BYTES + 1)) is None
 
 
@@ -100,8 +100,8 @@ def test_any_changed_byte_gives_none_or_a_message_in_range(
     message: AnyMessage, data: st.DataObject
 ) -> None:
     encoded = bytearray(encode(message))
-    place = data.draw(st.integers(0, len(encoded) - 1))
-    encoded[place] = data.draw(st.integers(0, 255))
+    index = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[index] = data.draw(st.integers(0, 255))
     changed = decode(encoded)
     assert changed is None or decode(encode(changed)) == changed
 

@@ -206,7 +206,7 @@ def test_bug_3_a_request_or_resume_that_comes_twice_is_answered_once(
     request = peek(pair.to_embedding)[-1]
     put(pair.to_embedding, request)
     pair.embedding.poll()  # before anybody sends: kept once
-    assert pair.embedding.stats.duplicate == 1
+    assert pair.embedding.stats().duplicate == 1
     sender = pair.embedding.send(ROOM, payload(pair.pool.config.fields, tokens))
     put(pair.to_embedding, request)
     chunks, duplicates = 0, 2
@@ -225,7 +225,7 @@ def test_bug_3_a_request_or_resume_that_comes_twice_is_answered_once(
             pair.to_language.put(data)
         pair.language.poll()
     assert chunks == sender.rounds == receiver.rounds > 2
-    assert pair.embedding.stats.duplicate == duplicates
+    assert pair.embedding.stats().duplicate == duplicates
     with receiver.wait(0) as result:
         assert_arrived(result, pair.pool, tokens)
 
@@ -242,7 +242,7 @@ def test_bug_3_a_chunk_that_comes_twice_is_taken_once(pair: Pair, mode: Mode) ->
         pair.language.poll()
         pair.embedding.poll()
     # The copy of the last chunk comes when the room has ended: it is late.
-    stats = pair.language.stats
+    stats = pair.language.stats()
     assert stats.duplicate + stats.late >= sender.rounds
     with receiver.wait(0) as result:
         assert_arrived(result, pair.pool, tokens)
@@ -256,8 +256,8 @@ def test_bug_3_the_last_chunk_is_the_one_that_reaches_the_total(pair: Pair, bloc
     sender = pair.embedding.send(ROOM, payload(pair.pool.config.fields, tokens))
     handle = pair.pool.alloc_blocks(blocks, blocks * 16)
     assert handle is not None
-    origin = pair.language._link.origin
-    pair.to_embedding.put(encode(Request(origin, ROOM, 99, "landing", handle.encode())))
+    sender_id = pair.language._connection.sender
+    pair.to_embedding.put(encode(Request(sender_id, ROOM, 99, "landing", handle.encode())))
     sent = 0
     while sent < tokens:
         pair.embedding.poll()
@@ -265,7 +265,7 @@ def test_bug_3_the_last_chunk_is_the_one_that_reaches_the_total(pair: Pair, bloc
         sent += min(blocks * 16, tokens - sent)
         assert sender.num_tokens == sent
         if sent < tokens:
-            resume = Resume(origin, ROOM, 99, sender.rounds, handle.encode(), 0, sent)
+            resume = Resume(sender_id, ROOM, 99, sender.rounds, handle.encode(), 0, sent)
             pair.to_embedding.put(encode(resume))
     sender.abort()
     pair.pool.free(handle)

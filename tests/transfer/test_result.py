@@ -48,7 +48,7 @@ def test_a_released_result_gives_nothing_any_more(pair: Pair, mode: Mode, tokens
     assert result.is_released
     assert_nothing_held(pair.pool)
     for use in (lambda: result["fill_ids"], lambda: result.parts("fill_ids"), result.__enter__):
-        with pytest.raises(InvalidStateError, match="was released; its blocks may hold another"):
+        with pytest.raises(InvalidStateError, match="was released, and its blocks may hold"):
             use()
     assert result.num_tokens == tokens
     assert result.aux[0] == tokens

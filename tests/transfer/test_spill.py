@@ -1,4 +1,4 @@
-"""Spilling: a second pool, in host memory, takes what the first has no room for.
+"""Spilling: a second pool, in host memory, takes what the first has no free blocks for.
 
 Here both pools lie in host memory, where the choice of a pool is all there is to it; what is copied
 between memories is tested in tests/cuda_logic and tests/gpu.
@@ -82,7 +82,7 @@ def transfer(both: Spilling, tokens: int, mode: Mode, room: int = ROOM) -> Trans
 
 
 def spilled(both: Spilling) -> tuple[int, int]:
-    return both.embedding.stats.spilled, both.language.stats.spilled
+    return both.embedding.stats().spilled, both.language.stats().spilled
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -277,7 +277,7 @@ def test_a_chunk_of_a_pool_that_is_neither_fails_its_room(both: Spilling) -> Non
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (config(fields=(Field("x", (2,), "int32"),)), "expected a pool with the fields"),
+        (config(fields=(Field("x", (2,), "int32"),)), "expected the fields and the block_size"),
         (msgspec.structs.replace(config(), block_size=2 * BLOCK), "the block_size"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from shmblocks import InvalidStateError
 from shmblocks.transfer import Status
-from shmblocks.transfer.status import TABLE, move
+from shmblocks.transfer.room import TABLE, move
 
 
 def test_the_statuses_are_those_of_the_original() -> None:

@@ -22,9 +22,9 @@ from shmblocks.transfer.messages import (
     Done,
     Failed,
     Hello,
-    Origin,
     Request,
     Resume,
+    SenderId,
     Starved,
     decode,
     encode,
@@ -46,13 +46,13 @@ from tests.transfer.kit import (
 )
 from tests.transfer.steps import LONG, ROOM, no_blocks
 
-STRANGER = Origin(63, 1 << 40)  # a place that nobody has
+STRANGER = SenderId(63, 1 << 40)  # a slot that nobody has
 
 
-def origin(pair: Pair) -> Origin:
+def our_id(pair: Pair) -> SenderId:
     """Both sides of a pair are this process."""
     assert pair.pool.participant is not None
-    return Origin(*pair.pool.participant)
+    return SenderId(*pair.pool.participant)
 
 
 # ---- dropped and counted ---------------------------------------------------------------------
@@ -66,17 +66,17 @@ def test_bytes_that_are_no_message_are_dropped_and_counted(pair: Pair) -> None:
             rx.put(data)
         rx.put("not even bytes")  # type: ignore[arg-type]
         endpoint.poll()
-        assert endpoint.stats.malformed == len(rubbish) + 1
+        assert endpoint.stats().malformed == len(rubbish) + 1
 
 
 def test_messages_of_the_wrong_side_are_dropped_and_counted(pair: Pair) -> None:
-    me = origin(pair)
+    me = our_id(pair)
     handle = BlockHandle(0, 1, 1, 1, pair.pool.pool_id).encode()
     put(pair.to_embedding, Chunk(me, 1, 1, 0, handle, 0, 0, 1, 1))
     put(pair.to_language, Done(me, 1, 1), Request(me, 1, 1, "push", None))
     settle(pair.embedding, pair.language)
-    assert pair.embedding.stats.malformed == 1
-    assert pair.language.stats.malformed == 2
+    assert pair.embedding.stats().malformed == 1
+    assert pair.language.stats().malformed == 2
 
 
 def test_messages_of_another_participant_are_dropped_and_counted(pair: Pair) -> None:
@@ -85,9 +85,9 @@ def test_messages_of_another_participant_are_dropped_and_counted(pair: Pair) -> 
     (request,) = intercept(pair.to_embedding)
     assert isinstance(request, Request)
     put(pair.to_language, Failed(STRANGER, ROOM, request.nonce, "says who?"))
-    put(pair.to_embedding, msgspec.structs.replace(request, origin=STRANGER))
+    put(pair.to_embedding, msgspec.structs.replace(request, sender=STRANGER))
     settle(pair.embedding, pair.language)
-    assert pair.language.stats.foreign == pair.embedding.stats.foreign == 1
+    assert pair.language.stats().foreign == pair.embedding.stats().foreign == 1
     assert receiver.status is Status.WaitingForInput
     receiver.abort()
 
@@ -119,8 +119,8 @@ def test_late_messages_of_an_earlier_room_of_the_same_number_are_dropped(
     pair.embedding.poll()
     pair.language.poll()
     assert second.status is Status.WaitingForInput
-    assert pair.embedding.stats.late == len(late_ones)
-    assert pair.language.stats.late >= len(to_language) - 1, "all but the Hello"
+    assert pair.embedding.stats().late == len(late_ones)
+    assert pair.language.stats().late >= len(to_language) - 1, "all but the Hello"
     pair.embedding.send(ROOM, payload(fields, 5, seed=2))
     settle(pair.embedding, pair.language)
     with second.wait(0) as result:
@@ -140,31 +140,31 @@ def test_a_failed_of_an_earlier_attempt_does_not_end_a_room_that_nobody_has_aske
     put(pair.to_embedding, failed)
     pair.embedding.poll()
     assert again.status is Status.Bootstrapping
-    assert pair.embedding.stats.late == 1
+    assert pair.embedding.stats().late == 1
 
 
-def test_a_newer_request_takes_the_place_of_one_that_was_not_served_yet(pair: Pair) -> None:
+def test_a_newer_request_replaces_one_that_was_not_served_yet(pair: Pair) -> None:
     """As when the embedding side was restarted on the same queues, with old requests in them."""
     receiver = pair.language.receive(ROOM)
     (*_, newer) = intercept(pair.to_embedding)
     stale = BlockHandle(0, LANDING_BLOCKS, LANDING, 1 << 40, pair.pool.pool_id).encode()
-    put(pair.to_embedding, Request(origin(pair), ROOM, 1, "landing", stale))
+    put(pair.to_embedding, Request(our_id(pair), ROOM, 1, "landing", stale))
     sender = pair.embedding.send(ROOM, payload(pair.pool.config.fields, LONG))
     assert sender.status is Status.WaitingForInput
-    put(pair.to_embedding, newer, Failed(origin(pair), ROOM, 1, "of the first attempt"))
+    put(pair.to_embedding, newer, Failed(our_id(pair), ROOM, 1, "of the first attempt"))
     settle(pair.embedding, pair.language)
-    assert pair.embedding.stats.late == 1
+    assert pair.embedding.stats().late == 1
     with receiver.wait(0) as result:
         assert_arrived(result, pair.pool, LONG)
 
 
-def test_a_request_in_place_of_one_that_was_partly_served_ends_that(pair: Pair) -> None:
+def test_a_request_for_a_room_that_was_partly_served_ends_that_room(pair: Pair) -> None:
     """As a language side does that came back without a goodbye."""
     tokens = pair.pool.config.total_tokens + 1
-    put(pair.to_embedding, Request(origin(pair), ROOM, 1, "push", None))
+    put(pair.to_embedding, Request(our_id(pair), ROOM, 1, "push", None))
     first = pair.embedding.send(ROOM, payload(pair.pool.config.fields, tokens))
     assert first.rounds == 1
-    put(pair.to_embedding, Request(origin(pair), ROOM, 2, "push", None))
+    put(pair.to_embedding, Request(our_id(pair), ROOM, 2, "push", None))
     pair.embedding.poll()
     assert "began this room anew" in (first.failure or "")
     assert_nothing_held(pair.pool)
@@ -178,7 +178,7 @@ def test_requests_without_a_send_are_bounded_and_the_oldest_is_refused(pair: Pai
 
     settle(pair.embedding, pair.language)
     for number in range(MOST_EARLY + 1):
-        put(pair.to_embedding, Request(origin(pair), number, number + 1, "push", None))
+        put(pair.to_embedding, Request(our_id(pair), number, number + 1, "push", None))
     for _ in range(MOST_EARLY // 1024 + 1):
         pair.embedding.poll()
     (refusal,) = intercept(pair.to_language)
@@ -200,7 +200,7 @@ def test_a_flood_of_messages_does_not_hold_up_a_poll_for_ever(pair: Pair) -> Non
 
     with LanguageEndpoint(pair.pool, Flood(), Flood()) as language:
         language.poll()
-        assert language.stats.malformed == 1024
+        assert language.stats().malformed == 1024
 
 
 # ---- the end of a room, with a reason --------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_chunk_that_does_not_fit_fails_the_room_and_says_so_to_both(
     sender = pair.embedding.send(ROOM, payload(pair.pool.config.fields, LONG))
     *_, chunk = intercept(pair.to_language)
     assert isinstance(chunk, Chunk)
-    put(pair.to_language, Hello(origin(pair), pair.pool.pool_id), change(chunk))
+    put(pair.to_language, Hello(our_id(pair), pair.pool.pool_id), change(chunk))
     # A handle that looks as if it was freed is given a second for the reason to come.
     poll_until(lambda: sender.status is Status.Failed, pair.embedding, pair.language)
     assert receiver.status is sender.status is Status.Failed
@@ -258,7 +258,7 @@ def test_a_chunk_for_a_room_that_has_asked_for_nothing_fails_it(pair: Pair) -> N
     with no_blocks(pair.pool):
         receiver = pair.language.receive(ROOM)
         nonce = receiver._room.nonce
-        put(pair.to_language, Chunk(origin(pair), ROOM, nonce, 0, b"", 0, 0, 1, 1))
+        put(pair.to_language, Chunk(our_id(pair), ROOM, nonce, 0, b"", 0, 0, 1, 1))
         pair.language.poll()
         assert "a room at Bootstrapping" in (receiver.failure or "")
 
@@ -267,7 +267,7 @@ def test_a_chunk_for_a_room_that_has_asked_for_nothing_fails_it(pair: Pair) -> N
     ("offer", "reason"),
     [
         (b"", "MalformedHandleError"),
-        (None, "expected blocks with room to write into"),
+        (None, "expected blocks that are not full"),
         (BlockHandle(0, 1, 16, 1, 12345).encode(), "ForeignHandleError"),
         (BlockHandle(0, 1, 16, 0, 0).encode(), "Error"),
     ],
@@ -276,7 +276,7 @@ def test_a_request_with_a_bad_handle_fails_the_room(
     pair: Pair, offer: bytes | None, reason: str
 ) -> None:
     sender = pair.embedding.send(ROOM, payload(pair.pool.config.fields, 5))
-    put(pair.to_embedding, Request(origin(pair), ROOM, 1, "landing", offer))
+    put(pair.to_embedding, Request(our_id(pair), ROOM, 1, "landing", offer))
     pair.embedding.poll()
     assert sender.status is Status.Failed
     assert reason in (sender.failure or "")
@@ -296,13 +296,13 @@ def test_a_request_with_a_bad_handle_fails_the_room(
     ],
 )
 def test_a_resume_or_done_that_does_not_fit_fails_the_room(
-    pair: Pair, resume: Callable[[Origin, bytes], AnyMessage]
+    pair: Pair, resume: Callable[[SenderId, bytes], AnyMessage]
 ) -> None:
     sender = pair.embedding.send(ROOM, payload(pair.pool.config.fields, LONG))
     landing = pair.pool.alloc_blocks(LANDING_BLOCKS, LANDING)
     assert landing is not None
-    put(pair.to_embedding, Request(origin(pair), ROOM, 1, "landing", landing.encode()))
-    put(pair.to_embedding, resume(origin(pair), landing.encode()))
+    put(pair.to_embedding, Request(our_id(pair), ROOM, 1, "landing", landing.encode()))
+    put(pair.to_embedding, resume(our_id(pair), landing.encode()))
     pair.embedding.poll()
     assert sender.status is Status.Failed
     assert isinstance(intercept(pair.to_language)[-1], Failed)
@@ -318,7 +318,7 @@ def test_blocks_whose_aux_tells_another_length_fail_the_room(pair: Pair) -> None
         lease.aux[0] = 6
     put(
         pair.to_language,
-        Chunk(origin(pair), ROOM, request.nonce, 0, request.handle, 0, 0, 5, 5),
+        Chunk(our_id(pair), ROOM, request.nonce, 0, request.handle, 0, 0, 5, 5),
     )
     pair.language.poll()
     assert "aux[0]: expected the total length 5, got 6" in (receiver.failure or "")
@@ -333,7 +333,7 @@ def test_a_length_that_no_memory_holds_fails_the_room(pair: Pair) -> None:
         assert request.handle is not None
         with pair.pool.write(BlockHandle.decode(request.handle)) as lease:
             lease.aux[0] = longest
-        chunk = Chunk(origin(pair), ROOM, request.nonce, 0, request.handle, 0, 0, LANDING, longest)
+        chunk = Chunk(our_id(pair), ROOM, request.nonce, 0, request.handle, 0, 0, LANDING, longest)
         put(pair.to_language, chunk)
         pair.language.poll()
         # 2**31 tokens of 60 bytes: where the system promises that much memory, it goes on.
@@ -344,7 +344,7 @@ def test_a_length_that_no_memory_holds_fails_the_room(pair: Pair) -> None:
 def test_an_endpoint_on_another_pool_is_told_apart(pair: Pair) -> None:
     settle(pair.embedding, pair.language)
     receiver = pair.language.receive(ROOM)
-    put(pair.to_language, Hello(origin(pair), pair.pool.pool_id ^ 1))
+    put(pair.to_language, Hello(our_id(pair), pair.pool.pool_id ^ 1))
     pair.language.poll()
     assert "attach both sides to the same pool" in (receiver.failure or "")
 
@@ -354,7 +354,7 @@ def test_an_endpoint_on_another_pool_is_told_apart(pair: Pair) -> None:
 sizes = st.integers(0, 2 * LANDING)
 
 
-def messages(nonce: int, handle: bytes, me: Origin) -> st.SearchStrategy[AnyMessage]:
+def messages(nonce: int, handle: bytes, me: SenderId) -> st.SearchStrategy[AnyMessage]:
     """Messages that come close: the right room and nonce, numbers around the right ones."""
     from_whom = st.sampled_from([me, me, me, STRANGER])
     nonces = st.sampled_from([nonce, nonce, nonce, 0, 5])
@@ -391,7 +391,7 @@ def test_any_bytes_leave_an_endpoint_working(pool: BlockPool, junk: list[bytes])
 def test_any_messages_that_come_close_leave_an_endpoint_working(
     pool: BlockPool, data: st.DataObject
 ) -> None:
-    def close_ones(nonce: int, handle: bytes, me: Origin) -> list[bytes]:
+    def close_ones(nonce: int, handle: bytes, me: SenderId) -> list[bytes]:
         drawn = data.draw(st.lists(messages(nonce, handle, me), max_size=6))
         return [encode(message) for message in drawn]
 
@@ -400,7 +400,7 @@ def test_any_messages_that_come_close_leave_an_endpoint_working(
 
 def play(
     pool: BlockPool,
-    junk: Callable[[int, bytes, Origin], list[bytes]],
+    junk: Callable[[int, bytes, SenderId], list[bytes]],
     rng: random.Random,
     is_genuine: bool,
 ) -> None:
@@ -417,10 +417,10 @@ def play(
         request = asked[-1]
         assert isinstance(request, Request)
         handle = request.handle or BlockHandle(0, 4, LANDING, 1, pool.pool_id).encode()
-        for data in [*junk(request.nonce, handle, request.origin), encode(request)]:
+        for data in [*junk(request.nonce, handle, request.sender), encode(request)]:
             rng.choice((one, two)).put(data)
         embedding.send(ROOM, payload(pool.config.fields, LONG))
-        for data in junk(request.nonce, handle, request.origin):
+        for data in junk(request.nonce, handle, request.sender):
             rng.choice((one, two)).put(data)
         settle(embedding, language)
         if receiver.status is Status.Success:

@@ -1,7 +1,7 @@
-"""Every kind of queue that a transfer can use, as a line with two ends.
+"""Every kind of queue that a transfer can use, as a pair of queues with two ends.
 
 An `End` can be sent to a process that is being spawned, and is opened there. The two ends of a
-line are crossed: what one puts, the other gets.
+pair are crossed: what one puts, the other gets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class End(NamedTuple):
-    """Two queues, there already."""
+    """Two queues that exist already."""
 
     tx: QueueLike
     rx: QueueLike
@@ -75,7 +75,7 @@ class PushPullEnd(NamedTuple):
 AnyEnd = End | ZmqEnd | PushPullEnd
 
 
-class Line(NamedTuple):
+class QueuePair(NamedTuple):
     """Both ends, and what closes the queues when both are done."""
 
     embedding: AnyEnd
@@ -103,8 +103,8 @@ def _nothing() -> None:
     """Nothing to close."""
 
 
-def crossed(one: QueueLike, two: QueueLike, close: Callable[[], None] = _nothing) -> Line:
-    return Line(End(one, two), End(two, one), close)
+def crossed(one: QueueLike, two: QueueLike, close: Callable[[], None] = _nothing) -> QueuePair:
+    return QueuePair(End(one, two), End(two, one), close)
 
 
 def _spawn_context() -> BaseContext:
@@ -118,7 +118,7 @@ def _torch_context() -> BaseContext:
     return context
 
 
-def _multiprocessing_queues(context: BaseContext, size: int = 0) -> Line:
+def _multiprocessing_queues(context: BaseContext, size: int = 0) -> QueuePair:
     one, two = context.Queue(size), context.Queue(size)
 
     def close() -> None:
@@ -129,7 +129,7 @@ def _multiprocessing_queues(context: BaseContext, size: int = 0) -> Line:
     return crossed(one, two, close)
 
 
-def _simple_queues(context: BaseContext) -> Line:
+def _simple_queues(context: BaseContext) -> QueuePair:
     one, two = context.SimpleQueue(), context.SimpleQueue()
 
     def close() -> None:
@@ -139,7 +139,7 @@ def _simple_queues(context: BaseContext) -> Line:
     return crossed(one, two, close)
 
 
-def _handle_queues(capacity: int) -> Line:
+def _handle_queues(capacity: int) -> QueuePair:
     one = HandleQueue.create(naming.new_pool_name(), capacity)
     two = HandleQueue.create(naming.new_pool_name(), capacity)
 
@@ -150,25 +150,25 @@ def _handle_queues(capacity: int) -> Line:
     return crossed(one, two, close)
 
 
-def _zmq_pair(folder: str) -> Line:
+def _zmq_pair(folder: str) -> QueuePair:
     address = f"ipc://{folder}/pair"
-    return Line(ZmqEnd(address, binds=True), ZmqEnd(address, binds=False), _nothing)
+    return QueuePair(ZmqEnd(address, binds=True), ZmqEnd(address, binds=False), _nothing)
 
 
-def _zmq_push_pull(folder: str) -> Line:
+def _zmq_push_pull(folder: str) -> QueuePair:
     one, two = f"ipc://{folder}/one", f"ipc://{folder}/two"
-    return Line(PushPullEnd(one, two), PushPullEnd(two, one), _nothing)
+    return QueuePair(PushPullEnd(one, two), PushPullEnd(two, one), _nothing)
 
 
 # Kinds that connect threads of one process, and kinds that (also) connect processes. Each is made
 # by a function of a folder that is empty.
-THREAD_KINDS: dict[str, Callable[[str], Line]] = {
+THREAD_KINDS: dict[str, Callable[[str], QueuePair]] = {
     "queue.Queue": lambda _: crossed(queue.Queue(), queue.Queue()),
     "queue.Queue of one": lambda _: crossed(queue.Queue(1), queue.Queue(1)),
     "queue.SimpleQueue": lambda _: crossed(queue.SimpleQueue(), queue.SimpleQueue()),
     "put, get and empty": lambda _: crossed(PlainQueue(), PlainQueue()),
 }
-PROCESS_KINDS: dict[str, Callable[[str], Line]] = {
+PROCESS_KINDS: dict[str, Callable[[str], QueuePair]] = {
     "multiprocessing.Queue": lambda _: _multiprocessing_queues(_spawn_context()),
     "multiprocessing.Queue of one": lambda _: _multiprocessing_queues(_spawn_context(), 1),
     "multiprocessing.SimpleQueue": lambda _: _simple_queues(_spawn_context()),

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from shmblocks.transfer import QueueLike
-from shmblocks.transfer.channel import ChannelBrokenError, Incoming, Outgoing
+from shmblocks.transfer.queues import Incoming, Outgoing, QueueBrokenError
 from tests.support.children import run_program
-from tests.transfer.lines import PlainQueue
+from tests.transfer.kinds import PlainQueue
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def pipe() -> Iterator[multiprocessing.queues.SimpleQueue[bytes]]:
 def drain(rx: QueueLike) -> list[object]:
     incoming = Incoming(rx)
     items = []
-    while (item := incoming.try_receive()) is not None:
+    while (item := incoming.receive(0.0)) is not None:
         items.append(item)
     return items
 
@@ -65,7 +65,7 @@ def test_a_full_pipe_does_not_block_the_sender(
 def test_an_empty_queue_gives_none_at_once_and_after_a_timeout() -> None:
     for rx in (queue.Queue[bytes](), queue.SimpleQueue[bytes](), PlainQueue()):
         incoming = Incoming(rx)
-        assert incoming.try_receive() is None
+        assert incoming.receive(0.0) is None
         start = time.monotonic()
         assert incoming.receive(0.02) is None
         assert time.monotonic() - start >= 0.019
@@ -82,40 +82,40 @@ def test_a_pipe_is_waited_for_not_polled(pipe: multiprocessing.queues.SimpleQueu
     assert incoming.receive(0.0) == b"here"
 
 
-def test_a_closed_queue_is_a_broken_channel() -> None:
+def test_a_closed_queue_is_a_broken_queue() -> None:
     closed: multiprocessing.queues.Queue[bytes] = multiprocessing.Queue()
     incoming, outgoing = Incoming(closed), Outgoing(closed)
     closed.close()
     closed.join_thread()
-    with pytest.raises(ChannelBrokenError, match="reading from the queue failed"):
-        incoming.try_receive()
-    with pytest.raises(ChannelBrokenError, match="putting into the queue failed"):
+    with pytest.raises(QueueBrokenError, match="reading from the queue failed"):
+        incoming.receive(0.0)
+    with pytest.raises(QueueBrokenError, match="putting into the queue failed"):
         outgoing.send(b"lost")
     assert len(outgoing) == 0
 
 
-def test_a_closed_pipe_is_a_broken_channel() -> None:
+def test_a_closed_pipe_is_a_broken_queue() -> None:
     closed: multiprocessing.queues.SimpleQueue[bytes] = multiprocessing.SimpleQueue()
     incoming = Incoming(closed)
     closed.close()
-    with pytest.raises(ChannelBrokenError, match="reading from the queue failed"):
+    with pytest.raises(QueueBrokenError, match="reading from the queue failed"):
         incoming.receive(0.01)
 
 
-def test_a_closed_handle_queue_is_a_broken_channel(pool_name: str) -> None:
+def test_a_closed_handle_queue_is_a_broken_queue(pool_name: str) -> None:
     from shmblocks.queue import HandleQueue
 
     closed = HandleQueue.create(pool_name, capacity=1)
     incoming, outgoing = Incoming(closed), Outgoing(closed)
-    assert outgoing.longest == closed.message_bytes
+    assert outgoing.limit == closed.message_bytes
     outgoing.send(b"taken")
     outgoing.send(b"kept")
     assert len(outgoing) == 1
-    assert incoming.try_receive() == b"taken"
+    assert incoming.receive(0.0) == b"taken"
     closed.close()
-    with pytest.raises(ChannelBrokenError, match="closed"):
-        incoming.try_receive()
-    with pytest.raises(ChannelBrokenError, match="closed"):
+    with pytest.raises(QueueBrokenError, match="closed"):
+        incoming.receive(0.0)
+    with pytest.raises(QueueBrokenError, match="closed"):
         outgoing.flush()
 
 
@@ -148,8 +148,8 @@ def test_the_zmq_adapter_waits_as_long_as_it_is_told_and_says_full_and_empty() -
         assert time.monotonic() - start >= 0.019
         Outgoing(right).send(b"back")
         assert Incoming(left).receive(5.0) == b"back"
-    with pytest.raises(ChannelBrokenError, match="zmq"):
-        Incoming(left).try_receive()
+    with pytest.raises(QueueBrokenError, match="zmq"):
+        Incoming(left).receive(0.0)
 
 
 def test_importing_transfers_imports_neither_zmq_nor_torch() -> None:
