@@ -44,24 +44,27 @@ class _Waiter(NamedTuple):
             self.future.set_result(error)
 
 
-class AsyncWaits:
-    """`pump_while(has_waiters)` drives the endpoint, and may raise."""
+# Drives the endpoint until the function that it gets says that nobody waits; may raise.
+Pump = Callable[[Callable[[], bool]], None]
 
-    def __init__(self, pump_while: Callable[[Callable[[], bool]], None]) -> None:
-        self._pump_while = pump_while
+
+class AsyncWaits:
+    """The waiters of one endpoint. It keeps no reference to the endpoint."""
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiters: list[_Waiter] = []
         self._thread: threading.Thread | None = None
         self._is_served = False
 
-    async def wait(self, room: Room, timeout: float | None) -> bool:
+    async def wait(self, pump: Pump, room: Room, timeout: float | None) -> bool:
         """Whether the room ended within `timeout` seconds (None: wait for ever).
 
         Raises what the pumping raised.
         """
         loop = asyncio.get_running_loop()
         waiter = _Waiter(room, loop, loop.create_future())
-        self._add(waiter)
+        self._add(waiter, pump)
         try:
             done, _ = await asyncio.wait([waiter.future], timeout=timeout)
         finally:
@@ -72,11 +75,11 @@ class AsyncWaits:
             raise error
         return bool(done)
 
-    def _add(self, waiter: _Waiter) -> None:
+    def _add(self, waiter: _Waiter, pump: Pump) -> None:
         with self._lock:
             if not self._is_served:
                 self._thread = threading.Thread(
-                    target=self._serve, name="shmblocks transfer", daemon=True
+                    target=self._serve, args=(pump,), name="shmblocks transfer", daemon=True
                 )
                 self._thread.start()
                 self._is_served = True
@@ -90,10 +93,10 @@ class AsyncWaits:
 
     # ---- in the thread -----------------------------------------------------------------------
 
-    def _serve(self) -> None:
+    def _serve(self, pump: Pump) -> None:
         try:
             while not self._may_end():
-                self._pump_while(self._has_waiters)
+                pump(self._has_waiters)
         except Exception as error:  # noqa: BLE001 - raised again, in each coroutine that waits
             with self._lock:
                 failed, self._waiters = self._waiters, []

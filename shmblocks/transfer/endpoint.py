@@ -92,7 +92,7 @@ class Endpoint(abc.ABC, Generic[R]):
         self._changed = threading.Condition(threading.Lock())
         self._has_reader = False
         self._is_closed = False
-        self._async_waits = AsyncWaits(self._serve)
+        self._async_waits = AsyncWaits()
         self._pid = os.getpid()
         self._connection.say_hello()
 
@@ -330,7 +330,7 @@ class Endpoint(abc.ABC, Generic[R]):
         if room.is_over:
             return
         start = time.monotonic()
-        if not await self._async_waits.wait(room, timeout):
+        if not await self._async_waits.wait(self._serve, room, timeout):
             # One last poll, and the text of the error: both may wait for a lock.
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(None, self._wait, room, timeout, start)

@@ -85,7 +85,7 @@ class Pools:
 
     def who_holds(self) -> str:
         """Who holds how many blocks of each pool, for which request, since when."""
-        return "\n".join(f"pool {pool.name}: {pool._state.who_holds()}" for pool in self.all)
+        return "\n".join(f"pool {pool.name}: {pool.state.who_holds()}" for pool in self.all)
 
     @property
     def device(self) -> torch.device:

@@ -69,7 +69,7 @@ def test_what_was_being_written_when_the_blocks_were_freed_is_not_used_again_bef
     receiver = pair.language.receive(ROOM)
     (landing,) = pair.pool.allocations()
     handle = receiver_handle(pair)
-    with pair.pool.write(handle):
+    with pair.pool.open_for_write(handle):
         receiver.abort("in the middle of a write")
         assert pair.pool.available_blocks() == pair.pool.config.total_blocks - landing.num_blocks
     assert_nothing_held(pair.pool)

@@ -30,7 +30,7 @@ from tests.transfer.partner import Partner, PartnerThread, serve_all
 
 
 class FarSide(NamedTuple):
-    """A process that serves the embedding end of one pair of queues of every kind, one after another."""
+    """A process that serves the embedding end of a pair of queues of every kind, one by one."""
 
     child: Child
     pool: BlockPool

@@ -314,7 +314,7 @@ def test_blocks_whose_aux_tells_another_length_fail_the_room(pair: Pair) -> None
     *_, request = intercept(pair.to_embedding)
     assert isinstance(request, Request)
     assert request.handle is not None
-    with pair.pool.write(BlockHandle.decode(request.handle)) as lease:
+    with pair.pool.open_for_write(BlockHandle.decode(request.handle)) as lease:
         lease.aux[0] = 6
     put(
         pair.to_language,
@@ -331,7 +331,7 @@ def test_a_length_that_no_memory_holds_fails_the_room(pair: Pair) -> None:
         *_, request = intercept(pair.to_embedding)
         assert isinstance(request, Request)
         assert request.handle is not None
-        with pair.pool.write(BlockHandle.decode(request.handle)) as lease:
+        with pair.pool.open_for_write(BlockHandle.decode(request.handle)) as lease:
             lease.aux[0] = longest
         chunk = Chunk(our_id(pair), ROOM, request.nonce, 0, request.handle, 0, 0, LANDING, longest)
         put(pair.to_language, chunk)
