@@ -46,8 +46,10 @@ def far_side() -> Iterator[FarSide]:
         BlockPool.create(name, config(), role="language", prefault="off") as pool,
     ):
         # The first lease maps the memory read-only; in a test, that would count as left behind.
-        assert (handle := pool.alloc(1)) is not None
-        pool.open(pool.publish(handle)).release()
+        handle = pool.alloc(1)
+        assert handle is not None
+        with pool.open(pool.publish(handle)) as lease:
+            assert len(lease.view.aux) == 16
         pairs = {kind: make(folder) for kind, make in PROCESS_KINDS.items()}
         ends = {kind: queues.embedding for kind, queues in pairs.items()}
         with spawn(serve_all, name, "embedding", ends) as child:
