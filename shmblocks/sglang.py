@@ -1,22 +1,22 @@
 """The block design of SGLang's encode/language disaggregation, v4.0, over shared memory.
 
-The same three names with the same signatures, so that an engine that has the original changes an
-import:
+It has the original's three names with the same signatures, so an engine that uses the original
+only changes an import:
 
     from shmblocks.sglang import (
         MetadataAllocation, MultimodalDataBuffers, ReqToMetadataBlockAllocator,
     )
 
 What is different
-- Both classes take `name=`: processes that give the same name share one allocator or one set of
-  buffers, whoever comes first creates it. Without a name they are private until they are inherited
-  (fork) or pickled (spawn).
-- An allocation's blocks are consecutive, always, and what a dead process held comes back.
-- `mrope_positions` is stored per token, `[tokens, 3]`, so that the chunk of a resumed transfer is
-  one slice, and `get_buf` gives it as `[3, tokens]`.
+- Both classes take `name=`: processes that give the same name share one allocator, or one set of
+  buffers. The first one creates it. Without a name it is private until it is inherited (fork) or
+  pickled (spawn).
+- The blocks of an allocation are always consecutive, and blocks of a dead process are freed.
+- `mrope_positions` is stored per token, `[tokens, 3]`, so that a chunk of a resumed transfer is one
+  slice. `get_buf` gives it as `[3, tokens]`.
 
-The allocator and the buffers are two segments, since the original makes them separately; the blocks
-of one are the blocks of the other when both are made with the same sizes.
+The allocator and the buffers are two segments, because the original makes them separately. Make
+both with the same sizes: then block n of one is block n of the other.
 
 Environment: `SGLANG_MULTIMODAL_BLOCK_SIZE` (128), `SGLANG_DEFAULT_MULTIMODAL_BLOCKS` (8).
 """
@@ -57,8 +57,8 @@ _ATTEMPTS = 100
 class MetadataAllocation:
     """Blocks `start_block .. start_block + num_blocks - 1` for `num_tokens` tokens.
 
-    `handle` proves that it is not stale when it is freed. One that an engine built itself has none
-    and is freed by its numbers alone.
+    When it is freed, `handle` proves that it is not stale. An allocation that an engine built itself
+    has no handle and is freed by its numbers alone.
     """
 
     start_block: int
@@ -169,7 +169,7 @@ class MultimodalDataBuffers:
         *,
         name: str | None = None,
     ) -> None:
-        """Room for `size` requests of `max_prefill_tokens` tokens, rounded up to whole blocks."""
+        """For `size` requests of `max_prefill_tokens` tokens, rounded up to whole blocks."""
         fields = multimodal_fields(embedding_dim, num_deepstack_embeddings)
         config = _config(size * max_prefill_tokens, block_size, fields)
         self._pool = _shared(name, "buffers", config)
@@ -211,8 +211,8 @@ class MultimodalDataBuffers:
         """
         buffers = self._buffers()
         per_block = [
-            AUX_BYTES if buffer is self.aux_datas else buffer[: self.block_size].nbytes
-            for buffer in buffers
+            AUX_BYTES if field is None else field.token_bytes * self.block_size
+            for field in self._fields()
         ]
         return [b.data_ptr() for b in buffers], [b.nbytes for b in buffers], per_block
 
@@ -310,7 +310,7 @@ class MultimodalDataBuffers:
             or not 0 <= allocation.num_tokens <= allocation.num_blocks * self.block_size
         ):
             raise ValueError(
-                f"allocation: expected blocks below {self.num_blocks} with room for its tokens, "
+                f"allocation: expected blocks below {self.num_blocks} that hold its tokens, "
                 f"got {allocation}"
             )
         return slice(start, end)
@@ -328,7 +328,7 @@ def _config(total_tokens: int, block_size: int | None, fields: tuple[Field, ...]
 
 
 def _shared(name: str | None, part: str, config: PoolConfig) -> BlockPool:
-    """The pool of that name, attached or created, whoever comes first; a private one if None."""
+    """Attach to the pool of that name, or create it; a private one if `name` is None."""
     if name is None:
         return BlockPool.create(f"sglang-{os.getpid()}-{secrets.token_hex(6)}.{part}", config)
     full_name = f"{name}.{part}"
@@ -340,7 +340,7 @@ def _shared(name: str | None, part: str, config: PoolConfig) -> BlockPool:
         try:
             pool = makers[attempt % 2]()
         except (PoolNotFoundError, PoolExistsError):
-            # Removed or created by another process between our two looks: look again.
+            # Another process has removed or created it since our last attempt: try again.
             continue
         if pool.config != config:
             pool.close()

@@ -91,6 +91,7 @@ PUBLIC: dict[str, set[str]] = {
         "EmbeddingEndpoint",
         "EndpointStats",
         "LanguageEndpoint",
+        "Mode",
         "QueueLike",
         "Receiver",
         "Sender",
