@@ -57,8 +57,8 @@ _ATTEMPTS = 100
 class MetadataAllocation:
     """Blocks `start_block .. start_block + num_blocks - 1` for `num_tokens` tokens.
 
-    When it is freed, `handle` proves that it is not stale. An allocation that an engine built itself
-    has no handle and is freed by its numbers alone.
+    `handle` proves, when it is freed, that it is not stale. An allocation that an engine built has
+    no handle and is freed by its numbers alone.
     """
 
     start_block: int

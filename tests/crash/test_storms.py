@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.crash import storms
+from tests.crash.fresh import run_in_fresh_interpreter
 from tests.crash.plugin import SUMMARY
-from tests.crash.rooms import run_in_clean_room
 
 ROUNDS = 600
 
@@ -21,5 +21,5 @@ def test_an_exception_at_any_moment_leaves_the_lock_free_and_the_state_whole(
     record_property: Callable[[str, object], None],
 ) -> None:
     seed = rng.getrandbits(32)
-    run_in_clean_room(storm, ROUNDS, seed)
+    run_in_fresh_interpreter(storm, ROUNDS, seed)
     record_property(SUMMARY, f"asynchronous exceptions {storm.__name__}: {ROUNDS}, seed {seed}")

@@ -12,6 +12,7 @@ import pytest
 from shmblocks import BlockPool, HandleQueue
 from shmblocks.transfer import LanguageEndpoint, Status
 from tests.queue.kit import asleep
+from tests.transfer.kinds import End
 from tests.transfer.kit import (
     LANDING,
     MODES,
@@ -22,7 +23,6 @@ from tests.transfer.kit import (
     config,
     send_the_rest,
 )
-from tests.transfer.kinds import End
 from tests.transfer.partner import PartnerThread
 
 LENGTHS = (1, LANDING, 3 * LANDING + 5)

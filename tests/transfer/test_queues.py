@@ -136,6 +136,8 @@ def test_the_zmq_adapter_waits_as_long_as_it_is_told_and_says_full_and_empty() -
         left = ZmqQueue(one)
         with pytest.raises(queue.Full):
             left.put_nowait(b"nobody is connected")
+        with pytest.raises(queue.Full):
+            left.put(b"nobody is connected", timeout=0.005)
         two.connect("inproc://adapter")
         right = ZmqQueue(two)
         left.put(b"here")

@@ -14,7 +14,7 @@ T = TypeVar("T")
 LONGEST = 540.0
 
 
-def run_in_clean_room(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def run_in_fresh_interpreter(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The result of `function(*args, **kwargs)`, called over there."""
     with spawn(_call, function, args, kwargs) as child:
         return cast("T", child.result(timeout=LONGEST))
