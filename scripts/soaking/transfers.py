@@ -134,7 +134,10 @@ def _patiently(
         try:
             return wait(1.0)
         except PoolTimeoutError:
-            if not endpoint.stats().peer and member.counters.killed_at(member.peer) > member.started:
+            if (
+                not endpoint.stats().peer
+                and member.counters.killed_at(member.peer) > member.started
+            ):
                 raise PeerDiedError("it never sent a message") from None
             if time.monotonic() > deadline and not member.counters.is_over:
                 raise
