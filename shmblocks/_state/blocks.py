@@ -454,7 +454,9 @@ class BlockTable:
                     self.release(slot, lease)
                     ended += 1
         if words[H_SETTLING]:
-            for start, record in list(self.live()):
+            for start in sorted(self.live_starts()):
+                # Read anew for each: what is freed moves another one in the list.
+                record = self.record(start)
                 if record.state == _SETTLING and not self._in_flight(record):
                     self.settle(start, record)
                     ended += 1

@@ -480,3 +480,19 @@ def test_an_allocation_takes_nothing_from_the_living(pool: BlockPool) -> None:
         pools.take(other, 40)
         assert pool.alloc(40) is None
         assert other.stats().reserved_blocks == 10
+
+
+def test_several_allocations_that_streams_gave_back_are_all_taken_out_of_the_list(
+    pool: BlockPool,
+) -> None:
+    """Found on a GPU: the second one was taken out at an index that the first had changed."""
+    handles = [pools.take(pool) for _ in range(6)]
+    for handle in handles[2:]:
+        assert pool.state.free_behind(handle)
+    for handle in handles[2:]:
+        pools.set_word(pool, pool.state.layout.ready_word(handle.start_block), handle.generation)
+    assert pool.stats().settling_blocks == 0
+    assert pool.check() == []
+    for handle in handles[:2]:
+        pool.free(handle)
+    assert pool.available_blocks() == pool.config.total_blocks
