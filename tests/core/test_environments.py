@@ -184,7 +184,7 @@ def test_after_setuid_each_segment_is_reset_or_closed_by_itself(
         assert queue.get() == b"m"
 
 
-def put_or_why_not(queue: HandleQueue) -> str:
+def put_or_why_not(queue: HandleQueue[bytes]) -> str:
     try:
         queue.put(b"lost")
     except PoolClosedError as error:

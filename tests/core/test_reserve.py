@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from shmblocks import (
+    UNBOUNDED,
+    BlockHandle,
     BlockPool,
     Field,
     InvalidStateError,
+    Lease,
     PoolClosedError,
     PoolTimeoutError,
     Reservation,
@@ -62,8 +67,8 @@ def test_what_is_not_published_is_freed_when_the_block_ends(pool: BlockPool) -> 
         (info,) = pool.allocations()
         assert (info.state, info.req_id, info.num_tokens) == (State.RESERVED, "r1", 9)
         assert pool.available_blocks() == 13
-        assert not reservation.is_over
-    assert reservation.is_over
+        was_over = reservation.is_over
+    assert (was_over, reservation.is_over) == (False, True)
     assert pool.available_blocks() == 16
 
 
@@ -402,3 +407,38 @@ def test_another_process_takes_what_was_put(pool: BlockPool) -> None:
     got = run_in_fork(lambda: {name: each.tolist() for name, each in pool.take(handle).items()})
     assert got["ids"] == tensors(9)["ids"].tolist()
     assert got["positions"] == tensors(9)["positions"].tolist()
+
+
+# --- the list of what there is ----------------------------------------------------------------
+
+
+def test_the_list_of_allocations_is_right_after_anything_in_any_order(
+    pool: BlockPool, rng: random.Random
+) -> None:
+    """Whatever is given back, the last of the list takes its index."""
+    reserved: list[BlockHandle] = []
+    published: list[BlockHandle] = []
+    leases: list[Lease] = []
+    for _ in range(300):
+        action = rng.randrange(7)
+        if action <= 1 and (handle := pool.alloc(rng.randint(1, 9))):
+            reserved.append(handle)
+        elif action == 2 and reserved:
+            handle = reserved.pop(rng.randrange(len(reserved)))
+            published.append(pool.publish(handle, readers=rng.choice((1, 2, UNBOUNDED))))
+        elif action == 3 and published and len(leases) < 16:
+            handle = rng.choice(published)
+            with contextlib.suppress(StaleHandleError, InvalidStateError):
+                leases.append(pool.open(handle))
+        elif action == 4 and leases:
+            lease = leases.pop(rng.randrange(len(leases)))
+            rng.choice((lease.release, lease.give_back))()
+        elif action == 5 and reserved:
+            pool.free(reserved.pop(rng.randrange(len(reserved))))
+        elif action == 6 and published:
+            with contextlib.suppress(StaleHandleError):
+                pool.free(published.pop(rng.randrange(len(published))))
+        assert pool.check() == []
+        assert len(pool.state.blocks.live_starts()) == pool.stats().allocations
+    for lease in leases:
+        lease.release()

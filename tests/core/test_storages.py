@@ -89,7 +89,7 @@ def test_a_tensor_cannot_be_resized_into_other_blocks(pool: BlockPool) -> None:
 def test_sharing_one_tensor_moves_no_later_view(pool: BlockPool) -> None:
     """torch swaps the storage: it was that of the whole field."""
     handle = pools.take(pool, 6)
-    pool.view(handle)["x"].share_memory_()
+    pool.view(handle)["x"].share_memory_()  # type: ignore[no-untyped-call]
     pool.view(handle)["x"].fill_(3.0)
     assert bool((pool.field("x")[:6] == 3.0).all())
     handle = pool.publish(handle)
