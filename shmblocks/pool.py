@@ -267,7 +267,13 @@ class BlockPool:
         blocks are no longer theirs. A GPU user waits for what it has enqueued.
         """
         # Leave first, so that waiters woken below see a closed pool.
-        self.state.leave()
+        try:
+            self.state.leave()
+        finally:
+            if self.is_closed:
+                self._let_go()
+
+    def _let_go(self) -> None:
         self._waiters.close()
         self._claim_waiters.close()
         for channel in list(self._channels):

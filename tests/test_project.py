@@ -12,6 +12,7 @@ import graphlib
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from types import ModuleType
 
 import pytest
 
+import shmblocks
 from tests.support.children import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "handle", "keys"),
     ("_os",),
     ("_state",),
-    ("queue", "view", "inspector", "_alloc_wait", "_claim_wait", "tickets"),
+    ("queue", "view", "inspector"),
+    ("_alloc_wait", "_claim_wait", "tickets"),
     ("cuda",),
     ("lease",),
     ("channel",),
@@ -47,18 +50,27 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 PUBLIC: dict[str, set[str]] = {
     "shmblocks": {
         "AllocationInfo",
+        "AuthenticationError",
         "BlockHandle",
         "BlockPool",
         "BlockView",
+        "CacheStats",
+        "Channel",
         "CudaUnavailableError",
+        "DamagedPoolError",
+        "EntryInfo",
         "Field",
         "ForeignHandleError",
         "HandleQueue",
+        "IncompatibleConfigError",
         "IncompatiblePoolError",
         "InvalidStateError",
+        "KeyExistsError",
         "Lease",
         "LeaseInfo",
         "MalformedHandleError",
+        "MalformedMessageError",
+        "Namespace",
         "ParticipantId",
         "ParticipantInfo",
         "PeerDiedError",
@@ -73,18 +85,22 @@ PUBLIC: dict[str, set[str]] = {
         "PoolSummary",
         "PoolTimeoutError",
         "ReapReport",
+        "Reservation",
         "SharedMemoryFullError",
         "ShmBlocksError",
         "StaleHandleError",
         "State",
         "TooManyLeasesError",
         "TooManyParticipantsError",
+        "TooManyWaitersError",
         "TransferError",
+        "UNBOUNDED",
         "UnsupportedPlatformError",
         "Violation",
+        "WaiterInfo",
+        "content_key",
         "list_pools",
         "multimodal_fields",
-        "open_inspector",
         "remove_pool",
     },
     "shmblocks.transfer": {
@@ -132,6 +148,19 @@ PUBLIC: dict[str, set[str]] = {
         "stop",
         "within",
     },
+}
+
+# Words that no name may have, and what this project says instead.
+NOT_OUR_WORDS = {
+    "ledger": "pool state",
+    "ring": "wake",
+    "bell": "wake word",
+    "doorbell": "wake word",
+    "whoever": "owner, holder or waiter",
+    "crew": "workers",
+    "fleet": "processes",
+    "conductor": "launcher",
+    "crowd": "processes",
 }
 
 SUPPORTED_PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
@@ -208,6 +237,48 @@ def test_a_part_imports_only_parts_below_it(layer: int) -> None:
         if part_of(name) in LAYERS[layer] and part_of(imported) not in below | {part_of(name)}
     ]
     assert wrong == []
+
+
+def drawn_map() -> list[set[str]]:
+    """The parts on each line of the map in the docstring of the package."""
+    lines = re.findall(r"^ {4}(.{44})\S", shmblocks.__doc__ or "", re.MULTILINE)
+    return [set(line.split()) for line in lines]
+
+
+def test_the_map_in_the_docstring_draws_the_layers() -> None:
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    expected = [
+        {f"{part}/" if part in packages else part for part in layer}
+        for layer in LAYERS
+        if layer != ("__init__",)
+    ]
+    assert drawn_map() == expected
+
+
+def names_in(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of every module, class, function and argument that a file defines."""
+    yield 1, path.stem
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+
+
+def words_of(name: str) -> list[str]:
+    """`_HiddenFile` and `hidden_file` are `hidden` and `file`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
+
+
+def test_no_name_has_a_word_for_which_the_project_has_another() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}: say {NOT_OUR_WORDS[word]}"
+        for path in modules().values()
+        for line, name in names_in(path)
+        for word in words_of(name)
+        if word in NOT_OUR_WORDS
+    ]
+    assert found == []
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

@@ -104,8 +104,9 @@ def is_exiting(pid: int, start: int) -> bool:
             fields = _stat_fields(file.read())
     except (FileNotFoundError, ProcessLookupError):
         return True
-    except PermissionError:
-        return False  # another user's, and proc is mounted with hidepid=1: it exists
+    except OSError:
+        # Another user's, and proc is mounted with hidepid=1; or no descriptor is free to ask with.
+        return False
     is_another = int(fields[19]) != start
     return is_another or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 

@@ -87,13 +87,13 @@ def within(seconds: float, what: str) -> Iterator[None]:
             raise complaint
         return
 
-    def ring(_: int, __: FrameType | None) -> None:
+    def on_alarm(_: int, __: FrameType | None) -> None:
         left = start + seconds - _own_time()
         if left <= 0:
             raise complaint
         signal.setitimer(signal.ITIMER_REAL, left)
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

@@ -54,6 +54,10 @@ CONFIG = msgspec.structs.replace(
 KEY = b"k" * 16
 
 
+# A lease whose release found damage is still open when it is dropped.
+pytestmark = pytest.mark.filterwarnings("ignore:.*lease was not released:ResourceWarning")
+
+
 def image_of(name: str) -> bytes:
     """The bytes of a small pool in which something is reserved, published, leased, found by a key,
     claimed, and on its way through a channel."""
