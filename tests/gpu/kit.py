@@ -22,6 +22,9 @@ BLOCK_SIZE = 16
 # of the one that had its blocks before.
 ROOM = 8
 LONGEST_NAP_CYCLES = 60_000
+# Some 2 ms: longer than a writer sleeps between two polls for blocks, so that what was given back
+# too early is overwritten while the reader naps.
+SLOW_READER_CYCLES = 4_000_000
 # Now and then the producer is late by some 20 ms: longer than a GPU that is shared by two
 # processes stays with one of them, so that a reader that does not wait comes first.
 LATE_EVERY = 16
@@ -64,8 +67,10 @@ def write_on_stream(pool: BlockPool, seed: int, source: torch.Tensor, readers: i
 class Reader:
     """Counts, on the GPU and without waiting for it, what is not as it was published."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, nap_cycles: int = LONGEST_NAP_CYCLES) -> None:
+        """`nap_cycles`: how long it naps between its two reads, at most."""
         self.pool = pool
+        self.nap_cycles = nap_cycles
         self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def read(self, data: bytes, seed: int) -> None:
@@ -73,7 +78,7 @@ class Reader:
         with self.pool.open(BlockHandle.decode(data), stream=stream) as lease:
             rows = lease.view["rows"].to("cuda", non_blocking=True)
             self.wrong += (rows != seed).sum()
-            nap(seed * 104729 % LONGEST_NAP_CYCLES)
+            nap(seed * 104729 % self.nap_cycles)
             # Again, late: what was given to the next one too early shows here.
             self.wrong += (lease.view["rows"].to("cuda", non_blocking=True) != seed).sum()
 
@@ -109,7 +114,7 @@ def read_many(channel: Channel, name: str, count: int, how: str, pinned: bool) -
     with broken(how), BlockPool.attach(name, prefault="off", role="reader") as pool:
         if pinned:
             pool.pin()
-        reader = Reader(pool)
+        reader = Reader(pool, SLOW_READER_CYCLES if how == "early release" else LONGEST_NAP_CYCLES)
         torch.cuda.synchronize()
         channel.say("ready")
         for _ in range(count):
