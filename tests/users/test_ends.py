@@ -81,36 +81,35 @@ def test_closing_without_a_free_descriptor_leaves_completely(program: Program) -
     """CASES D: it raised when its slot was cleared already, and others reaped a living process."""
     assert (
         program.run("""
-            import errno
+            import resource
 
             pool = BlockPool.create(NAME, CONFIG)
             queue = HandleQueue.create(QUEUE, 4)
-            ready, theirs = os.pipe()
+            asleep, awake = os.pipe()
             child = os.fork()
             if child == 0:
-                pool.alloc(5), queue.put(b"m")
-                os.write(theirs, b"1")
-                queue.get(timeout=20)
-                queue.get(timeout=20)
-                print(people(pool), flush=True)
+                os.close(awake)
+                pool.alloc(5)
+                queue.put(b"attached")
+                os.read(asleep, 1)
+                print(people(pool), queue.get_nowait(), flush=True)
                 sys.exit()
-            os.read(ready, 1)
-            queue.put(b"go")
-            hoard = []
-            try:
-                while True:
-                    hoard.append(os.dup(0))
-            except OSError as error:
-                print(error.errno == errno.EMFILE, flush=True)
+            queue.get(timeout=20)
+            queue.put(b"still there")
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (awake + 1, limits[1]))
+            while True:
+                try:
+                    os.dup(0)
+                except OSError:
+                    break
             pool.close()
-            print(pool.is_closed, flush=True)
-            queue.put(b"closed")
             queue.close()
+            print(pool.is_closed, queue.is_closed, flush=True)
+            os.write(awake, b"1")
             os.waitpid(child, 0)
-            for descriptor in hoard:
-                os.close(descriptor)
         """)
-        == "True\nTrue\n1 here, 0 dead\n"
+        == "True True\n1 here, 0 dead b'still there'\n"
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import signal
+import struct
 import warnings
 from collections.abc import Iterator
 
@@ -64,19 +66,17 @@ def test_a_tensor_has_a_storage_of_exactly_its_rows(pool: BlockPool) -> None:
         assert lease.aux.untyped_storage().nbytes() == 64
 
 
-def test_a_view_that_is_shared_by_torch_takes_no_later_request_with_it(pool: BlockPool) -> None:
+def test_a_view_that_torch_shares_takes_no_later_view_with_it(pool: BlockPool) -> None:
     """CASES A (pytorch#86467): later requests were written into private memory."""
-    shared = pool.view(take(pool, 10))["x"]
+    handle = take(pool, 10)
+    shared = pool.view(handle)["x"]
     try:
         shared.share_memory_()
     except RuntimeError:
         pass  # a refusal is as good
-    handle = published(pool, 10, 7.0)
-    assert values(pool, handle) == {7.0}
-    where = pool.field("x").data_ptr() + handle.start_block * 4 * 8 * 4
-    with pool.open(published(pool, 10, 8.0)) as lease:
-        assert lease["x"].data_ptr() != shared.data_ptr()
-    assert pool.view(take(pool, 3))["x"].data_ptr() > where
+    for later in (handle, take(pool, 10)):
+        pool.view(later)["x"].fill_(7.0)
+        assert bytes(pool.view(later).memory("x")) == struct.pack("<f", 7.0) * 80
 
 
 def test_an_output_of_the_wrong_size_is_an_error_and_writes_nothing(pool: BlockPool) -> None:
@@ -212,29 +212,26 @@ def test_a_write_into_a_lease_faults_with_its_cause_and_reaches_no_other_reader(
     program: Program,
 ) -> None:
     """CASES J: an in-place write by one reader was seen by all."""
-    program.run(
+    output = program.run(
         """
-        import faulthandler
         import torch
 
         pool = BlockPool.create(NAME, CONFIG)
         handle = pool.alloc(5)
-        pool.view(handle)["x"].fill_(7)
+        fill(pool.view(handle), 7)
         lease = pool.open(pool.publish(handle, readers=2))
         writer = os.fork()
         if writer == 0:
             with pool.open(lease.handle) as mine:
                 mine["x"].fill_(8)
             os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1])
-        print(status, read(lease))
-        assert status == -11, status
-        assert read(lease) == 7
+        print(os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]), read(lease))
         lease.release()
         pool.reap()
         print(pool.available_blocks(), people(pool))
         """
     )
+    assert output == f"{-signal.SIGSEGV} 7\n16 1 here, 0 dead\n"
 
 
 def test_a_pool_without_read_only_leases_says_so_and_lets_readers_write(program: Program) -> None:
