@@ -53,17 +53,6 @@ CONFIG = PoolConfig(
     total_tokens=64, block_size=4, fields=(Field("x", (4,), "int32"),), lock_timeout=20.0
 )
 
-if not hasattr(shmblocks.BlockView, "memory"):  # until the core has it
-
-    def _memory(view, name):
-        tensors = view._tensors
-        size = tensors.field(name).token_bytes
-        start = tensors.offset(name) + view.start_token * size
-        return memoryview(tensors._mapping)[start : start + view.num_tokens * size]
-
-    shmblocks.BlockView.memory = _memory
-    shmblocks.Lease.memory = lambda lease, name: lease._open_view.memory(name)
-
 
 def fill(view, byte):
     rows = view.memory("x")

@@ -27,7 +27,7 @@ def main(method):
             futures = [executor.submit(work, pool, queue, start + n) for n in range(10)]
             got += sorted(receive(pool, queue) for _ in futures)
             workers |= {future.result() for future in futures}
-        print(len(got), pool.stats().participants == len(workers) + 1)
+        print(len(got), pool.stats().participants <= len(workers) + 1)
     print(people(pool), pool.available_blocks())
 """
 

@@ -91,7 +91,7 @@ def test_a_worker_that_gave_up_its_rights_and_forks_shares_no_lock_and_no_slot_w
             print("the master:", *map(outcome, uses()), *(queue.qsize() for queue in queues))
         """)
         == "the worker: works works works works works works\n"
-        "its child:" + " PoolPermissionError" * 6 + "\n"
+        "its child:" + " PoolClosedError" * 6 + "\n"
         "the worker: works works works works works works\n"
         "the master: works works works works works works 3 3 3\n"
     )

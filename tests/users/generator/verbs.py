@@ -36,18 +36,6 @@ from shmblocks import (
     StaleHandleError,
 )
 
-OLD = not hasattr(shmblocks.BlockView, "memory")  # until the core has it
-if OLD:
-
-    def _memory(view: Any, name: str) -> memoryview:  # noqa: ANN401
-        tensors = view._tensors
-        size = tensors.field(name).token_bytes
-        start = tensors.offset(name) + view.start_token * size
-        return memoryview(tensors._mapping)[start : start + view.num_tokens * size]
-
-    shmblocks.BlockView.memory = _memory  # type: ignore[attr-defined]
-    shmblocks.Lease.memory = lambda lease, name: lease._open_view.memory(name)  # type: ignore
-
 NAME = os.environ.get("SHMBLOCKS_TEST_PROGRAM", "")
 FIELDS = (
     Field("x", (4,), "int32"),
@@ -157,7 +145,7 @@ def expect_rows(view: Any, number: int, tokens: int) -> None:  # noqa: ANN401
 def free(pool: BlockPool, handle: BlockHandle) -> None:
     view = pool.view(handle)
     pool.free(handle)
-    OLD or fails((InvalidStateError, StaleHandleError), lambda: view.memory("x"))
+    fails((InvalidStateError, StaleHandleError), lambda: view.memory("x"))
     fails(StaleHandleError, pool.free, handle)
     fails(StaleHandleError, pool.open, handle)
 
@@ -166,7 +154,7 @@ def publish(pool: BlockPool, handle: BlockHandle, readers: int) -> BlockHandle:
     view = pool.view(handle)
     fails(InvalidStateError, pool.open, handle)
     published = pool.publish(handle, readers=readers)
-    OLD or fails((InvalidStateError, StaleHandleError), lambda: view.memory("x"))
+    fails((InvalidStateError, StaleHandleError), lambda: view.memory("x"))
     return published
 
 
@@ -204,8 +192,6 @@ def release(lease: Lease, number: int) -> None:
 
 
 def is_not_copied(lease: Lease, number: int) -> None:
-    if OLD:
-        return
     for act in (copy.copy, copy.deepcopy, pickle.dumps):
         fails(TypeError, act, lease)
     gc.collect()
@@ -219,8 +205,6 @@ def misuse(pool: BlockPool, handle: BlockHandle, number: int, how: str) -> None:
     """What must not lead into anyone else's data, nor outlive this one view."""
     import torch
 
-    if OLD:
-        return
     rows = pool.view(handle)["x"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -253,8 +237,6 @@ def misuse(pool: BlockPool, handle: BlockHandle, number: int, how: str) -> None:
 
 def pickled(pool: BlockPool) -> None:
     """Another object of the same pool is the same participant."""
-    if OLD:
-        return
     before = pool.participant
     twin = pickle.loads(pickle.dumps(pool))
     handle = twin.alloc(1, timeout=PATIENCE)
@@ -330,7 +312,7 @@ def tasks(pool: BlockPool, queue: Queue, number: int, method: str) -> None:
             read(pool, queue.get(timeout=PATIENCE), number)
         workers = {future.result() for future in futures}
         people = pool.stats().participants
-        require(OLD or people <= len(workers) + 1, f"{people} participants in {len(workers)} workers")
+        require(people <= len(workers) + 1, f"{people} participants in {len(workers)} workers")
 
 
 def task(pool: BlockPool, queue: Queue, number: int) -> int:
