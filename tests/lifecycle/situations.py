@@ -32,9 +32,7 @@ from shmblocks import BlockHandle, BlockPool, Field, HandleQueue, PoolConfig, Sh
 PATIENCE = 30.0
 NOBODY = 65534
 # Large enough that no rest of an allocator's arena holds a mapping of it.
-CONFIG = PoolConfig(
-    total_tokens=1 << 16, block_size=1 << 10, fields=(Field("x", (128,), "int32"),)
-)
+CONFIG = PoolConfig(total_tokens=1 << 16, block_size=1 << 10, fields=(Field("x", (128,), "int32"),))
 
 Shared = tuple[BlockPool, HandleQueue[BlockHandle]] | None
 
@@ -230,7 +228,7 @@ def without_threads(act: str) -> None:
     def refuse(thread: threading.Thread) -> NoReturn:
         raise RuntimeError("can't start new thread")
 
-    threading.Thread.start = refuse  # type: ignore[method-assign]
+    threading.Thread.start = refuse  # type: ignore[method-assign, assignment]
     perform(act, shared)
 
 

@@ -39,8 +39,8 @@ TABLE: dict[str, tuple[str, str, str, str, str]] = {
     "fork": (LEAVES, LEAVES, LEAVES, LEAVES, LEAVES),
     "forkserver": (LEAVES, LEAVES, LEAVES, LEAVES, LEAVES),
     "spawn": (LEAVES, LEAVES, LEAVES, LEAVES, LEAVES),
-    # Ended by SIGTERM when its parent ends, like any killed one; what its parent had too, the parent
-    # takes away after it.
+    # Ended by SIGTERM when its parent ends, like any killed one; what its parent had too, the
+    # parent takes away after it.
     "daemon child": (REPLACED, REAPED, REAPED, LEAVES, LEAVES),
     "executor": (LEAVES, LEAVES, LEAVES, LEAVES, LEAVES),
     "Manager": (LEAVES, LEAVES, LEAVES, LEAVES, LEAVES),

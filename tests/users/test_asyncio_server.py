@@ -101,7 +101,8 @@ def test_a_queue_that_is_closed_under_a_waiting_task_tells_it_so(program: Progra
                 task = asyncio.create_task(queue.get_async())
                 await asyncio.sleep(0.05)
                 queue.close()
-                print(*[type(end).__name__ for end in await asyncio.gather(task, return_exceptions=True)])
+                (end,) = await asyncio.gather(task, return_exceptions=True)
+                print(type(end).__name__)
 
             asyncio.run(main())
         """)

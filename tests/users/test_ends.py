@@ -1,4 +1,4 @@
-"""How programs end: daemons that outlive `main`, threads, `atexit`, signals, errors while leaving."""
+"""How programs end: daemons that outlive `main`, threads, signals, errors while leaving."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def test_a_forkserver_child_that_got_the_pool_as_an_argument_leaves_nothing(
     program: Program, last: str
 ) -> None:
     """CASES E: Python 3.11 and 3.12 forget the finalizers of what was unpickled before."""
-    assert (
-        program.run(f"""
+    assert program.run(f"""
             import multiprocessing
 
             def work(pool, queue, gone):
@@ -72,9 +71,7 @@ def test_a_forkserver_child_that_got_the_pool_as_an_argument_leaves_nothing(
                 child.join()
                 if {last!r} == "parent":
                     print(people(pool), pool.available_blocks())
-        """)
-        == "b'here'\n" + ("1 here, 0 dead 16\n" if last == "parent" else "")
-    )
+        """) == "b'here'\n" + ("1 here, 0 dead 16\n" if last == "parent" else "")
 
 
 def test_closing_without_a_free_descriptor_leaves_completely(program: Program) -> None:

@@ -71,7 +71,7 @@ def test_a_view_that_torch_shares_takes_no_later_view_with_it(pool: BlockPool) -
     handle = take(pool, 10)
     shared = pool.view(handle)["x"]
     try:
-        shared.share_memory_()
+        shared.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError:
         pass  # a refusal is as good
     for later in (handle, take(pool, 10)):
@@ -157,7 +157,7 @@ def test_what_is_read_in_inference_mode_can_be_trained_on_outside(pool: BlockPoo
         _ = lease["x"]
     with pool.open(published(pool, 5, 2.0)) as lease:
         weight = torch.ones(8, requires_grad=True)
-        (lease["x"] * weight).sum().backward()
+        (lease["x"] * weight).sum().backward()  # type: ignore[no-untyped-call]
         assert weight.grad is not None
         assert set(weight.grad.tolist()) == {10.0}
 
@@ -204,7 +204,7 @@ def test_setting_the_data_of_a_tensor_moves_that_tensor_and_nothing_else(pool: B
     tensor = pool.view(handle)["x"]
     tensor.fill_(1.0)
     tensor.data = torch.zeros(5, 8)
-    tensor.set_(torch.full((5, 8), 9.0))
+    tensor.set_(torch.full((5, 8), 9.0).untyped_storage())
     assert set(pool.view(handle)["x"].flatten().tolist()) == {1.0}
 
 

@@ -1,7 +1,7 @@
 """Runs random programs as real processes and says what is wrong: `python -m tests.users.generator`.
 
-A program is right when it prints `right` and nothing else, ends with 0, and leaves no segment and no
-process. Everything else is a finding, and is told with the program and how to run it again.
+A program is right when it prints `right` and nothing else, ends with 0, and leaves no segment and
+no process. Everything else is a finding, and is told with the program and how to run it again.
 """
 
 from __future__ import annotations

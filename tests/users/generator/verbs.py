@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NoReturn
 
-import shmblocks
 from shmblocks import (
     BlockHandle,
     BlockPool,
@@ -58,11 +57,12 @@ started: list[Started] = []
 kept: list[object] = []
 
 
-# Shows where a hung process is. faulthandler's timer is no way: a forked child waits for its thread.
+# Shows where a process hangs. A timer of faulthandler would be a
+# thread that a forked child waits for.
 DUMP_SIGNAL = signal.SIGRTMAX
 
 
-class Finding(AssertionError):
+class Finding(AssertionError):  # noqa: N818
     """The library did something else than the model says."""
 
 
@@ -75,7 +75,11 @@ def require(is_right: bool, what: str) -> None:
         raise Finding(what)
 
 
-def fails(errors: type[BaseException] | tuple[type[BaseException], ...], act: Any, *args: Any) -> None:  # noqa: ANN401
+def fails(
+    errors: type[BaseException] | tuple[type[BaseException], ...],
+    act: Callable[..., object],
+    *args: object,
+) -> None:
     try:
         result = act(*args)
     except errors:
@@ -158,6 +162,44 @@ def publish(pool: BlockPool, handle: BlockHandle, readers: int) -> BlockHandle:
     return published
 
 
+def reserved(pool: BlockPool, tokens: int, number: int, way: str) -> BlockHandle:
+    """A reservation in a `with` block, which is left by an exception, or with nothing published."""
+    with contextlib.suppress(PlannedError), pool.reserve(tokens, timeout=PATIENCE) as reservation:
+        fill(reservation, number)
+        handle = reservation.handle
+        if way == "publishes":
+            return reservation.publish(readers=1)
+        if way == "fails":
+            raise PlannedError
+    fails(StaleHandleError, pool.free, handle)
+    return handle
+
+
+def given_back(pool: BlockPool, handle: BlockHandle, number: int) -> None:
+    """As if it had never been opened."""
+    lease = opened(pool, handle, number)
+    lease.give_back()
+    fails(InvalidStateError, lambda: lease.memory("x"))
+
+
+def put(pool: BlockPool, tokens: int, number: int) -> BlockHandle:
+    import torch
+
+    value = torch.full((tokens, 32), byte(number), dtype=torch.int8)
+    rows = {
+        "x": value[:, :16].contiguous().view(torch.int32),
+        "m": value[:, :12].contiguous().view(torch.int32).t(),
+        "raw": value[:, 1:6],
+    }
+    return pool.put(rows, timeout=PATIENCE)
+
+
+def taken(pool: BlockPool, handle: BlockHandle, number: int) -> None:
+    for name, rows in pool.take(handle).items():
+        found = set(rows.contiguous().view(rows.dtype).numpy(force=True).tobytes())
+        require(name == "aux" or found == {byte(number)}, f"allocation {number}, {name}: {found}")
+
+
 def opened(pool: BlockPool, handle: BlockHandle, number: int) -> Lease:
     lease = pool.open(handle)
     expect(lease, number)
@@ -210,7 +252,7 @@ def misuse(pool: BlockPool, handle: BlockHandle, number: int, how: str) -> None:
         warnings.simplefilter("ignore")
         if how == "share":
             with contextlib.suppress(RuntimeError):
-                rows.share_memory_()
+                rows.share_memory_()  # type: ignore[no-untyped-call]
         elif how == "out":
             fails(RuntimeError, lambda: torch.zeros(len(rows) + 9, 4, dtype=rows.dtype, out=rows))
         elif how == "grad":
@@ -237,10 +279,9 @@ def misuse(pool: BlockPool, handle: BlockHandle, number: int, how: str) -> None:
 
 def pickled(pool: BlockPool) -> None:
     """Another object of the same pool is the same participant."""
-    before = pool.participant
     twin = pickle.loads(pickle.dumps(pool))
     handle = twin.alloc(1, timeout=PATIENCE)
-    require(twin.participant == before == pool.participant, "one process is two participants")
+    require(twin.participant == pool.participant, "one process is two participants")
     del twin
     pool.free(handle)
 
@@ -279,13 +320,14 @@ def wait_for_room(name: str, by: str) -> None:
     with BlockPool.create(f"{NAME}-{name}", PoolConfig(total_tokens=16, block_size=4)) as pool:
         first = pool.alloc(16)
         assert first is not None
-        thread = threading.Thread(target=lambda: (time.sleep(0.005), pool.free(first)))
-        thread.start()
+        timer = threading.Timer(0.005, pool.free, (first,))
+        timer.start()
+        second: BlockHandle | None
         if by == "asyncio":
             second = asyncio.run(cancel_one_and_wait(pool))
         else:
             second = pool.alloc(13, timeout=PATIENCE)
-        thread.join()
+        timer.join()
         require(second is not None and second.num_blocks == 4, f"waited and got {second}")
         require(pool.stats().waiters == 0, "still waits")
 
@@ -415,7 +457,7 @@ class Started:
     def _run_thread(self, function: Callable[..., None], args: tuple[object, ...]) -> None:
         try:
             function(*args)
-        except BaseException:
+        except BaseException:  # noqa: BLE001  (`join` tells it)
             self.errors.append(traceback.format_exc())
 
 

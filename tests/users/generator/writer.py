@@ -27,6 +27,7 @@ WAYS_OUT = {
     "terminated": -15,
 }
 IN_ORDER = ("return", "sys.exit(0)", "raise PlannedError")
+RESERVED_WAYS = ("publishes", "publishes", "fails", "forgets")
 MISUSES = ("share", "out", "grad", "resize", "copies", "set", "inference")
 
 
@@ -140,7 +141,11 @@ class Writer:
             (self._free, 2, bool(p.reservations)),
             (self._publish, 7, bool(p.reservations)),
             (self._misuse, 8, bool(p.reservations) and self.torch),
+            (self._reserved, 3, True),
+            (self._put, 4, self.torch),
             (self._read, 5, bool(p.claims)),
+            (self._given_back, 1, bool(p.claims)),
+            (self._forgo, 1, bool(p.claims)),
             (self._open, 5, bool(p.claims)),
             (self._release, 3, bool(p.leases)),
             (self._drop, 2, bool(p.leases)),
@@ -186,8 +191,7 @@ class Writer:
         name, readers = self._pick(p.reservations), self.random.choice((1, 1, 1, 2, 3))
         number, claim = p.reservations.pop(name), self._name("c")
         self._line(p, f"{claim} = publish(pool, {name}, {readers})")
-        p.claims[claim] = (number, readers)
-        self.unread[number] = readers
+        self._is_published(p, claim, number, readers)
 
     def _misuse(self, p: Process) -> None:
         name = self._pick(p.reservations)
@@ -196,8 +200,37 @@ class Writer:
 
     def _read(self, p: Process) -> None:
         name, number = self._use_claim(p)
-        verb = self.random.choice(("read", "read_by_torch")) if self.torch else "read"
+        verbs = ("read", "read_by_torch", "taken") if self.torch else ("read",)
+        verb = self.random.choice(verbs)
         self._line(p, f"{verb}(pool, {name}, {number})")
+
+    def _reserved(self, p: Process) -> None:
+        self.allocations += 1
+        tokens, way = self.random.randint(1, MOST_TOKENS), self.random.choice(RESERVED_WAYS)
+        name = self._name("c")
+        self._line(p, f"{name} = reserved(pool, {tokens}, {self.allocations}, {way!r})")
+        if way == "publishes":
+            self._is_published(p, name, self.allocations, 1)
+        else:
+            p.spent.append(name)
+
+    def _put(self, p: Process) -> None:
+        self.allocations += 1
+        name, tokens = self._name("c"), self.random.randint(1, MOST_TOKENS)
+        self._line(p, f"{name} = put(pool, {tokens}, {self.allocations})")
+        self._is_published(p, name, self.allocations, 1)
+
+    def _is_published(self, p: Process, claim: str, number: int, readers: int) -> None:
+        p.claims[claim] = (number, readers)
+        self.unread[number] = readers
+
+    def _given_back(self, p: Process) -> None:
+        name = self._pick(p.claims)
+        self._line(p, f"given_back(pool, {name}, {p.claims[name][0]})")
+
+    def _forgo(self, p: Process) -> None:
+        name, _ = self._use_claim(p)
+        self._line(p, f"pool.forgo({name})")
 
     def _open(self, p: Process) -> None:
         name, number = self._use_claim(p)
@@ -282,10 +315,11 @@ class Writer:
 
     def _start(self, p: Process) -> None:
         # A fresh interpreter costs a third of a second, and two with torch.
-        rare = 0.0 if self.torch else 1.0
-        method = self.random.choices(
-            ("fork", "thread", "spawn", "forkserver"), (6.0, 3.0, rare, rare)
-        )[0]
+        spawn = 0.0 if self.torch else 1.0
+        # A forked child cannot use the forkserver of its parent: `ChildProcessError`.
+        server = spawn if p.is_root else 0.0
+        weights = {"fork": 6.0, "thread": 3.0, "spawn": spawn, "forkserver": server}
+        method = self.random.choices(list(weights), list(weights.values()))[0]
         process = Process(self._next_process(), method, p.depth + 1)
         for name in list(p.claims):
             if self.random.random() < 0.5:
@@ -365,9 +399,7 @@ class Writer:
     def _pick(self, among: dict[str, int] | dict[str, tuple[int, int]]) -> str:
         return self.random.choice(list(among))
 
-    def _keep(
-        self, claims: dict[str, tuple[int, int]], name: str, number: int, count: int
-    ) -> None:
+    def _keep(self, claims: dict[str, tuple[int, int]], name: str, number: int, count: int) -> None:
         if count:
             claims[name] = (number, count)
         else:
