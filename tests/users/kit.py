@@ -82,6 +82,16 @@ def people(pool):
 """
 
 
+def rest_of(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a program still prints, and its errors, until its end. (`communicate` would lose what
+    `readline` has read ahead.)"""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, errors = process.stdout.read(), process.stderr.read()
+    process.wait(PATIENCE)
+    return output, errors
+
+
 class Program:
     """Owns the name and the directory of the programs of one test."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from tests.users.kit import Program
+from tests.users.kit import Program, rest_of
 
 
 def test_ctrl_c_ends_a_server_whose_tasks_wait_without_any_traceback(program: Program) -> None:
@@ -31,7 +31,7 @@ def test_ctrl_c_ends_a_server_whose_tasks_wait_without_any_traceback(program: Pr
         assert process.stdout is not None
         assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = rest_of(process)
     assert (output, errors, process.returncode) == ("bye\n", "", 0)
 
 
@@ -59,7 +59,7 @@ def test_ctrl_c_ends_a_server_that_closes_before_its_tasks_are_cancelled_without
         assert process.stdout is not None
         assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = rest_of(process)
     assert (output, errors, process.returncode) == ("bye\n", "", 0)
 
 

@@ -78,7 +78,9 @@ def test_a_worker_that_fails_in_the_middle_of_a_sample_gives_its_blocks_back(
                 list(DataLoader(Broken(pool), batch_size=None, num_workers=1))
             except ValueError as error:
                 print("no such image" in str(error))
-            gc.collect()  # torch keeps the workers of a failed loader in a cycle
+            # torch keeps the workers of a failed loader in a cycle, and terminates them in the end.
+            gc.collect()
+            pool.reap()
             print(pool.available_blocks(), people(pool))
         """)
         == "True\n16 1 here, 0 dead\n"

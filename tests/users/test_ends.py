@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.users.kit import Program
+from tests.users.kit import Program, rest_of
 
 DAEMON = """
 import multiprocessing, time
@@ -197,7 +197,7 @@ def test_a_handler_of_sigterm_that_exits_leaves_nothing(program: Program) -> Non
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
         process.terminate()
-        output, errors = process.communicate(timeout=60)
+        output, errors = rest_of(process)
     assert (output, errors, process.returncode) == ("", "", 0)
 
 

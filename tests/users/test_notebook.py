@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 
-from tests.users.kit import Program
+from tests.users.kit import Program, rest_of
 
 KERNEL = """
 import code, traceback
@@ -109,8 +109,8 @@ def test_an_interrupted_cell_leaves_a_pool_and_a_queue_that_work(program: Progra
             assert process.stdout.readline() == "waiting\n"
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "interrupted\n"
-        output, errors = process.communicate(timeout=60)
-    assert (output, errors) == ("3 0 16\n", "")
+        output, errors = rest_of(process)
+    assert (output, errors, process.returncode) == ("3 0 16\n", "", 0)
 
 
 def test_a_kernel_that_was_killed_leaves_a_name_that_the_next_one_takes_over(

@@ -10,8 +10,8 @@ from tests.support import naming
 from tests.users.generator import run
 from tests.users.generator.writer import Writer
 
-# Together about a minute of one processor.
-BATCHES = 12
+# Together some 40 seconds of one processor.
+BATCHES = 8
 PROGRAMS_PER_BATCH = 5
 
 
