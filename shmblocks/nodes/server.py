@@ -294,7 +294,7 @@ class Service:
     def _count_stranger(self, peer: _Peer, error: Exception) -> None:
         with self._lock:
             self._strangers += 1
-        _log.warning("node server: %s was turned away: %s", peer.stream.peer, error)
+        _log.warning("node server: %s was turned away: %s", peer.stream.peer, str(error))
 
     def _answer_all(self, peer: _Peer) -> None:
         while True:
@@ -382,7 +382,8 @@ class Service:
             "node server: %s did not fetch %s to its end (%s); it can be fetched again",
             peer.stream.peer,
             lease.handle,
-            error,
+            # Its text: a handler that keeps the exception would keep our frames, and the mapping.
+            str(error),
         )
 
     # ---- the end -----------------------------------------------------------------------------
@@ -457,7 +458,7 @@ class _Listener:
         try:
             self._service.serve(stream)
         except ShmBlocksError as error:
-            _log.warning("node server: the connection of %s ended: %s", stream.peer, error)
+            _log.warning("node server: the connection of %s ended: %s", stream.peer, str(error))
         finally:
             self._threads.discard(threading.current_thread())
 

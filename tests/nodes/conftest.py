@@ -16,3 +16,5 @@ def pair() -> Iterator[Pair]:
         yield nodes
         assert_nothing_held(nodes.here)
         assert_nothing_held(nodes.there)
+    # Pytest keeps what a fixture gave for a while; a closed pool that is kept keeps its mapping.
+    vars(nodes).clear()

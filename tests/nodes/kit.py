@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
@@ -109,7 +110,8 @@ def assert_nothing_held(pool: BlockPool) -> None:
 # ---- two nodes ---------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
+@dataclass
+class Pair:
     """Two pools in one process, one served and one fetched into."""
 
     here: BlockPool
