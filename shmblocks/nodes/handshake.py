@@ -114,7 +114,9 @@ def _why_not(stream: Stream, answer: Refused) -> Exception:
 
 
 def _proof(key: bytes | None, who: bytes, *parts: bytes) -> bytes:
-    code = hmac.new(key or b"", _CONTEXT + who, hashlib.sha256)
+    # HMAC fills short keys with zeros, so that two keys could be the same: a digest cannot.
+    digest = hashlib.sha256(key or b"").digest()
+    code = hmac.new(digest, _CONTEXT + who, hashlib.sha256)
     for part in parts:
         # Each with its length: no two lists of parts are the same text.
         code.update(len(part).to_bytes(4, "little") + part)

@@ -156,21 +156,12 @@ def two_nodes(
 
 # ---- a network that misbehaves -----------------------------------------------------------------
 
-# What a rule makes of bytes that come from the server: forward these, or None to cut.
-Rule = Callable[[int, bytes], "bytes | None"]
+# What a rule makes of bytes that come from the server, given how many came before them.
+Rule = Callable[[int, bytes], bytes]
 
 
 def pass_on(_: int, data: bytes) -> bytes:
     return data
-
-
-def cut_after(count: int) -> Rule:
-    """Forward so many bytes of the server, then end both connections."""
-
-    def rule(offset: int, data: bytes) -> bytes | None:
-        return data[: count - offset] if offset < count else None
-
-    return rule
 
 
 def garble(at: int) -> Rule:
@@ -189,13 +180,17 @@ def garble(at: int) -> Rule:
 class Proxy:
     """A connection's middle: forwards one connection after the other, by a rule.
 
+    `cut_after`: forwards so many bytes of the server, then ends both connections.
     `stall_after` forwards so many bytes of the server and then nothing more until `go_on`;
     `has_stalled` tells when it has come to that.
     """
 
-    def __init__(self, target: tuple[str, int], rule: Rule = pass_on) -> None:
+    def __init__(
+        self, target: tuple[str, int], rule: Rule = pass_on, *, cut_after: int = 1 << 62
+    ) -> None:
         self._target = target
         self._rule = rule
+        self._cut_after = cut_after
         self._stall_at: int | None = None
         self.has_stalled = threading.Event()
         self._goes_on = threading.Event()
@@ -240,7 +235,7 @@ class Proxy:
                 self._forward(reader, server)
 
     def _forward(self, reader: socket.socket, server: socket.socket) -> None:
-        while not self._is_over:
+        while not self._is_over and self.from_server < self._cut_after:
             readable, _, _ = select.select([reader, server], [], [], 0.02)
             if reader in readable:
                 data = reader.recv(1 << 16)
@@ -252,7 +247,7 @@ class Proxy:
                 return
 
     def _from_server(self, reader: socket.socket, server: socket.socket) -> bool:
-        most = 1 << 16
+        most = min(1 << 16, self._cut_after - self.from_server)
         if self._stall_at is not None:
             if self.from_server >= self._stall_at:
                 self.has_stalled.set()
@@ -261,11 +256,9 @@ class Proxy:
         data = server.recv(most)
         if not data:
             return False
-        passed = self._rule(self.from_server, data)
-        self.from_server += len(data)
-        if passed is not None:
-            reader.sendall(passed)
-        return passed is not None
+        before, self.from_server = self.from_server, self.from_server + len(data)
+        reader.sendall(self._rule(before, data))
+        return True
 
     def _wait_stalled(self, reader: socket.socket) -> bool:
         """Until it goes on; False when the reader has gone."""
