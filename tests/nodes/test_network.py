@@ -76,7 +76,10 @@ def test_a_connection_that_is_cut_anywhere_costs_only_that_fetch(
         fetch_through_a_cut(pair, count, rng)
 
 
-def test_a_cut_behind_the_last_byte_is_no_failure(pair: Pair, rng: random.Random) -> None:
+def test_a_cut_behind_the_last_byte_is_no_failure_and_no_loss(
+    pair: Pair, rng: random.Random
+) -> None:
+    """`Done` is lost: this node has the data, and the other still keeps it."""
     total = answer_bytes(pair, rng)
     published = publish(pair.there, TOKENS, rng)
     with (
@@ -84,6 +87,7 @@ def test_a_cut_behind_the_last_byte_is_no_failure(pair: Pair, rng: random.Random
         RemotePool(pair.here, proxy.address, key=KEY) as remote,
     ):
         assert_arrived(pair.here, remote.fetch(published.handle, timeout=LONG), published)
+    assert_fetchable(pair.there, published)
 
 
 def test_a_network_that_stalls_is_waited_for_until_the_deadline(
