@@ -16,9 +16,9 @@ How a lost connection is told:
       network between the two         probe that nobody acknowledged: ETIMEDOUT
     the other process stands still    only a deadline tells
 
-The plain stream waits in the kernel (SO_RCVTIMEO, SO_SNDTIMEO, MSG_WAITALL): one system call per
-megabyte, however small the pieces are in which it comes. TLS has to look at every record, so its
-stream waits in poll(2).
+The plain stream waits in the kernel (SO_RCVTIMEO, SO_SNDTIMEO, MSG_WAITALL): one system call for
+many megabytes, however small the pieces are in which they come. TLS has to look at every record, so
+that its stream waits in poll(2).
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ from shmblocks._os.wait import seconds_left
 from shmblocks.errors import AuthenticationError, MalformedMessageError
 from shmblocks.nodes.messages import LENGTH_BYTES, Message, decode, encode, frame_length
 
-# Bytes per system call. Smaller: more calls. Larger: a deadline that passes in the middle of one is
-# noticed later, and `patience` is the time for one of these.
-SLICE = 1 << 20
+# Bytes per system call at most. Smaller: more calls, and more CPU per byte (measured over loopback:
+# at 1 MiB the sender takes half as much again as at 8 MiB). Larger: nothing is gained.
+SLICE = 8 << 20
+# Bytes that must have gone out before `patience` begins anew.
+PROGRESS = 1 << 20
 # A socket's timeout of 0 is "for ever" to the kernel.
 _SHORTEST_TIMEOUT = 1e-4
 _ABORTED = "ended by this process"
@@ -121,9 +123,15 @@ class Stream:
 
     def send_bytes(self, memory: memoryview, patience: float) -> None:
         """Send all of it, each megabyte within `patience` seconds; more is to follow."""
-        for start in range(0, len(memory), SLICE):
-            deadline = time.monotonic() + patience
-            self._send_all(memory[start : start + SLICE], deadline, more=True)
+        sent, noted, size = 0, 0, len(memory)
+        deadline = time.monotonic() + patience
+        while sent < size:
+            try:
+                sent += self._send_some(memory[sent : sent + SLICE], deadline, more=True)
+            except OSError as error:
+                raise self._lost(error) from error
+            if sent - noted >= PROGRESS:
+                noted, deadline = sent, time.monotonic() + patience
 
     def receive_into(self, memory: memoryview, deadline: float | None) -> None:
         """Fill all of `memory`."""
