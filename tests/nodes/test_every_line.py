@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.plugin import SUMMARY
 from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.plugin import SUMMARY
 from tests.nodes import every_line
 
 pytestmark = pytest.mark.watchdog(600)
