@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channel",),
     ("pool",),
     ("__init__",),
-    ("cache", "sglang", "testing", "transfer"),
+    ("cache", "nodes", "sglang", "testing", "transfer"),
     ("doctor",),
     ("cli",),
 )
@@ -102,6 +102,15 @@ PUBLIC: dict[str, set[str]] = {
         "list_pools",
         "multimodal_fields",
         "remove_pool",
+    },
+    "shmblocks.nodes": {
+        "NodeServer",
+        "NodeServerStats",
+        "Nodes",
+        "PeerInfo",
+        "RemotePool",
+        "RemotePoolStats",
+        "ServedPool",
     },
     "shmblocks.transfer": {
         "EmbeddingEndpoint",

@@ -23,6 +23,7 @@ from shmblocks.cli.commands import CHECK, DOCTOR, LS, REAP, RM, Command, UsageEr
 from shmblocks.cli.jsonhelp import keys_text
 from shmblocks.cli.map import MAP
 from shmblocks.cli.render import harmless, write_document, write_text
+from shmblocks.cli.serve import SERVE
 from shmblocks.cli.stat import STAT
 from shmblocks.errors import ShmBlocksError
 
@@ -30,7 +31,7 @@ SAID_NO = 1
 USAGE = 2
 INTERRUPTED = 130
 
-COMMANDS = {command.name: command for command in (LS, STAT, MAP, CHECK, RM, REAP, DOCTOR)}
+COMMANDS = {command.name: command for command in (LS, STAT, MAP, CHECK, RM, REAP, DOCTOR, SERVE)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,33 @@
+"""The death of either side of a fetch, at every line of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.plugin import SUMMARY
+from tests.nodes import every_line
+
+pytestmark = pytest.mark.watchdog(600)
+
+# A tenth of what there is: nothing was watched.
+FEWEST = 20
+
+
+@pytest.mark.parametrize("name", every_line.READERS)
+def test_a_reader_that_is_killed_at_any_line_costs_neither_node_a_block(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
+    coverage = run_in_fresh_interpreter(every_line.kill_reader, name)
+    record_property(SUMMARY, f"nodes, {coverage}")
+    assert len(coverage.points) >= FEWEST
+
+
+def test_a_server_that_is_killed_at_any_line_costs_neither_node_a_block(
+    record_property: Callable[[str, object], None],
+) -> None:
+    coverage = run_in_fresh_interpreter(every_line.kill_server)
+    record_property(SUMMARY, f"nodes, {coverage}")
+    assert len(coverage.points) >= FEWEST

@@ -1,0 +1,256 @@
+"""Messages that somebody has changed: an error, every block back, and never a byte too much.
+
+What one end says in one connection is recorded once, with nonces that are always the same, changed,
+and said again to a fresh end. SHMBLOCKS_NODES_MUTATIONS is how often, for each end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+
+from fuzzing.mutate import mutated
+from shmblocks import BlockHandle, BlockPool, MalformedMessageError, ShmBlocksError
+from shmblocks.nodes import RemotePool
+from shmblocks.nodes.messages import (
+    MAX_MESSAGE_BYTES,
+    MAX_POOLS,
+    AnyMessage,
+    Done,
+    Fetch,
+    Hello,
+    Message,
+    Ping,
+    Prove,
+    Sent,
+    ServedPool,
+    Taken,
+    Welcome,
+    decode,
+    encode,
+    frame_length,
+    refused,
+)
+from shmblocks.nodes.server import Service
+from shmblocks.nodes.stream import Stream
+from tests.nodes.kit import (
+    BLOCKS,
+    KEY,
+    LONG,
+    Proxy,
+    Published,
+    config,
+    publish,
+    read,
+    two_nodes,
+    two_pools,
+)
+
+MUTATIONS = int(os.environ.get("SHMBLOCKS_NODES_MUTATIONS", "5000"))
+TOKENS = 5
+# More than are ever fetched here.
+READERS = 1 << 20
+
+HANDLE = BlockHandle((1 << 32) - 1, (1 << 32) - 1, (1 << 44) - 1, (1 << 64) - 1, (1 << 64) - 1)
+LARGEST_POOL = ServedPool((1 << 64) - 1, "/" + 200 * "n", bytes(32), 160 * "d")
+LARGEST: list[Message] = [
+    Hello((1 << 64) - 1, bytes(32)),
+    Prove(bytes(32), bytes(32)),
+    Welcome((LARGEST_POOL,) * MAX_POOLS, bytes(32)),
+    Ping((1 << 64) - 1),
+    Fetch((1 << 64) - 1, HANDLE.encode(), (1 << 44) - 1, (1 << 44) - 1),
+    Taken((1 << 64) - 1, (1 << 44) - 1, bytes(64)),
+    Sent((1 << 64) - 1),
+    Done((1 << 64) - 1, True),
+    refused((1 << 64) - 1, 64 * "k", 5000 * "\N{SNOWMAN}"),
+]
+
+
+@pytest.mark.parametrize("message", LARGEST, ids=lambda message: type(message).__name__)
+def test_the_largest_message_of_each_kind_fits_and_comes_back(message: AnyMessage) -> None:
+    frame = encode(message)
+    assert frame_length(frame[:4]) == len(frame) - 4
+    assert decode(frame[4:], (type(message),)) == message
+
+
+@pytest.mark.parametrize("length", [0, MAX_MESSAGE_BYTES + 1, (1 << 32) - 1])
+def test_a_frame_that_no_message_has_is_refused_before_anything_is_received(length: int) -> None:
+    with pytest.raises(MalformedMessageError, match=str(length)):
+        frame_length(length.to_bytes(4, "little"))
+
+
+def test_another_message_than_the_expected_is_refused() -> None:
+    with pytest.raises(MalformedMessageError, match="expected Taken or Refused, got Ping"):
+        decode(encode(Ping(1))[4:], (Taken, type(refused(1, "", ""))))
+    with pytest.raises(MalformedMessageError):
+        decode(msgspec.msgpack.encode({"rid": 1}), (Ping,))
+
+
+# ---- said again, with changes ------------------------------------------------------------------
+
+
+@pytest.fixture
+def _same_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "token_bytes", bytes)
+
+
+def stream_that_says(data: bytes, keep: list[socket.socket]) -> Stream:
+    """A connection whose other end has said this and no more."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(data)
+    theirs.shutdown(socket.SHUT_WR)
+    keep.append(theirs)
+    return Stream(ours, "somebody")
+
+
+def let_go(kept: list[socket.socket]) -> None:
+    for each in kept:
+        each.close()
+    kept.clear()
+
+
+def changed(said: bytes, chooser: random.Random) -> bytes:
+    """Changes at one place of a conversation, mostly in or around a message."""
+    at = chooser.randrange(len(said))
+    end = min(len(said), at + 60)
+    return said[:at] + mutated(said[at:end], chooser, [said]) + said[end:]
+
+
+def record(pair_of: Callable[[Proxy], None], target: tuple[str, int]) -> bytes:
+    with Proxy(target) as proxy:
+        pair_of(proxy)
+        return bytes(proxy.from_reader)
+
+
+@pytest.mark.usefixtures("_same_nonces")
+@pytest.mark.watchdog(600)
+def test_a_server_survives_every_changed_conversation(rng: random.Random) -> None:
+    with two_nodes() as pair:
+        published = publish(pair.there, TOKENS, rng, readers=READERS)
+
+        def converse(proxy: Proxy) -> None:
+            with RemotePool(pair.here, proxy.address, key=KEY) as remote:
+                pair.here.free(remote.fetch(published.handle, timeout=LONG))
+                remote.ping()
+                with pair.here.reserve(3) as landing:
+                    remote.fetch_into(
+                        published.handle, landing.handle, num_tokens=3, keep_claim=True
+                    )
+                remote.ping()
+
+        said = record(converse, pair.server.address)
+        service = Service([pair.there], KEY, None, LONG, 4)
+        kept: list[socket.socket] = []
+        service.serve(stream_that_says(said, kept))
+        assert service.stats("").fetched == 2, "unchanged it is understood"
+        for _ in range(MUTATIONS):
+            service.serve(stream_that_says(changed(said, rng), kept))
+            let_go(kept)
+        let_go(kept)
+        stats = service.stats("")
+        assert stats.peers == ()
+        assert stats.strangers > 0
+        assert stats.fetched > 2
+        assert [info.leases for info in pair.there.allocations()] == [[]]
+        assert read(pair.there, published.handle) == published.content
+        assert pair.there.check() == []
+        pair.there.free(published.handle)
+
+
+class _Answers:
+    """What a server says in one connection with one fetch, said again to a fresh reader."""
+
+    def __init__(self, here: BlockPool, published: Published) -> None:
+        self._here = here
+        self._published = published
+        self._kept: list[socket.socket] = []
+
+    def fetch(self, said: bytes) -> BlockHandle | None:
+        """The fetched handle, or None after an error of the library."""
+        with RemotePool(self._here, ("127.0.0.1", 1), key=KEY) as remote:
+            stream = stream_that_says(said, self._kept)
+            vars(remote._dialer)["_connected"] = lambda _, use: use(stream) or stream
+            try:
+                return remote.fetch(self._published.handle, timeout=LONG)
+            except ShmBlocksError:
+                return None
+            finally:
+                stream.close()
+                let_go(self._kept)
+
+
+@contextlib.contextmanager
+def recorded_answers(rng: random.Random) -> Iterator[tuple[BlockPool, _Answers, bytes]]:
+    """The own pool, a server that repeats itself, and what it says."""
+    with two_pools() as (here, there):
+        published = publish(there, TOKENS, rng, readers=READERS)
+        # A reader's half of the conversation is the same each time, and so is the server's.
+        service = Service([there], KEY, None, LONG, 4)
+        ours, theirs = socket.socketpair()
+        said = _server_half(here, service, published, ours, theirs)
+        yield here, _Answers(here, published), said
+        there.free(published.handle)
+
+
+def _server_half(
+    here: BlockPool,
+    service: Service,
+    published: Published,
+    ours: socket.socket,
+    theirs: socket.socket,
+) -> bytes:
+    heard = bytearray()
+
+    class Recording(Stream):
+        """Remembers what it receives."""
+
+        def _receive_some(self, memory: memoryview, deadline: float | None) -> int:
+            count = super()._receive_some(memory, deadline)
+            heard.extend(memory[:count])
+            return count
+
+    serving = threading.Thread(target=service.serve, args=(Stream(theirs, "the reader"),))
+    serving.start()
+    with RemotePool(here, ("127.0.0.1", 1), key=KEY) as remote:
+        stream = Recording(ours, "the server")
+        vars(remote._dialer)["_connected"] = lambda _, use: use(stream) or stream
+        here.free(remote.fetch(published.handle, timeout=LONG))
+    serving.join()
+    return bytes(heard)
+
+
+@pytest.mark.usefixtures("_same_nonces")
+@pytest.mark.watchdog(600)
+def test_a_reader_survives_every_changed_answer(rng: random.Random) -> None:
+    with recorded_answers(rng) as (here, server, said):
+        fetch_changed(here, server, said, rng)
+
+
+def fetch_changed(here: BlockPool, server: _Answers, said: bytes, rng: random.Random) -> None:
+    unchanged = server.fetch(said)
+    assert unchanged is not None
+    here.free(unchanged)
+    rows = TOKENS * here.config.token_bytes
+    outcomes = {True: 0, False: 0}
+    for _ in range(MUTATIONS):
+        data = changed(said, rng)
+        local = server.fetch(data)
+        outcomes[local is not None] += 1
+        if local is not None:
+            # Only what has no check of its own (rows, aux) can have changed, and it is as long.
+            assert local.num_tokens == TOKENS
+            assert sum(map(len, read(here, local).values())) == rows + 64
+        if here.available_blocks() != BLOCKS:
+            raise AssertionError(f"{here.allocations()} after {data!r}")
+    assert outcomes[False] > 0
+    assert outcomes[True] > 0
+    assert here.check() == []
+    assert here.config == config()
