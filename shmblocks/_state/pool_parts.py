@@ -8,7 +8,7 @@ from __future__ import annotations
 from shmblocks._state.blocks import BlockTable
 from shmblocks._state.channels import Channels
 from shmblocks._state.claims import Claims
-from shmblocks._state.counters import Counters
+from shmblocks._state.counters import Counter, Counters
 from shmblocks._state.key_index import KeyIndex
 from shmblocks._state.layout import Layout
 from shmblocks._state.shared_segment import SharedSegment
@@ -54,3 +54,6 @@ class PoolParts(SharedSegment):
             self.keys,
             config.allocation == "first fit",
         )
+
+    def _note_takeover(self) -> None:
+        self.counters.add(Counter.LOCK_RECOVERIES)

@@ -194,9 +194,13 @@ class SharedSegment:
         words[H_LOCK_HOLDER] = holder = self.participants.holder
         if words[self._journal_head]:
             self.journal.replay()
+            self._note_takeover()
         if not holder and self._takes_part:
             self._take_slot(is_creator=False)
             words[H_LOCK_HOLDER] = self.participants.holder
+
+    def _note_takeover(self) -> None:
+        """In a transaction: what another process left half made was completed."""
 
     def describe_holder(self) -> str:
         """The last that entered, for messages; runs without the lock."""
