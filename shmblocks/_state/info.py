@@ -6,6 +6,7 @@ command line prints. They hold no reference to the segment. Every age is in seco
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -112,6 +113,15 @@ class HistogramValues(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     sum_seconds: float
     buckets: list[int]
+
+    def bound(self, share: float) -> float:
+        """Seconds below which at least that share of all is; infinity: it is in the last bucket."""
+        total = 0
+        for number, count in enumerate(self.buckets[:-1]):
+            total += count
+            if total >= share * self.count:
+                return 2**number / 1e6
+        return math.inf
 
 
 class CounterValues(msgspec.Struct, frozen=True, kw_only=True):

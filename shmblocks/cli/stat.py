@@ -9,6 +9,8 @@ import msgspec
 
 from shmblocks._state.info import (
     AllocationInfo,
+    CounterValues,
+    HistogramValues,
     LeaseInfo,
     ParticipantInfo,
     PoolSnapshot,
@@ -27,6 +29,7 @@ from shmblocks.cli.render import (
     joined,
     line,
     participant_text,
+    share_text,
     state_text,
     table,
 )
@@ -86,6 +89,7 @@ def _show_pool(report: PoolReport) -> Document:
     waiters = [_waiter(number, each) for number, each in enumerate(report.waiters, 1)]
     return joined(
         facts(report.stats.name, _facts(report)),
+        facts("since it was made, over all processes", _counters(report.stats.counters)),
         table("fields", _FIELDS, _fields(report.config), "none"),
         _participants(report.participants),
         table("allocations", _ALLOCATIONS, list(map(_allocation, allocations)), "none"),
@@ -127,6 +131,43 @@ def _device(stats: PoolStats) -> list[tuple[str, Line]]:
         waits = f"{stats.pending_leases} leases, {stats.settling_allocations} allocations"
         rows += [("GPU users", line(pinned)), ("wait for streams", line(waits))]
     return rows
+
+
+def _counters(counted: CounterValues) -> list[tuple[str, Line]]:
+    blocks = (
+        f"{counted.allocations} allocations, {counted.publishes} publishes, {counted.opens} opens, "
+        f"{counted.releases} releases, {counted.alloc_timeouts} timeouts"
+    )
+    deaths = f"{counted.reaped_blocks} blocks reaped, {counted.lock_takeovers} changes completed"
+    rows = [
+        ("blocks", line(blocks)),
+        ("of the dead", line(deaths)),
+        ("wait for blocks", line(_durations(counted.alloc_wait))),
+        ("publish to open", line(_durations(counted.publish_to_open))),
+        ("lock held", line(f"{_durations(counted.lock_held)} (one section in 64 is timed)")),
+    ]
+    if not (counted.lookups or counted.puts):
+        return rows
+    cache = (
+        f"{counted.lookups} lookups, {share_text(counted.hits, counted.lookups)} hits; "
+        f"{counted.puts} puts, {counted.evictions} evictions"
+    )
+    return [*rows, ("cache", line(cache))]
+
+
+def _durations(histogram: HistogramValues) -> str:
+    """How many, and below which bound half and 99% of them are."""
+    if not histogram.count:
+        return "none"
+    half, most = histogram.bound(0.5), histogram.bound(0.99)
+    return f"{histogram.count}: half under {_short(half)}, 99% under {_short(most)}"
+
+
+def _short(seconds: float) -> str:
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 1000 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _fields(config: PoolConfig) -> list[Line]:
