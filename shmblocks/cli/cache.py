@@ -92,7 +92,7 @@ def _facts(stats: CacheStats) -> list[tuple[str, Line]]:
 def _entry(info: EntryInfo) -> Line:
     held = f"held for {age_text(info.hold_seconds)}" if info.hold_seconds else ""
     return (
-        Text(info.key.hex()),
+        Text(_key_text(info.key)),
         Text(str(info.num_blocks)),
         Text(str(info.num_tokens)),
         Text(str(info.leases)),
@@ -101,6 +101,12 @@ def _entry(info: EntryInfo) -> Line:
         Text(age_text(info.unused_seconds)),
         Text(held, "dim"),
     )
+
+
+def _key_text(key: bytes) -> str:
+    """A key of 16 bytes stands there with as many zeros behind it."""
+    half = len(key) // 2
+    return (key if any(key[half:]) else key[:half]).hex()
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from shmblocks._state.info import (
     PoolStats,
     WaiterInfo,
 )
+from shmblocks._state.layout import UNBOUNDED
 from shmblocks._words import bytes_text
 from shmblocks.cli.commands import Answer, Command, add_name
 from shmblocks.cli.render import (
@@ -204,7 +205,8 @@ def _allocation(info: AllocationInfo) -> Line:
     pending = sum(lease.is_pending for lease in info.leases)
     leases = [f"{len(info.leases) - pending} open"] if len(info.leases) > pending else []
     leases += [f"{pending} pending"] if pending else []
-    leases += [f"{info.readers_left} to come"] if info.readers_left else []
+    if info.readers_left:
+        leases.append(f"{_readers(info.readers_left)} to come")
     return (
         Text(_blocks_text(info)),
         Text(str(info.num_tokens)),
@@ -215,6 +217,10 @@ def _allocation(info: AllocationInfo) -> Line:
         participant_text(info.owner_id, info.owner),
         Text(", ".join(leases) or "-"),
     )
+
+
+def _readers(count: int) -> str:
+    return "any number" if count >= UNBOUNDED else str(count)
 
 
 def _lease(allocation: AllocationInfo, lease: LeaseInfo) -> Line:
