@@ -278,7 +278,7 @@ def _kind(fd: int, name: str) -> Kind:
     return "pool" if is_pool(fd) else "queue"
 
 
-def _summary(name: str, lock_timeout: float) -> PoolSummary | None:
+def _summary(name: str, lock_timeout: float = LOCK_TIMEOUT) -> PoolSummary | None:
     """None for a segment that is not of this library, or of another user."""
     try:
         with _opened(name) as (fd, locks):

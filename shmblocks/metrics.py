@@ -225,7 +225,7 @@ def _add_counters(
         _add(metrics[name], labels, getattr(counters, attribute) * unit)
     for name, (attribute, _) in _HISTOGRAMS.items():
         histogram: HistogramValues = getattr(counters, attribute)
-        for bound, count in cumulative(histogram):
+        for bound, count in _cumulative(histogram):
             _add(metrics[name], {**labels, "le": bound}, count, "_bucket")
         _add(metrics[name], labels, histogram.sum_seconds, "_sum")
         _add(metrics[name], labels, histogram.count, "_count")
@@ -235,7 +235,7 @@ def _add(metric: Metric, labels: dict[str, str], value: float, suffix: str = "")
     metric.samples.append(Sample(suffix, labels, float(value)))
 
 
-def cumulative(histogram: HistogramValues) -> Iterator[tuple[str, int]]:
+def _cumulative(histogram: HistogramValues) -> Iterator[tuple[str, int]]:
     """(upper bound in seconds, how many took less) of each bucket; the last bound is `+Inf`."""
     total = 0
     for number, count in enumerate(histogram.buckets):

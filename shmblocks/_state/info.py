@@ -120,7 +120,7 @@ class HistogramValues(msgspec.Struct, frozen=True, kw_only=True):
         for number, count in enumerate(self.buckets[:-1]):
             total += count
             if total >= share * self.count:
-                return 2**number / 1e6
+                return (1 << number) / 1e6
         return math.inf
 
 

@@ -72,7 +72,7 @@ def test_ls_shows_a_living_pool_and_its_use(scene: Scene, run: Run) -> None:
     answer = run("ls")
     (row,) = (line.split() for line in answer.out.splitlines() if scene.name in line)
     assert row[:3] == [scene.name, "pool", "alive"]
-    assert row[-4:] == ["2", "0", "17/32", "53%"]
+    assert row[-5:] == ["2", "0", "17/32", "53%", "-"]
     assert answer.code == 0
 
 
