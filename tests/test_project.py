@@ -42,7 +42,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channel",),
     ("pool",),
     ("__init__",),
-    ("cache", "metrics", "sglang", "testing", "transfer"),
+    ("cache", "metrics"),
+    ("sglang", "testing", "transfer"),
     ("doctor",),
     ("cli",),
 )

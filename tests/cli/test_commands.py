@@ -254,7 +254,6 @@ def test_stat_of_a_queue_shows_its_messages(pool_name: str, run: Run) -> None:
     assert re.search(r"^  messages +1 of at most 4$", text, re.MULTILINE)
 
 
-@pytest.mark.xfail(reason="queues have no participant records yet", strict=True)
 def test_stat_of_a_queue_shows_its_participants(pool_name: str, run: Run) -> None:
     with HandleQueue.create(pool_name, 4):
         (row,) = run("stat", pool_name, "--json").report(QueueReport).participants
