@@ -13,7 +13,8 @@ things live, from the bottom to the top (a part imports only parts of the lines 
     lease                                       what a process holds, as context managers
     channel                                     blocks from process to process, inside the pool
     pool                                        BlockPool
-    cache  sglang  testing/  transfer/          TensorCache; SGLang's API; deaths; encode/language
+    cache  metrics                              TensorCache; Prometheus
+    sglang  testing/  transfer/                 SGLang's API; deaths; encode/language
     doctor/                                     what will fail on this machine
     cli/                                        the command line
 """
@@ -24,7 +25,9 @@ from shmblocks._os import process as process
 from shmblocks._state.info import (
     AllocationInfo,
     CacheStats,
+    CounterValues,
     EntryInfo,
+    HistogramValues,
     LeaseInfo,
     ParticipantId,
     ParticipantInfo,
@@ -82,12 +85,14 @@ __all__ = [
     "BlockView",
     "CacheStats",
     "Channel",
+    "CounterValues",
     "CudaUnavailableError",
     "DamagedPoolError",
     "EntryInfo",
     "Field",
     "ForeignHandleError",
     "HandleQueue",
+    "HistogramValues",
     "IncompatibleConfigError",
     "IncompatiblePoolError",
     "InvalidStateError",

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from shmblocks._os.futex import Futex
 from shmblocks._os.futex_asyncio import LoopWaiters
 from shmblocks._os.wait import seconds_left
+from shmblocks._state.counters import Counter
 from shmblocks._state.pool_state import AllocRequest, Poll, PoolState
 from shmblocks.errors import PoolTimeoutError
 from shmblocks.handle import BlockHandle
@@ -55,6 +56,7 @@ class _Patience:
         """
         left = seconds_left(self._deadline)
         if left <= 0:
+            self._state.count(Counter.ALLOC_TIMEOUTS)
             raise PoolTimeoutError(f"{self._says()}\nfree some, or create a larger pool")
         if not self._has_said and time.monotonic() - self._started > SAYS_SO_AFTER:
             self._has_said = True

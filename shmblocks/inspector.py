@@ -22,9 +22,12 @@ from shmblocks._os.segment import (
     open_existing,
     unlink_file,
 )
+from shmblocks._state.cache_state import CacheState
 from shmblocks._state.identity import is_ours, is_pool
 from shmblocks._state.info import (
     AllocationInfo,
+    CacheStats,
+    EntryInfo,
     ParticipantInfo,
     PoolSnapshot,
     PoolStats,
@@ -75,6 +78,7 @@ class PoolInspector:
         Raises `PoolNotFoundError`, `IncompatiblePoolError`, `PoolPermissionError`.
         """
         self._state = PoolState.open_unjoined(name, lock_timeout)
+        self._cache = CacheState(self._state)
 
     @property
     def name(self) -> str:
@@ -111,6 +115,22 @@ class PoolInspector:
     def waiters(self) -> list[WaiterInfo]:
         """As `BlockPool.waiters`."""
         return self._state.waiter_infos()
+
+    def cache_stats(self) -> CacheStats:
+        """As `BlockPool.cache_stats`."""
+        return self._cache.stats()
+
+    def entries(self) -> list[EntryInfo]:
+        """As `BlockPool.entries`."""
+        return self._cache.entries()
+
+    def bump_epoch(self) -> int:
+        """As `BlockPool.bump_epoch`."""
+        return self._cache.bump_epoch()
+
+    def drop_all(self) -> int:
+        """As `BlockPool.drop_all`."""
+        return self._cache.drop_all()
 
     def snapshot(self) -> PoolSnapshot:
         """`stats`, `allocations`, `participants` and `waiters` of one and the same moment."""
@@ -156,21 +176,44 @@ def queue_snapshot(name: str) -> QueueSnapshot:
         )
 
 
-def list_pools() -> list[PoolSummary]:
-    """Every pool of this node that this user can read, by name."""
-    return [summary for summary in list_segments() if summary.kind == "pool"]
+def list_pools(lock_timeout: float = LOCK_TIMEOUT) -> list[PoolSummary]:
+    """Every pool of this node that this user can read, by name.
+
+    `lock_timeout`: seconds to wait for the lock of each, else it is listed without its counts.
+    """
+    return [each for each in list_segments(lock_timeout) if each.kind == "pool"]
 
 
-def list_segments() -> list[PoolSummary]:
-    """Every pool and every queue of this node that this user can read, by name."""
+def list_segments(lock_timeout: float = LOCK_TIMEOUT) -> list[PoolSummary]:
+    """As `list_pools`, with the queues."""
     summaries = []
     for entry in sorted(os.listdir(SHM_DIRECTORY)):
         # ValueError: no pool can have that name. Not found: removed since the directory was read.
         with contextlib.suppress(ValueError, PoolNotFoundError):
-            summary = _summary(normal_name(entry))
+            summary = _summary(normal_name(entry), lock_timeout)
             if summary is not None:
                 summaries.append(summary)
     return summaries
+
+
+def pool_names() -> list[str]:
+    """The names of the pools of this node that this user can read, whatever their state."""
+    names = []
+    for entry in sorted(os.listdir(SHM_DIRECTORY)):
+        with contextlib.suppress(ValueError, PoolNotFoundError, PoolPermissionError):
+            name = normal_name(entry)
+            with open_existing(name) as file:
+                if is_ours(file.fileno()) and is_pool(file.fileno()):
+                    names.append(name)
+    return names
+
+
+def summary_of(name: str, lock_timeout: float = LOCK_TIMEOUT) -> PoolSummary | None:
+    """The pool or queue of that name; None: there is none that this user can read."""
+    try:
+        return _summary(normal_name(name), lock_timeout)
+    except PoolNotFoundError:
+        return None
 
 
 def segment_state(name: str) -> tuple[Kind, Literal["alive", "dead"]]:
@@ -235,7 +278,7 @@ def _kind(fd: int, name: str) -> Kind:
     return "pool" if is_pool(fd) else "queue"
 
 
-def _summary(name: str) -> PoolSummary | None:
+def _summary(name: str, lock_timeout: float = LOCK_TIMEOUT) -> PoolSummary | None:
     """None for a segment that is not of this library, or of another user."""
     try:
         with _opened(name) as (fd, locks):
@@ -248,7 +291,7 @@ def _summary(name: str) -> PoolSummary | None:
         name=name, kind=kind, size_bytes=size, state="alive" if is_alive else "dead"
     )
     try:
-        return _with_counts(found)
+        return _with_counts(found, lock_timeout)
     except (IncompatiblePoolError, DamagedPoolError) as error:
         return msgspec.structs.replace(found, state="incompatible", problem=str(error))
     except PoolNotFoundError:
@@ -257,11 +300,11 @@ def _summary(name: str) -> PoolSummary | None:
         return msgspec.structs.replace(found, problem=str(error))
 
 
-def _with_counts(found: PoolSummary) -> PoolSummary:
+def _with_counts(found: PoolSummary, lock_timeout: float) -> PoolSummary:
     if found.kind == "queue":
         participants = queue_snapshot(found.name).participants
         living = sum(info.is_alive for info in participants)
         return msgspec.structs.replace(found, participants=living)
-    with PoolInspector(found.name, LOCK_TIMEOUT) as inspector:
+    with PoolInspector(found.name, lock_timeout) as inspector:
         stats = inspector.stats()
     return msgspec.structs.replace(found, stats=stats, participants=stats.participants)

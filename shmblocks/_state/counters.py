@@ -10,8 +10,10 @@ What it does not do: take the lock, or know what is counted.
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
+from shmblocks._state.info import CounterValues, HistogramValues
 from shmblocks._state.layout import COUNTER_BYTES, WORD, Layout
 
 
@@ -78,3 +80,39 @@ class Counters:
         """All words: counters and histograms, by index."""
         end = self._first + COUNTER_BYTES // WORD
         return tuple(self._words[self._first : end].tolist())
+
+
+_WORDS = struct.Struct(f"={COUNTER_BYTES // WORD}Q")
+
+
+def counter_values(region: bytes) -> CounterValues:
+    """What a copy of the counters' bytes says."""
+    words = _WORDS.unpack(region)
+    return CounterValues(
+        allocations=words[Counter.ALLOCATIONS],
+        publishes=words[Counter.PUBLISHES],
+        opens=words[Counter.OPENS],
+        releases=words[Counter.RELEASES],
+        reaped_blocks=words[Counter.REAPED_BLOCKS],
+        alloc_timeouts=words[Counter.ALLOC_TIMEOUTS],
+        lock_takeovers=words[Counter.LOCK_RECOVERIES],
+        lookups=words[Counter.LOOKUPS],
+        hits=words[Counter.HITS],
+        misses=words[Counter.MISSES],
+        mismatches=words[Counter.MISMATCHES],
+        puts=words[Counter.PUTS],
+        duplicates=words[Counter.DUPLICATES],
+        evictions=words[Counter.EVICTIONS],
+        evicted_blocks=words[Counter.EVICTED_BLOCKS],
+        skipped=words[Counter.SKIPPED],
+        takeovers=words[Counter.TAKEOVERS],
+        waits=words[Counter.CLAIM_WAITS],
+        alloc_wait=_histogram(words, Histogram.ALLOC_WAIT),
+        publish_to_open=_histogram(words, Histogram.PUBLISH_TO_OPEN),
+        lock_held=_histogram(words, Histogram.LOCK_HELD),
+    )
+
+
+def _histogram(words: tuple[int, ...], first: int) -> HistogramValues:
+    buckets = list(words[first + 1 : first + 1 + BUCKETS])
+    return HistogramValues(count=sum(buckets), sum_seconds=words[first] / 1e9, buckets=buckets)

@@ -6,6 +6,7 @@ command line prints. They hold no reference to the segment. Every age is in seco
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -102,10 +103,68 @@ class WaiterInfo(msgspec.Struct, frozen=True, kw_only=True):
     seconds_since_poll: float
 
 
+class HistogramValues(msgspec.Struct, frozen=True, kw_only=True):
+    """Durations that were counted.
+
+    `buckets[i]`: how many took less than 2**i us, and at least half of that; the last one has all
+    that took longer.
+    """
+
+    count: int
+    sum_seconds: float
+    buckets: list[int]
+
+    def bound(self, share: float) -> float:
+        """Seconds below which at least that share of all is; infinity: it is in the last bucket."""
+        total = 0
+        for number, count in enumerate(self.buckets[:-1]):
+            total += count
+            if total >= share * self.count:
+                return (1 << number) / 1e6
+        return math.inf
+
+
+class CounterValues(msgspec.Struct, frozen=True, kw_only=True):
+    """What all processes, the dead included, have done since the pool was made.
+
+    `releases`: leases that were ended by their holder; `alloc_timeouts`: waits for blocks that
+    ended without; `lock_takeovers`: changes that a process left half made (it died, or was
+    interrupted) and another one completed. The words of the cache are those of `CacheStats`.
+    Histograms: `alloc_wait` from the call to the blocks, of those that had to wait;
+    `publish_to_open` for each lease; `lock_held` of one in 64 sections under the pool's lock.
+    """
+
+    allocations: int
+    publishes: int
+    opens: int
+    releases: int
+    reaped_blocks: int
+    alloc_timeouts: int
+    lock_takeovers: int
+    lookups: int
+    hits: int
+    misses: int
+    mismatches: int
+    puts: int
+    duplicates: int
+    evictions: int
+    evicted_blocks: int
+    skipped: int
+    takeovers: int
+    waits: int
+    alloc_wait: HistogramValues
+    publish_to_open: HistogramValues
+    lock_held: HistogramValues
+
+
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of one moment.
+    """Counts of one moment, and `counters` since the pool was made.
 
     free + reserved + published + leased + draining + settling = total blocks.
+
+    `block_bytes`: of the fields, in one block; `largest_free_run`: the most free blocks in a row.
+    Of the content cache: `entries` in `entry_blocks`, of which `pinned_entry_blocks` cannot be
+    evicted now (leased, held, awaited or incomplete).
 
     Of the GPU: `device_state` is empty for a pool in host memory, else `exported`, `creator dead`
     or `creator left` (those who have the memory open go on, nobody else can open it);
@@ -118,8 +177,10 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     pool_id: int
     size_bytes: int
     block_size: int
+    block_bytes: int
     total_blocks: int
     free_blocks: int
+    largest_free_run: int
     reserved_blocks: int
     published_blocks: int
     leased_blocks: int
@@ -132,6 +193,10 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     waiters: int
     next_generation: int
     age_seconds: float
+    entries: int
+    entry_blocks: int
+    pinned_entry_blocks: int
+    counters: CounterValues
     device: str = "cpu"
     device_bytes: int = 0
     device_state: Literal["", "exported", "creator left", "creator dead"] = ""

@@ -133,6 +133,9 @@ class Mutex:
         self._what = what
         self.timeout = timeout
         self.inside: dict[int, _Token] = {}
+        # When the section began that is being timed, monotonic ns; 0: the one inside is not timed.
+        self.timed_since_ns = 0
+        self.note_held: Callable[[int], None] = _note_nothing
         # Why this process cannot use the segment any more, when it did not close it itself.
         self.why_closed = "closed in this process; attach it again"
 
@@ -150,11 +153,21 @@ class Mutex:
         """Give back what `token` holds, the file lock first; nothing when it holds nothing."""
         inside = self.inside
         if inside.get(0) is token:
+            if self.timed_since_ns:
+                self._note_held()
             try:
                 _flock(self._locks.file, LEAVE)
             except ValueError:
                 pass  # closed by what ran inside: the lock went with it
             inside.pop(0, None)
+
+    def _note_held(self) -> None:
+        """Before the lock is given back: say for how many ns it was held."""
+        since, self.timed_since_ns = self.timed_since_ns, 0
+        try:
+            self.note_held(time.monotonic_ns() - since)
+        except ValueError:
+            pass  # the segment was closed by what ran inside
 
     def wait(self, token: _Token, describe_holder: Callable[[], str]) -> None:
         """Take the lock that another thread or process holds."""
@@ -229,7 +242,12 @@ class Mutex:
         """
         held = self.inside.get(0)
         self.inside.clear()
+        self.timed_since_ns = 0
         return held is not None and held[0] == _get_ident()
+
+
+def _note_nothing(_: int) -> None:
+    """Nobody counts."""
 
 
 # Every transaction of every class runs this one piece of code.

@@ -5,10 +5,12 @@ What it does not do: change anything, or decide what a change is (`pool_state.py
 
 from __future__ import annotations
 
+from functools import partial
+
 from shmblocks._state.blocks import BlockTable
 from shmblocks._state.channels import Channels
 from shmblocks._state.claims import Claims
-from shmblocks._state.counters import Counters
+from shmblocks._state.counters import Counter, Counters, Histogram
 from shmblocks._state.key_index import KeyIndex
 from shmblocks._state.layout import Layout
 from shmblocks._state.shared_segment import SharedSegment
@@ -42,6 +44,7 @@ class PoolParts(SharedSegment):
         self.claims = Claims(memory, words, layout, config.max_claims)
         self.channels = Channels(memory, words, layout, config)
         self.counters = Counters(words, layout)
+        self.mutex.note_held = partial(self.counters.observe, Histogram.LOCK_HELD)
         self.blocks = BlockTable(
             memory,
             words,
@@ -54,3 +57,6 @@ class PoolParts(SharedSegment):
             self.keys,
             config.allocation == "first fit",
         )
+
+    def _note_takeover(self) -> None:
+        self.counters.add(Counter.LOCK_RECOVERIES)

@@ -330,9 +330,15 @@ class PoolState(PoolParts):
             if handle is not None:
                 self.queue.leave(ticket)
                 self.wake_head()
+                self.counters.observe(Histogram.ALLOC_WAIT, time.monotonic_ns() - request.stamp)
         # A CUDA stream cannot wake us: poll faster while one is about to release blocks.
         longest = STREAM_POLL if self.blocks.waits_for_streams else LONGEST_SLEEP
         return Poll(handle, slot, seen, longest)
+
+    @transaction
+    def count(self, counter: int) -> None:
+        """Count something that happened outside of a transaction."""
+        self.counters.add(counter)
 
     def wake_futex(self, slot: int) -> Futex:
         """The word that a participant's waiters sleep on."""

@@ -30,7 +30,9 @@ so that nobody joins a segment that is being replaced or removed, and nobody rem
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import time
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
@@ -61,6 +63,9 @@ from shmblocks.errors import (
 
 S = TypeVar("S", bound="SharedSegment")
 
+# Of so many sections under the lock of a segment, one is timed. Smaller: each operation pays more.
+# Larger: a rare long section is seen less often.
+TIMED_OF = 64
 # Seconds between two attempts to find a segment that is not there yet.
 ATTACH_POLL = 0.01
 
@@ -97,6 +102,7 @@ class SharedSegment:
         # Whether this process takes part: then a forked child joins at its first transaction.
         self._takes_part = False
         self._was_last = False
+        self._is_timed = itertools.cycle((True, *(False,) * (TIMED_OF - 1))).__next__
         lifetime.register(self)
 
     @property
@@ -194,9 +200,15 @@ class SharedSegment:
         words[H_LOCK_HOLDER] = holder = self.participants.holder
         if words[self._journal_head]:
             self.journal.replay()
+            self._note_takeover()
+        if self._is_timed():
+            self.mutex.timed_since_ns = time.monotonic_ns()
         if not holder and self._takes_part:
             self._take_slot(is_creator=False)
             words[H_LOCK_HOLDER] = self.participants.holder
+
+    def _note_takeover(self) -> None:
+        """In a transaction: what another process left half made was completed."""
 
     def describe_holder(self) -> str:
         """The last that entered, for messages; runs without the lock."""

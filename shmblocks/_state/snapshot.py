@@ -13,9 +13,11 @@ import time
 from typing import Literal, NamedTuple
 
 from shmblocks._state.blocks import READS
+from shmblocks._state.counters import counter_values
 from shmblocks._state.device import CREATOR_LEFT, read_export
 from shmblocks._state.info import (
     AllocationInfo,
+    CounterValues,
     LeaseInfo,
     ParticipantId,
     ParticipantInfo,
@@ -24,6 +26,7 @@ from shmblocks._state.info import (
     WaiterInfo,
 )
 from shmblocks._state.layout import (
+    COUNTER_BYTES,
     H_DEVICE_STATE,
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,
@@ -32,9 +35,12 @@ from shmblocks._state.layout import (
     H_WAITERS,
     LEASE,
     LEASE_HEAD,
+    R_HOLD,
     R_REQUEST_ID,
     RECORD,
+    UNBOUNDED,
     WORD,
+    WORD_STRUCT,
     LeaseRecord,
     Record,
     WaiterRecord,
@@ -55,6 +61,18 @@ class Allocation(NamedTuple):
     start_block: int
     record: Record
     req_id: str
+    hold_ns: int
+
+    def is_evictable(self, now_ns: int) -> bool:
+        """Of an entry of the cache: whether an allocation may take its blocks; as `eviction.py`."""
+        record = self.record
+        return (
+            STATES[record.state] is State.PUBLISHED
+            and record.readers_left >= UNBOUNDED
+            and not record.leases
+            and record.ready == record.generation
+            and self.hold_ns <= now_ns
+        )
 
 
 class RawState:
@@ -66,6 +84,7 @@ class RawState:
         starts = parts.blocks.live_starts()
         self.now_ns = time.monotonic_ns()
         self._header = bytes(memory[: _HEADER.size])
+        self._counters = bytes(memory[layout.counters : layout.counters + COUNTER_BYTES])
         self._starts = starts
         self._records = [bytes(memory[at : at + size]) for at in _offsets(records, size, starts)]
         leases = layout.leases
@@ -82,6 +101,10 @@ class RawState:
         """The words of the header."""
         return _HEADER.unpack(self._header)
 
+    def counters(self) -> CounterValues:
+        """What has been done so far."""
+        return counter_values(self._counters)
+
     def allocations(self) -> list[Allocation]:
         """Every allocation, by start block; `DamagedPoolError` for one that cannot be."""
         found = []
@@ -89,7 +112,8 @@ class RawState:
             record = self.parts.blocks.record(start, data)
             text = data[R_REQUEST_ID * WORD :]
             req_id = text[1 : 1 + min(text[0], 63)].decode("utf-8", "replace")
-            found.append(Allocation(start, record, req_id))
+            (hold_ns,) = WORD_STRUCT.unpack_from(data, R_HOLD * WORD)
+            found.append(Allocation(start, record, req_id, hold_ns))
         return found
 
     def leases(self) -> list[tuple[int, LeaseRecord]]:
@@ -186,6 +210,8 @@ def stats(raw: RawState) -> PoolStats:
     live = raw.allocations()
     for allocation in live:
         blocks[STATES[allocation.record.state]] += allocation.record.num_blocks
+    entries = [allocation for allocation in live if allocation.record.keyed]
+    pinned = [entry for entry in entries if not entry.is_evictable(raw.now_ns)]
     living = [info for info in raw.participants if info.is_alive]
     users = [info for info in living if info.uses_gpu]
     return PoolStats(
@@ -193,8 +219,10 @@ def stats(raw: RawState) -> PoolStats:
         pool_id=parts.pool_id,
         size_bytes=parts.layout.segment_bytes,
         block_size=config.block_size,
+        block_bytes=config.block_size * config.token_bytes,
         total_blocks=config.total_blocks,
         free_blocks=words[H_FREE_BLOCKS],
+        largest_free_run=_largest_free_run(live, config.total_blocks),
         reserved_blocks=blocks[State.RESERVED],
         published_blocks=blocks[State.PUBLISHED],
         leased_blocks=blocks[State.LEASED],
@@ -207,6 +235,10 @@ def stats(raw: RawState) -> PoolStats:
         waiters=words[H_WAITERS],
         next_generation=words[H_NEXT_GENERATION],
         age_seconds=max(0, raw.now_ns - words[4]) / 1e9,
+        entries=len(entries),
+        entry_blocks=_blocks(entries),
+        pinned_entry_blocks=_blocks(pinned),
+        counters=raw.counters(),
         device=config.device,
         device_bytes=parts.layout.device_bytes,
         device_state=raw.device_state(),
@@ -216,6 +248,18 @@ def stats(raw: RawState) -> PoolStats:
         pending_leases=words[H_PENDING],
         settling_allocations=words[H_SETTLING],
     )
+
+
+def _blocks(allocations: list[Allocation]) -> int:
+    return sum(allocation.record.num_blocks for allocation in allocations)
+
+
+def _largest_free_run(live: list[Allocation], total_blocks: int) -> int:
+    largest = position = 0
+    for start, record, *_ in live:
+        largest = max(largest, start - position)
+        position = start + record.num_blocks
+    return max(largest, total_blocks - position)
 
 
 def snapshot(raw: RawState) -> PoolSnapshot:

@@ -83,6 +83,13 @@ def pool_name(text: str) -> str:
         raise ArgumentTypeError(str(error)) from None
 
 
+def count_argument(text: str) -> int:
+    """A whole number of at least 1."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 # ---- ls ----------------------------------------------------------------------------------------
 
 
@@ -92,7 +99,7 @@ class ListReport(msgspec.Struct, frozen=True, kw_only=True):
     pools: list[PoolSummary]
 
 
-_HEADINGS = "name | kind | state | >size | >alive | >dead | >blocks used | >use | "
+_HEADINGS = "name | kind | state | >size | >alive | >dead | >blocks used | >use | >hits | "
 
 
 def _ls(_: Namespace) -> Answer:
@@ -103,7 +110,7 @@ def _ls(_: Namespace) -> Answer:
 
 def _summary_row(summary: PoolSummary) -> Line:
     stats = summary.stats
-    dead = used = use = "-"
+    dead = used = use = hits = "-"
     dead_style = ""
     if stats:
         dead = str(stats.dead_participants)
@@ -111,6 +118,7 @@ def _summary_row(summary: PoolSummary) -> Line:
         used_blocks = stats.total_blocks - stats.free_blocks
         used = f"{used_blocks}/{stats.total_blocks}"
         use = share_text(used_blocks, stats.total_blocks)
+        hits = share_text(stats.counters.hits, stats.counters.lookups)
     return (
         Text(summary.name, "title"),
         Text(summary.kind),
@@ -120,6 +128,7 @@ def _summary_row(summary: PoolSummary) -> Line:
         Text(dead, dead_style),
         Text(used),
         Text(use),
+        Text(hits),
         Text(summary.problem, "dim"),
     )
 
@@ -130,6 +139,7 @@ LS = Command(
     description=(
         "List all pools and queues of this node. One is alive while a process is attached to it,\n"
         "and dead when all its processes were killed; `shmblocks reap --all` removes the dead.\n"
+        "`hits` is the share of the cache's lookups that found an entry, since the pool was made.\n"
         "An incompatible one belongs to another version, or is damaged. Other segments, and those\n"
         "of other users, are left out."
     ),

@@ -19,19 +19,26 @@ from typing import NoReturn, TextIO
 
 import msgspec
 
+from shmblocks.cli.cache import CACHE
 from shmblocks.cli.commands import CHECK, DOCTOR, LS, REAP, RM, Command, UsageError
 from shmblocks.cli.jsonhelp import keys_text
+from shmblocks.cli.keep import KEEP
 from shmblocks.cli.map import MAP
+from shmblocks.cli.metrics import METRICS
 from shmblocks.cli.render import harmless, write_document, write_text
 from shmblocks.cli.serve import SERVE
 from shmblocks.cli.stat import STAT
+from shmblocks.cli.top import TOP
 from shmblocks.errors import ShmBlocksError
 
 SAID_NO = 1
 USAGE = 2
 INTERRUPTED = 130
 
-COMMANDS = {command.name: command for command in (LS, STAT, MAP, CHECK, RM, REAP, DOCTOR, SERVE)}
+COMMANDS = {
+    command.name: command
+    for command in (LS, STAT, MAP, TOP, CACHE, METRICS, CHECK, RM, REAP, KEEP, SERVE, DOCTOR)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

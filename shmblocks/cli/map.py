@@ -11,7 +11,7 @@ letter where an allocation begins, `-` where it continues, `*` where a cell has 
 from __future__ import annotations
 
 import shutil
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from shmblocks._state.info import AllocationInfo, ParticipantId, PoolSnapshot
 from shmblocks._words import count_text
-from shmblocks.cli.commands import Answer, Command, add_name
+from shmblocks.cli.commands import Answer, Command, add_name, count_argument
 from shmblocks.cli.render import (
     BLOCK_STATES,
     OWNER_STYLES,
@@ -174,13 +174,13 @@ def _letters(allocations: Sequence[AllocationInfo]) -> dict[ParticipantId, str]:
 def _picture_lines(picture: Picture, digits: int) -> Iterator[Line]:
     for first, cells in picture.rows():
         states = [Text(cell.mark, cell.state) for cell in cells]
-        yield line(Text(f"{first:>{digits}}  ", "dim"), *_merged(states))
+        yield line(Text(f"{first:>{digits}}  ", "dim"), *merged(states))
         owners = [Text(cell.owner_mark, _owner_style(cell.owner)) for cell in cells]
         if any(owner.text != " " for owner in owners):
-            yield line(" " * (digits + 2), *_merged(owners))
+            yield line(" " * (digits + 2), *merged(owners))
 
 
-def _merged(texts: list[Text]) -> Iterator[Text]:
+def merged(texts: list[Text]) -> Iterator[Text]:
     """Neighbours of one style become one piece of text."""
     for style, group in groupby(texts, key=lambda text: text.style):
         yield Text("".join(text.text for text in group), style)
@@ -212,17 +212,13 @@ def _legend(
         )
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _add_arguments(parser: ArgumentParser) -> None:
     add_name(parser)
-    parser.add_argument("--width", type=_count, help="columns to use (default: the terminal's)")
     parser.add_argument(
-        "--rows", type=_count, default=ROWS, help="rows at most (default: %(default)s)"
+        "--width", type=count_argument, help="columns to use (default: the terminal's)"
+    )
+    parser.add_argument(
+        "--rows", type=count_argument, default=ROWS, help="rows at most (default: %(default)s)"
     )
 
 

@@ -62,9 +62,14 @@ Document = list[Line]
 
 def write_document(document: Document, file: TextIO) -> None:
     """Write the lines: with colours to a terminal, unless `NO_COLOR` is set or TERM is `dumb`."""
-    colours = file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    lines = (_line_text(parts, colours) for parts in document)
+    colours = wants_colours(file)
+    lines = (line_text(parts, colours) for parts in document)
     write_text("".join(f"{text}\n" for text in lines), file)
+
+
+def wants_colours(file: TextIO) -> bool:
+    """Whether it is a terminal that can show colours, and nobody asked for none."""
+    return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def write_text(text: str, file: TextIO) -> None:
@@ -73,7 +78,8 @@ def write_text(text: str, file: TextIO) -> None:
     file.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _line_text(parts: Line, colours: bool) -> str:
+def line_text(parts: Line, colours: bool) -> str:
+    """One line as it is written."""
     shown = []
     for text, style in parts:
         code = CODES.get(style, "") if colours and text else ""
@@ -100,6 +106,18 @@ def harmless(text: str) -> str:
 def line(*parts: Text | str) -> Line:
     """A line of strings and styled texts."""
     return tuple(part if isinstance(part, Text) else Text(part) for part in parts)
+
+
+def clipped(parts: Line, columns: int) -> Line:
+    """As much of a line as fits a terminal of so many columns."""
+    fitting: list[Text] = []
+    for text, style in parts:
+        shown = harmless(text)
+        while _width(shown) > columns:
+            shown = shown[:-1]
+        columns -= _width(shown)
+        fitting.append(Text(shown, style))
+    return tuple(fitting)
 
 
 def joined(*parts: Document) -> Document:

@@ -9,12 +9,15 @@ import msgspec
 
 from shmblocks._state.info import (
     AllocationInfo,
+    CounterValues,
+    HistogramValues,
     LeaseInfo,
     ParticipantInfo,
     PoolSnapshot,
     PoolStats,
     WaiterInfo,
 )
+from shmblocks._state.layout import UNBOUNDED
 from shmblocks._words import bytes_text
 from shmblocks.cli.commands import Answer, Command, add_name
 from shmblocks.cli.render import (
@@ -27,6 +30,7 @@ from shmblocks.cli.render import (
     joined,
     line,
     participant_text,
+    share_text,
     state_text,
     table,
 )
@@ -86,6 +90,7 @@ def _show_pool(report: PoolReport) -> Document:
     waiters = [_waiter(number, each) for number, each in enumerate(report.waiters, 1)]
     return joined(
         facts(report.stats.name, _facts(report)),
+        facts("since it was made, over all processes", _counters(report.stats.counters)),
         table("fields", _FIELDS, _fields(report.config), "none"),
         _participants(report.participants),
         table("allocations", _ALLOCATIONS, list(map(_allocation, allocations)), "none"),
@@ -129,6 +134,43 @@ def _device(stats: PoolStats) -> list[tuple[str, Line]]:
     return rows
 
 
+def _counters(counted: CounterValues) -> list[tuple[str, Line]]:
+    blocks = (
+        f"{counted.allocations} allocations, {counted.publishes} publishes, {counted.opens} opens, "
+        f"{counted.releases} releases, {counted.alloc_timeouts} timeouts"
+    )
+    deaths = f"{counted.reaped_blocks} blocks reaped, {counted.lock_takeovers} changes completed"
+    rows = [
+        ("blocks", line(blocks)),
+        ("of the dead", line(deaths)),
+        ("wait for blocks", line(_durations(counted.alloc_wait))),
+        ("publish to open", line(_durations(counted.publish_to_open))),
+        ("lock held", line(f"{_durations(counted.lock_held)} (one section in 64 is timed)")),
+    ]
+    if not (counted.lookups or counted.puts):
+        return rows
+    cache = (
+        f"{counted.lookups} lookups, {share_text(counted.hits, counted.lookups)} hits; "
+        f"{counted.puts} puts, {counted.evictions} evictions"
+    )
+    return [*rows, ("cache", line(cache))]
+
+
+def _durations(histogram: HistogramValues) -> str:
+    """How many, and below which bound half and 99% of them are."""
+    if not histogram.count:
+        return "none"
+    half, most = histogram.bound(0.5), histogram.bound(0.99)
+    return f"{histogram.count}: half under {_short(half)}, 99% under {_short(most)}"
+
+
+def _short(seconds: float) -> str:
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 1000 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def _fields(config: PoolConfig) -> list[Line]:
     return [*map(_field, config.fields), line("aux", "int32", "[16] per block", "-")]
 
@@ -163,7 +205,8 @@ def _allocation(info: AllocationInfo) -> Line:
     pending = sum(lease.is_pending for lease in info.leases)
     leases = [f"{len(info.leases) - pending} open"] if len(info.leases) > pending else []
     leases += [f"{pending} pending"] if pending else []
-    leases += [f"{info.readers_left} to come"] if info.readers_left else []
+    if info.readers_left:
+        leases.append(f"{_readers(info.readers_left)} to come")
     return (
         Text(_blocks_text(info)),
         Text(str(info.num_tokens)),
@@ -174,6 +217,10 @@ def _allocation(info: AllocationInfo) -> Line:
         participant_text(info.owner_id, info.owner),
         Text(", ".join(leases) or "-"),
     )
+
+
+def _readers(count: int) -> str:
+    return "any number" if count >= UNBOUNDED else str(count)
 
 
 def _lease(allocation: AllocationInfo, lease: LeaseInfo) -> Line:
