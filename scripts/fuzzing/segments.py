@@ -49,6 +49,7 @@ CONFIG = PoolConfig(
     lock_timeout=2.0,
     # A damaged word can say that a stream has yet to get there; it is waited for so long.
     unclaimed_timeout=0.05,
+    stream_timeout=0.05,
 )
 
 

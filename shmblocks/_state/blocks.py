@@ -610,7 +610,9 @@ class BlockTable:
         ]
         if record.live_index != last:
             # The last of the list takes the index that comes free.
-            moved: int = words[self._live_words + last]
+            moved: int = words[self._live_words + last] if last < self._total else self._total
+            if moved >= self._total:
+                raise _damaged(f"the list of {last + 1} allocations leads outside of the pool")
             stores.append(_word(self._live_words + record.live_index, moved))
             stores.append(_word(self._layout.record_word(moved) + R_LIVE_INDEX, record.live_index))
         return stores

@@ -165,8 +165,8 @@ class _CpuWait:
         handle, now = self._handle, time.monotonic()
         is_believed_dead = bool(self._dead_since) and now - self._dead_since > DEAD_PATIENCE
         is_over = self._state.fail_if_over(handle.start_block, handle.generation, is_believed_dead)
-        if is_over:
-            return self._state.is_ready(handle)
+        if is_over and self._state.is_ready(handle):
+            return True
         if is_over is None:
             self._dead_since = self._dead_since or now
         if now > self._deadline:

@@ -35,6 +35,7 @@ What it does not do: reach code that other threads run, or places inside of C fu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import mmap
@@ -96,8 +97,8 @@ def kill_at_every_line(
                play the other side
     timeout    seconds that one child may take
     """
-    common = (setup, operation, verify, scope or Scope(), step)
-    return _Killing(*common, with_fork, meanwhile, timeout).run()
+    task = _Task(setup, operation, verify, scope or Scope(), step)
+    return _Killing(task, with_fork, meanwhile, timeout).run()
 
 
 def interrupt_at_every_line(
@@ -115,28 +116,34 @@ def interrupt_at_every_line(
     the exception is an AssertionError (but for one that is raised in a `__del__`: it goes to
     `sys.unraisablehook`, which does not tell of it here).
     """
-    return _Interrupting(setup, operation, verify, scope or Scope(), step, exception).run()
+    return _Interrupting(_Task(setup, operation, verify, scope or Scope(), step), exception).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task(Generic[S]):
+    """What is to be disturbed: what both ways of doing it have in common."""
+
+    setup: Setup[S]
+    operation: Operation[S]
+    verify: Verify[S]
+    scope: Scope
+    step: Step
+
+    @property
+    def name(self) -> str:
+        return getattr(self.operation, "__name__", repr(self.operation))
+
+    def trace(self, at: int, act: Act) -> Trace:
+        return Trace(self.scope, self.step, at, act)
 
 
 class _EveryPoint(Generic[S]):
     """One operation, and what is done at each of its points."""
 
-    def __init__(
-        self,
-        setup: Setup[S],
-        operation: Operation[S],
-        verify: Verify[S],
-        scope: Scope,
-        step: Step,
-        deed: str,
-    ) -> None:
-        self._setup = setup
-        self._operation = operation
-        self._verify_scene = verify
-        self._scope = scope
-        self._step = step
+    def __init__(self, task: _Task[S], deed: str) -> None:
+        self._task = task
         self._deed = deed
-        self._name: str = getattr(operation, "__name__", repr(operation))
+        self._name = task.name
 
     def run(self) -> Coverage:
         with _small_heap():
@@ -145,7 +152,7 @@ class _EveryPoint(Generic[S]):
                 raise AssertionError(f"{self._name}: runs no line of what is watched")
             for number, expected in enumerate([*points, end_point(len(points) + 1)], 1):
                 self._do_at(number, expected)
-        return Coverage(self._name, self._deed, self._step, tuple(points))
+        return Coverage(self._name, self._deed, self._task.step, tuple(points))
 
     def _do_at(self, number: int, expected: Point) -> None:
         was_at = expected
@@ -163,12 +170,9 @@ class _EveryPoint(Generic[S]):
         """Disturb a run at a point, and verify; which point it was."""
         raise NotImplementedError
 
-    def _trace(self, at: int, act: Act) -> Trace:
-        return Trace(self._scope, self._step, at, act)
-
     def _verify(self, scene: S, point: Point) -> None:
         try:
-            self._verify_scene(scene, point)
+            self._task.verify(scene, point)
         except Exception as error:
             what = f"{self._name}, {self._deed} at {point}: {type(error).__name__}: {error}"
             raise AssertionError(what) from error
@@ -179,31 +183,27 @@ class _Killing(_EveryPoint[S]):
 
     def __init__(
         self,
-        setup: Setup[S],
-        operation: Operation[S],
-        verify: Verify[S],
-        scope: Scope,
-        step: Step,
+        task: _Task[S],
         with_fork: bool,
         meanwhile: Callable[[S], None] | None,
         timeout: float,
     ) -> None:
-        super().__init__(setup, operation, verify, scope, step, "killed")
+        super().__init__(task, "killed")
         self._with_fork = with_fork
         self._meanwhile = meanwhile
         self._timeout = timeout
 
     def _record(self) -> list[Point]:
         points: list[Point] = []
-        with self._setup() as scene:
-            ending = self._run(scene, self._trace(0, points.append), told=points)
+        with self._task.setup() as scene:
+            ending = self._run(scene, self._task.trace(0, points.append), told=points)
             self._require_success(ending)
         return msgspec.msgpack.decode(ending.told, type=list[Point])
 
     def _attempt(self, number: int) -> Point:
         box = _BlackBox()
-        with self._setup() as scene:
-            ending = self._run(scene, self._trace(number, box.write_and_die))
+        with self._task.setup() as scene:
+            ending = self._run(scene, self._task.trace(number, box.write_and_die))
             if not ending.was_killed:
                 self._require_success(ending)
             point = box.read() if ending.was_killed else end_point(number)
@@ -212,7 +212,7 @@ class _Killing(_EveryPoint[S]):
 
     def _run(self, scene: S, trace: Trace, told: list[Point] | None = None) -> Ending:
         def body(tell: Tell) -> None:
-            run_traced(self._operation(scene), trace)
+            run_traced(self._task.operation(scene), trace)
             if told is not None:
                 tell(msgspec.msgpack.encode(told))
 
@@ -250,29 +250,21 @@ class _BlackBox:
 class _Interrupting(_EveryPoint[S]):
     """Runs here, and an exception comes up."""
 
-    def __init__(
-        self,
-        setup: Setup[S],
-        operation: Operation[S],
-        verify: Verify[S],
-        scope: Scope,
-        step: Step,
-        exception: type[BaseException],
-    ) -> None:
-        super().__init__(setup, operation, verify, scope, step, f"{exception.__name__} raised")
+    def __init__(self, task: _Task[S], exception: type[BaseException]) -> None:
+        super().__init__(task, f"{exception.__name__} raised")
         self._exception = exception
 
     def _record(self) -> list[Point]:
         points: list[Point] = []
-        with self._setup() as scene:
-            run_traced(self._operation(scene), self._trace(0, points.append))
+        with self._task.setup() as scene:
+            run_traced(self._task.operation(scene), self._task.trace(0, points.append))
             gc.collect()
         return points
 
     def _attempt(self, number: int) -> Point:
         raised = self._exception(f"point {number}")
-        with self._setup() as scene:
-            trace = self._trace(number, _raiser(raised))
+        with self._task.setup() as scene:
+            trace = self._task.trace(number, _raiser(raised))
             came_out, result = self._run(scene, trace, raised)
             point = trace.fired or end_point(number)
             if trace.fired and not came_out and not trace.was_in_finalizer:
@@ -291,7 +283,7 @@ class _Interrupting(_EveryPoint[S]):
         came_out = False
         try:
             with _not_told_by_finalizers(raised):
-                result = run_traced(self._operation(scene), trace)
+                result = run_traced(self._task.operation(scene), trace)
         except BaseException as error:
             if error is not raised:
                 raise
