@@ -95,7 +95,10 @@ class Writer:
     @property
     def text(self) -> str:
         imports = ["from __future__ import annotations", "", "import os", "import signal"]
-        imports += ["import sys", "", "from tests.users.generator.verbs import *", ""]
+        imports += ["import sys", ""]
+        # First of all: a child that is forked while a thread imports torch waits for it for ever.
+        imports += ["import torch", ""] if self.torch else []
+        imports += ["from tests.users.generator.verbs import *", ""]
         body = "\n\n\n".join(self.functions)
         start = f'if __name__ == "__main__":\n    run(p0, queues={self.processes})\n'
         return "\n".join(imports) + f"\n\n{body}\n\n\n{start}"
