@@ -13,7 +13,7 @@ things live, from the bottom to the top (a part imports only parts of the lines 
     lease                                       what a process holds, as context managers
     channel                                     blocks from process to process, inside the pool
     pool                                        BlockPool
-    cache  metrics                              TensorCache; Prometheus
+    cache  metrics  traces                      TensorCache; Prometheus; OpenTelemetry
     sglang  testing/  transfer/                 SGLang's API; deaths; encode/language
     doctor/                                     what will fail on this machine
     cli/                                        the command line

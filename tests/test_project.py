@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channel",),
     ("pool",),
     ("__init__",),
-    ("cache", "metrics"),
+    ("cache", "metrics", "traces"),
     ("sglang", "testing", "transfer"),
     ("doctor",),
     ("cli",),
@@ -106,6 +106,7 @@ PUBLIC: dict[str, set[str]] = {
         "multimodal_fields",
         "remove_pool",
     },
+    "shmblocks.traces": {"TracedPool"},
     "shmblocks.transfer": {
         "EmbeddingEndpoint",
         "EndpointStats",
