@@ -22,6 +22,7 @@ from shmblocks._os.futex_asyncio import LoopWaiters
 from shmblocks._os.wait import seconds_left
 from shmblocks._state.counters import Counter
 from shmblocks._state.pool_state import AllocRequest, Poll, PoolState
+from shmblocks._state.wait_queue import Ticket
 from shmblocks.errors import PoolTimeoutError
 from shmblocks.handle import BlockHandle
 
@@ -80,9 +81,11 @@ class AllocWaiters:
     def wait(self, request: AllocRequest, deadline: float | None) -> BlockHandle:
         """Reserve as soon as it is this request's turn and there are blocks."""
         patience = _Patience(self._state, request, deadline)
+        ticket: Ticket | None = None
         try:
             while True:
-                poll = self._state.poll_queue(request)
+                poll = self._state.poll_queue(request, ticket)
+                ticket = poll.ticket
                 if poll.handle is not None:
                     return poll.handle
                 self._wake_of(poll.slot).futex.wait(poll.seen, patience.seconds_to_sleep(poll))
@@ -97,8 +100,10 @@ class AllocWaiters:
             handle = self._state.reserve(request)
             if handle is not None:
                 return handle
+            ticket: Ticket | None = None
             while True:
-                poll = self._state.poll_queue(request)
+                poll = self._state.poll_queue(request, ticket)
+                ticket = poll.ticket
                 if poll.handle is not None:
                     return poll.handle
                 seconds = patience.seconds_to_sleep(poll)
@@ -112,7 +117,7 @@ class AllocWaiters:
         wake = self._wake
         if wake is None or wake.slot != slot:
             futex = self._state.wake_futex(slot)
-            wake = self._wake = _Wake(slot, futex, LoopWaiters(futex, notifies_all=True))
+            wake = self._wake = _Wake(slot, futex, LoopWaiters(futex))
         return wake
 
     def close(self) -> None:

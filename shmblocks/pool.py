@@ -118,6 +118,9 @@ class BlockPool:
         self.channel_state = ChannelState(state)
         self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
         self.streams = StreamOrder(state)
+        if self._read_only_leases and state.config.fields:
+            # Now, and not at the first lease: an attached process can open whatever comes.
+            self._read_means = LeaseMeans(state, self.streams, read_only_tensors(state))
         state.segment.prefault(prefault)
         self._finalizer = lifetime.leave_when_dropped(self, state)
         _open_pools[state.pool_id] = self

@@ -133,7 +133,11 @@ class Segment:
         self._file = io.FileIO(os.dup(fd), "rb+", closefd=True)
         # In a forked child the description, like the mapping, is its parent's too.
         self._is_parents = False
-        self.mapping = self._map(0, size, mmap.ACCESS_WRITE)
+        try:
+            self.mapping = self._map(0, size, mmap.ACCESS_WRITE)
+        except BaseException:
+            self._file.close()
+            raise
         self.memory = memoryview(self.mapping)
         self.words = self.memory.cast("Q")
         # By offset and length, in bytes.

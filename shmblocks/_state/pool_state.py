@@ -60,7 +60,9 @@ from shmblocks._state.layout import (
     IDENTITY,
     LAYOUT_VERSION,
     MAGIC,
+    R_TRACE,
     RECORD_WORDS,
+    TRACE_BYTES,
     UNBOUNDED,
     WORD,
     Layout,
@@ -72,6 +74,7 @@ from shmblocks._state.pool_parts import PoolParts
 from shmblocks._state.reclaim import is_due, reap, reclaim
 from shmblocks._state.snapshot import RawState
 from shmblocks._state.states import NUMBER, STATES, State
+from shmblocks._state.wait_queue import Ticket
 from shmblocks.config import PoolConfig
 from shmblocks.errors import (
     DamagedPoolError,
@@ -129,6 +132,7 @@ class Poll(NamedTuple):
     """What a waiter found: a handle, or else the word to sleep on, and for how long at most."""
 
     handle: BlockHandle | None
+    ticket: Ticket
     slot: int
     seen: int
     longest_sleep: float
@@ -311,12 +315,14 @@ class PoolState(PoolParts):
     # ---- the wait queue ----------------------------------------------------------------------
 
     @transaction
-    def poll_queue(self, request: AllocRequest) -> Poll:
-        """One poll of a waiter, the first of which joins the queue; when it is served it leaves."""
+    def poll_queue(self, request: AllocRequest, ticket: Ticket | None = None) -> Poll:
+        """One poll of a waiter, the first of which joins the queue; when it is served it leaves.
+
+        `ticket`: what the last poll gave.
+        """
         now = time.monotonic_ns()
         me = self.participants.me_word
-        ticket = self.queue.find(me, request.stamp)
-        if ticket is None:
+        if ticket is None or not self.queue.is_of(ticket, me):
             if self.queue.is_full:
                 self._reap()
             ticket = self.queue.join(me, request.num_blocks, request.req_id, request.stamp)
@@ -333,7 +339,7 @@ class PoolState(PoolParts):
                 self.counters.observe(Histogram.ALLOC_WAIT, time.monotonic_ns() - request.stamp)
         # A CUDA stream cannot wake us: poll faster while one is about to release blocks.
         longest = STREAM_POLL if self.blocks.waits_for_streams else LONGEST_SLEEP
-        return Poll(handle, slot, seen, longest)
+        return Poll(handle, ticket, slot, seen, longest)
 
     @transaction
     def count(self, counter: int) -> None:
@@ -385,6 +391,22 @@ class PoolState(PoolParts):
             )
         )
         self._words[self._publishes] += 1
+
+    @transaction
+    def note_trace(self, handle: BlockHandle, context: bytes) -> None:
+        """Keep a trace context (16 bytes trace id, 8 bytes span id) with an allocation."""
+        self.blocks.find(handle)
+        self.journal.commit([(self._trace_offset(handle), context)])
+
+    @transaction
+    def trace_of(self, handle: BlockHandle) -> bytes:
+        """The trace context of an allocation; zeros: it has none."""
+        self.blocks.find(handle)
+        offset = self._trace_offset(handle)
+        return bytes(self.segment.memory[offset : offset + TRACE_BYTES])
+
+    def _trace_offset(self, handle: BlockHandle) -> int:
+        return (self.layout.record_word(handle.start_block) + R_TRACE) * WORD
 
     @staticmethod
     def refuse_writers(handle: BlockHandle, record: Record) -> None:

@@ -109,6 +109,11 @@ class WaitQueue:
             "the pool with a larger PoolConfig(max_waiters=...), or send fewer requests at once"
         )
 
+    def is_of(self, ticket: Ticket, who: int) -> bool:
+        """Whether the entry is there still, and that participant's."""
+        word = self._layout.waiter_word(ticket.slot)
+        return bool(self._words[word] == ticket.number and self._words[word + 1] == who)
+
     def find(self, who: int, since_ns: int) -> Ticket | None:
         """The entry of one wait."""
         if not self.length:
