@@ -280,7 +280,7 @@ def published() -> Iterator[Scene]:
         yield scene
 
 
-@case(published, undone=True)
+@case(published, undone=True, maps=True)
 def open_(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: scene.leases.append(pool.open(scene.the_handle))
@@ -368,7 +368,7 @@ def published_without_bound() -> Iterator[Scene]:
         yield scene
 
 
-@case(published_without_bound, undone=True)
+@case(published_without_bound, undone=True, maps=True)
 def open_one_of_any_number(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: scene.leases.append(pool.open(scene.the_handle))
