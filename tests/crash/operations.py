@@ -25,7 +25,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmblocks import UNBOUNDED, BlockPool, IncompatibleConfigError, PoolExistsError, remove_pool
+from shmblocks import (
+    UNBOUNDED,
+    BlockPool,
+    IncompatibleConfigError,
+    KeyExistsError,
+    PoolExistsError,
+    remove_pool,
+)
 from shmblocks.testing import Point, abandon, remember, run_and_kill
 from tests.crash.scenes import (
     CONFIG,
@@ -273,7 +280,7 @@ def published() -> Iterator[Scene]:
         yield scene
 
 
-@case(published, undone=True)
+@case(published, undone=True, maps=True)
 def open_(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: scene.leases.append(pool.open(scene.the_handle))
@@ -361,7 +368,7 @@ def published_without_bound() -> Iterator[Scene]:
         yield scene
 
 
-@case(published_without_bound, undone=True)
+@case(published_without_bound, undone=True, maps=True)
 def open_one_of_any_number(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: scene.leases.append(pool.open(scene.the_handle))
@@ -500,6 +507,183 @@ def take_as_the_last_one(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     pool.open(scene.the_handle).release()
     return lambda: pool.take(scene.the_handle)
+
+
+# ---- the content cache -----------------------------------------------------------------------
+
+KEY = b"a key of 16 byte"
+OTHER_KEY = b"one more of them"
+
+
+@contextlib.contextmanager
+def entered() -> Iterator[Scene]:
+    """The survivor has published something under a key."""
+    with survivor() as scene:
+        scene.handle = scene.pool.publish(reserve(scene.pool, 17), readers=UNBOUNDED, key=KEY)
+        yield scene
+
+
+@case()
+def publish_under_a_key(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 17)
+    pool.claim(KEY)
+    return lambda: pool.publish(handle, readers=UNBOUNDED, key=KEY, hold=0.001)
+
+
+@case(entered)
+def publish_under_a_key_that_has_an_entry(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 17)
+
+    def run() -> None:
+        with contextlib.suppress(KeyExistsError):
+            pool.publish(handle, readers=UNBOUNDED, key=KEY)
+
+    return run
+
+
+# (Each lease is a commit of its own: killed, it may hold the first and not the second.)
+@case(entered, once=False, whole=True, undone=True, maps=True)
+def get_two_leases(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: scene.leases.extend(pool.get(KEY, leases=2) or [])
+
+
+@case(entered)
+def get_in_vain(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.get(OTHER_KEY)
+
+
+@case(entered)
+def give_a_ticket(scene: Scene) -> Callable[[], object]:
+    (lease,) = joined(scene).get(KEY) or []
+    scene.leases.append(lease)
+    return lease.ticket
+
+
+# Interrupted when it is adopted, it is given back: then it is neither the giver's nor ours.
+@case(entered, whole=False)
+def adopt(scene: Scene) -> Callable[[], object]:
+    (lease,) = scene.pool.get(KEY) or []
+    ticket = lease.ticket()
+    pool = joined(scene)
+    return lambda: scene.leases.append(pool.adopt(ticket))
+
+
+@case(entered)
+def revoke(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    (lease,) = pool.get(KEY) or []
+    ticket = lease.ticket()
+    return lambda: pool.revoke(ticket)
+
+
+@case(entered)
+def touch(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.touch(KEY, hold=0.001)
+
+
+@case(entered)
+def drop(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.drop(KEY)
+
+
+@case(entered, once=False)
+def drop_all(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    pool.publish(reserve(pool, 5), readers=UNBOUNDED, key=OTHER_KEY)
+    return pool.drop_all
+
+
+@case(entered)
+def bump_epoch(scene: Scene) -> Callable[[], object]:
+    return joined(scene).bump_epoch
+
+
+@case()
+def claim(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.claim(KEY)
+
+
+@case()
+def end_claim(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    pool.claim(KEY)
+    return lambda: pool.end_claim(KEY)
+
+
+@contextlib.contextmanager
+def claimed_by_the_dead() -> Iterator[Scene]:
+    with survivor() as scene:
+        other = BlockPool.attach(scene.name, prefault="off")
+        other.claim(KEY)
+        abandon(other)
+        yield scene
+
+
+@case(claimed_by_the_dead)
+def claim_after_the_dead(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.claim(KEY)
+
+
+@contextlib.contextmanager
+def full_of_entries() -> Iterator[Scene]:
+    with survivor() as scene:
+        pool = scene.pool
+        for number in range(pool.available_blocks() // 2):
+            pool.publish(reserve(pool, 4 * 2), readers=UNBOUNDED, key=b"%016d" % number)
+        yield scene
+
+
+@case(full_of_entries, once=False)
+def alloc_that_evicts(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.alloc(4 * 3)
+
+
+# ---- channels --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[Scene]:
+    """The survivor has announced two allocations."""
+    with survivor() as scene:
+        channel = scene.pool.channel("embeddings", capacity=2)
+        for number in range(2):
+            channel.send(reserve(scene.pool, 5), message=b"%d" % number)
+        yield scene
+
+
+@case()
+def make_a_channel(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.channel("embeddings", capacity=2)
+
+
+@case()
+def send(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    channel = pool.channel("embeddings", capacity=2)
+    handle = reserve(pool, 17)
+    return lambda: channel.send(handle, readers=2, message=b"hello")
+
+
+@case(announced, undone=True, maps=True)
+def receive(scene: Scene) -> Callable[[], object]:
+    channel = joined(scene).channel("embeddings")
+    return lambda: scene.leases.append(channel.receive())
+
+
+@case(announced, once=False, whole=True, undone=True, maps=True)
+def receive_many(scene: Scene) -> Callable[[], object]:
+    channel = joined(scene).channel("embeddings")
+    return lambda: scene.leases.extend(channel.receive_many(2))
 
 
 # ---- reap and recovery -----------------------------------------------------------------------

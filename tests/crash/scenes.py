@@ -37,7 +37,7 @@ CONFIG = PoolConfig(
     lock_timeout=2.0,
     max_waiters=4,
     channels=1,
-    channel_slots=4,
+    channel_slots=64,
     max_claims=4,
 )
 # 80 blocks: more than one word of the bitmap.
