@@ -90,7 +90,7 @@ def start_ticks() -> int:
 
     A pid and its start name one process, also when the pid is used again.
     """
-    # By descriptor: a file object that another thread's fork copies would be told as unclosed there.
+    # By descriptor: a file object that another thread's fork copies would be called unclosed there.
     fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return int(_stat_fields(os.read(fd, 4096))[19])
