@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channel",),
     ("pool",),
     ("__init__",),
-    ("cache", "metrics"),
+    ("cache", "metrics", "traces"),
     ("nodes", "sglang", "testing", "transfer"),
     ("doctor",),
     ("cli",),
@@ -115,6 +115,7 @@ PUBLIC: dict[str, set[str]] = {
         "RemotePoolStats",
         "ServedPool",
     },
+    "shmblocks.traces": {"TracedPool"},
     "shmblocks.transfer": {
         "EmbeddingEndpoint",
         "EndpointStats",

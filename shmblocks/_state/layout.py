@@ -167,6 +167,8 @@ R_CHAIN = 16
 R_HOLD = 17
 R_USED = 18
 R_HITS = 19
+R_TRACE = 20
+TRACE_BYTES = 24
 R_REQUEST_ID = 24
 # In `ready`: the owner died before it was ready. Bit 62, since a stream compares by the sign of a
 # 64-bit difference: with bit 63 set it would wait on.

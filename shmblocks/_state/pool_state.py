@@ -60,7 +60,9 @@ from shmblocks._state.layout import (
     IDENTITY,
     LAYOUT_VERSION,
     MAGIC,
+    R_TRACE,
     RECORD_WORDS,
+    TRACE_BYTES,
     UNBOUNDED,
     WORD,
     Layout,
@@ -385,6 +387,22 @@ class PoolState(PoolParts):
             )
         )
         self._words[self._publishes] += 1
+
+    @transaction
+    def note_trace(self, handle: BlockHandle, context: bytes) -> None:
+        """Keep a trace context (16 bytes trace id, 8 bytes span id) with an allocation."""
+        self.blocks.find(handle)
+        self.journal.commit([(self._trace_offset(handle), context)])
+
+    @transaction
+    def trace_of(self, handle: BlockHandle) -> bytes:
+        """The trace context of an allocation; zeros: it has none."""
+        self.blocks.find(handle)
+        offset = self._trace_offset(handle)
+        return bytes(self.segment.memory[offset : offset + TRACE_BYTES])
+
+    def _trace_offset(self, handle: BlockHandle) -> int:
+        return (self.layout.record_word(handle.start_block) + R_TRACE) * WORD
 
     @staticmethod
     def refuse_writers(handle: BlockHandle, record: Record) -> None:
