@@ -25,6 +25,7 @@ import os
 import sys
 import threading
 import weakref
+from collections import deque
 from typing import Protocol
 
 from shmblocks._os.filelock import FileLocks
@@ -35,7 +36,7 @@ from shmblocks.errors import ShmBlocksError
 
 # Finalizers of multiprocessing with a priority below 0 run after the daemon children have ended.
 _BEHIND_THE_DAEMONS = -100
-# Segments that this process has left and others have not, at most: the oldest are forgotten.
+# Segments that this process has left and others have not, at most.
 _MOST_LEFT = 256
 
 
@@ -63,7 +64,8 @@ class _Marker:
 
 
 _segments: weakref.WeakSet[Leaves] = weakref.WeakSet()
-_left: dict[tuple[int, int], str] = {}
+# Which file had which name; the oldest are forgotten.
+_left: deque[tuple[tuple[int, int], str]] = deque(maxlen=_MOST_LEFT)
 _marker = _Marker()
 # The process for which multiprocessing runs `_end`.
 _watched_pid = 0
@@ -109,9 +111,7 @@ def _leave(segment: Leaves) -> None:
 def remember_left(name: str, file: tuple[int, int]) -> None:
     """This process has left a segment that others still use; at its end it removes the leftover,
     should they have been terminated by then."""
-    _left[file] = name
-    while len(_left) > _MOST_LEFT:
-        del _left[next(iter(_left))]
+    _left.append((file, name))
 
 
 def watch_exit() -> None:
@@ -143,7 +143,7 @@ def _end() -> None:
     for segment in list(_segments):
         if not segment.is_closed:
             _leave(segment)
-    for file, name in list(_left.items()):
+    for file, name in list(_left):
         with contextlib.suppress(ShmBlocksError, OSError):
             _remove_leftover(name, file)
 
@@ -172,3 +172,6 @@ def _reset_all() -> None:
 
 
 os.register_at_fork(after_in_child=_reset_all)
+
+# Where multiprocessing came first, which is so in each of its children.
+watch_exit()
