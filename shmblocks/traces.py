@@ -172,13 +172,9 @@ class TracedPool(BlockPool):
 
 
 def _packed(context: SpanContext) -> bytes:
-<<<<<<< HEAD
     trace_id: int = context.trace_id
     span_id: int = context.span_id
     return trace_id.to_bytes(_TRACE_ID_BYTES, "big") + span_id.to_bytes(8, "big")
-=======
-    return context.trace_id.to_bytes(_TRACE_ID_BYTES, "big") + context.span_id.to_bytes(8, "big")
->>>>>>> metrics
 
 
 def _unpacked(data: bytes) -> SpanContext:
