@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from shmblocks.doctor.host import CheckResult, Host
 
 NEEDED = ("torch", "posix-ipc", "msgspec")
-USEFUL = {"rich": "colours on the command line: pip install 'shmblocks[cli]'"}
 
 
 def python_version(host: Host) -> Iterator[CheckResult]:
@@ -25,12 +24,6 @@ def packages(host: Host) -> Iterator[CheckResult]:
         if version is None:
             advice = f"pip install {package}"
             yield CheckResult(f"package-{package}", "fail", "not installed", advice)
-        else:
-            yield CheckResult(f"package-{package}", "ok", f"{package} {version}")
-    for package, use in USEFUL.items():
-        version = _version(package)
-        if version is None:
-            yield CheckResult(f"package-{package}", "skip", f"not installed; would give {use}")
         else:
             yield CheckResult(f"package-{package}", "ok", f"{package} {version}")
 
