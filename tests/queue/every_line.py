@@ -29,6 +29,7 @@ from shmblocks.testing import (
     kill_at_every_line,
     within,
 )
+from tests.crash.scenes import forget_what_was_left
 from tests.queue.kit import abandon, asleep, drain, require_right
 from tests.support.naming import new_pool_name
 
@@ -69,6 +70,7 @@ class Scene:
 
 @contextlib.contextmanager
 def two_messages() -> Iterator[Scene]:
+    forget_what_was_left()
     name = new_pool_name()
     with HandleQueue.create(name, CAPACITY, message_bytes=8, spin=0) as queue:
         for message in THERE:
