@@ -438,6 +438,18 @@ class BlockPool:
             self.state.take_back(request)
             raise
 
+    def reserve_now(self, num_tokens: int, *, req_id: str | None = None) -> Reservation | None:
+        """`reserve` that does not wait; None: there are no free blocks now, or somebody waits."""
+        request = self._request(num_tokens, req_id)
+        try:
+            handle = self.state.reserve(request)
+            return None if handle is None else Reservation(self, handle)
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
+        except BaseException:
+            self.state.take_back(request)
+            raise
+
     async def reserve_async(
         self, num_tokens: int, *, req_id: str | None = None, timeout: float | None = None
     ) -> Reservation:
@@ -892,8 +904,9 @@ class BlockPool:
     ) -> list[Lease] | None:
         """So many leases on the entry of a key, in one commit; None: a miss.
 
-        An entry with another number of tokens than `num_tokens` (None: any), or one that a stream
-        has not completed, is a miss. Release every lease; a lease may travel (`Lease.ticket`).
+        An entry with another number of tokens than `num_tokens` (None: any), one that a stream has
+        not completed, or one to which fewer readers than `leases` are to come, is a miss. Release
+        every lease; a lease may travel (`Lease.ticket`).
         """
         leases = _whole("leases", leases)
         taken: list[tuple[BlockHandle, Opened]] = []
@@ -959,12 +972,16 @@ class BlockPool:
         """
         return self.cache_state.claim(key)
 
-    def end_claim(self, key: bytes) -> bool:
-        """Give up this process's claim on a key; False: it has none."""
-        return self.cache_state.end_claim(key)
+    def end_claim(self, key: bytes, answer: ClaimAnswer | None = None) -> bool:
+        """Give up this process's claim on a key; False: it has none.
+
+        `answer`: the claim that was given with it, and no later one of another thread.
+        """
+        return self.cache_state.end_claim(key, 0 if answer is None else answer.since_ns)
 
     def wait_for_claim(self, answer: ClaimAnswer, timeout: float) -> None:
-        """Sleep until the claim of a `busy` answer has ended, or may have; claim again then."""
+        """Sleep until the claim of a `busy` answer has ended, in whatever way, `timeout` seconds at
+        most; claim again then."""
         self._claim_waiters.wait(answer, timeout)
 
     async def wait_for_claim_async(self, answer: ClaimAnswer, timeout: float) -> None:

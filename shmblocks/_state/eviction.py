@@ -14,13 +14,15 @@ run at all, is within one point by bytes.
 Contract
 - Evictable: published under a key for any number of readers, complete, no lease open, its hold
   over. Nothing else is ever touched.
-- One pass over the live allocations; in large pools over `MOST_ITEMS` of them behind the cursor.
+- One pass over the live allocations; of many, first over `MOST_ITEMS` of them behind the cursor,
+  and over all when no window is there.
 
 What it does not do: free anything.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from typing import NamedTuple
 
@@ -65,9 +67,23 @@ def best_window(
     words: memoryview, layout: Layout, starts: list[int], cursor: int, num_blocks: int, now_ns: int
 ) -> Window | None:
     """The best window of `num_blocks` blocks, or None; `starts` are the live allocations."""
+    starts = sorted(starts)
+    total = layout.total_blocks
+    if len(starts) > MOST_ITEMS:
+        first = min(bisect_left(starts, cursor), len(starts) - MOST_ITEMS)
+        some = starts[first : first + MOST_ITEMS]
+        begin = some[0]
+        end = starts[first + MOST_ITEMS] if first + MOST_ITEMS < len(starts) else total
+        window = _best(_runs(words, layout, some, begin, end, now_ns), num_blocks)
+        if window is not None:
+            return window
+    return _best(_runs(words, layout, starts, 0, total, now_ns), num_blocks)
+
+
+def _best(runs: list[list[Item]], num_blocks: int) -> Window | None:
     best: Window | None = None
     oldest = -1
-    for run in _runs(words, layout, starts, cursor, now_ns):
+    for run in runs:
         youngest = _slide(run, num_blocks)
         if youngest is not None and (best is None or youngest[0] < oldest):
             oldest, items = youngest[0], run[youngest[1] : youngest[2] + 1]
@@ -99,17 +115,9 @@ def _slide(run: list[Item], num_blocks: int) -> tuple[int, int, int] | None:
 
 
 def _runs(
-    words: memoryview, layout: Layout, starts: list[int], cursor: int, now_ns: int
+    words: memoryview, layout: Layout, starts: list[int], begin: int, end: int, now_ns: int
 ) -> list[list[Item]]:
-    """The runs of items between allocations that cannot be evicted."""
-    starts = sorted(starts)
-    begin, end = 0, layout.total_blocks
-    if len(starts) > MOST_ITEMS:
-        behind = [start for start in starts if start >= cursor][:MOST_ITEMS]
-        starts = behind if len(behind) > MOST_ITEMS // 2 else starts[:MOST_ITEMS]
-        begin = starts[0]
-        end = starts[-1]
-        starts = starts[:-1]
+    """The runs of items between allocations that cannot be evicted, from `begin` to `end`."""
     runs: list[list[Item]] = [[]]
     position = begin
     records = layout.records // WORD
