@@ -32,6 +32,7 @@ What it does not do: carry handles (any queue does), or keep a tensor's content 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
 import weakref
@@ -75,6 +76,7 @@ from shmblocks.errors import (
     PoolExistsError,
     PoolNotFoundError,
     ShmBlocksError,
+    StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, LeaseMeans, Reservation
@@ -608,7 +610,9 @@ class BlockPool:
     def free_own(self, handle: BlockHandle) -> None:
         """Free a reservation of this process; nothing happens when it is none any more."""
         if self.state.is_mine(handle):
-            self.free(handle)
+            # Seen in the middle of a change it can be over already.
+            with contextlib.suppress(StaleHandleError):
+                self.free(handle)
 
     def forgo(self, handle: BlockHandle, claims: int = 1) -> None:
         """End the claims of announced readers who will not come; with the last one it is free.
