@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
+import msgspec
 import pytest
 
-from shmblocks import UNBOUNDED, BlockHandle, BlockPool, PoolTimeoutError
+from shmblocks import UNBOUNDED, BlockHandle, BlockPool, PoolTimeoutError, State
 from shmblocks._state import eviction
+from shmblocks.config import Allocation
 from tests.cache import kit
 from tests.support.children import wait_until
 
@@ -253,3 +256,43 @@ def test_wherever_the_cursor_is_room_is_found(
     for size in (1, 2, 3, 7, 8, 9):
         pool.free(kit.reserve(pool, size))
     assert pool.check() == []
+
+
+@pytest.mark.parametrize("allocation", ["next fit", "first fit"])
+def test_after_whatever_came_and_went_room_is_found_if_there_is_any(
+    pool_name: str, monkeypatch: pytest.MonkeyPatch, allocation: Allocation
+) -> None:
+    """The cursor is always where an allocation or a free block begins, so that a walk can begin."""
+    chooser = random.Random(3)
+    monkeypatch.setattr(eviction, "MOST_ITEMS", 2)
+    config = msgspec.structs.replace(kit.config(), allocation=allocation)
+    with BlockPool.create(pool_name, config, prefault="off") as pool:
+        held: list[BlockHandle] = []
+        for number in range(600):
+            size = chooser.choice((1, 1, 2, 3, 5, 9))
+            handle = pool.alloc(size * kit.BLOCK_SIZE)
+            largest = _largest_run(pool)
+            if handle is None:
+                assert largest < size
+            elif chooser.random() < 0.3:
+                held.append(handle)
+            else:
+                pool.publish(handle, readers=UNBOUNDED, key=kit.key(number))
+            if held and chooser.random() < 0.4:
+                grown = held.pop(chooser.randrange(len(held)))
+                pool.free(pool.grow(grown, grown.num_tokens + kit.BLOCK_SIZE) or grown)
+            if chooser.random() < 0.2:
+                pool.drop(kit.key(chooser.randrange(number + 1)))
+        assert pool.check() == []
+
+
+def _largest_run(pool: BlockPool) -> int:
+    """Consecutive blocks that are free or evictable."""
+    walls = {
+        block
+        for info in pool.allocations()
+        if info.state is not State.PUBLISHED
+        for block in range(info.start_block, info.start_block + info.num_blocks)
+    }
+    text = "".join("x" if block in walls else "." for block in range(BLOCKS))
+    return max(map(len, text.split("x")))
