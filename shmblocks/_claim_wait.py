@@ -7,6 +7,8 @@ Contract
 
 from __future__ import annotations
 
+import time
+
 from shmblocks._os.futex import Futex
 from shmblocks._os.futex_asyncio import LoopWaiters
 from shmblocks._state.cache_state import CacheState, ClaimAnswer
@@ -25,21 +27,36 @@ class ClaimWaiters:
         self._loops: dict[int, tuple[Futex, LoopWaiters]] = {}
 
     def wait(self, answer: ClaimAnswer, timeout: float) -> None:
-        """Sleep until the claim may have ended, `timeout` seconds at most."""
-        if answer.slot >= 0 and timeout > 0:
-            self._state.count(Counter.CLAIM_WAITS)
-            self._state.claim_futex(answer.slot).wait(answer.seen, min(timeout, LONGEST_WAIT))
+        """Sleep until the claim has ended, `timeout` seconds at most."""
+        if not self._begins(answer, timeout):
+            return
+        futex = self._state.claim_futex(answer.slot)
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            futex.wait(answer.seen, min(left, LONGEST_WAIT))
+            if not self._state.is_claimed(answer):
+                return
+
+    def _begins(self, answer: ClaimAnswer, timeout: float) -> bool:
+        """Whether there is anything to wait for; counts it, once for each wait."""
+        if answer.state != "busy" or timeout <= 0:
+            return False
+        self._state.count(Counter.CLAIM_WAITS)
+        return True
 
     async def wait_async(self, answer: ClaimAnswer, timeout: float) -> None:
         """As `wait`, from asyncio."""
-        if answer.slot < 0 or timeout <= 0:
+        if not self._begins(answer, timeout):
             return
-        self._state.count(Counter.CLAIM_WAITS)
         there = self._loops.get(answer.slot)
         if there is None:
             futex = self._state.claim_futex(answer.slot)
             there = self._loops[answer.slot] = (futex, LoopWaiters(futex, notifies_all=True))
-        await there[1].sleep(answer.seen, min(timeout, LONGEST_WAIT))
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            await there[1].sleep(answer.seen, min(left, LONGEST_WAIT))
+            if not self._state.is_claimed(answer):
+                return
 
     def close(self) -> None:
         """After the state was left: end the waits of this process, let go of the mapping."""

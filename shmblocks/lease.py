@@ -204,10 +204,17 @@ class Lease(_Owner):
             raise InvalidStateError(
                 f"{self.handle}: a lease on a stream cannot travel; wait for the stream first"
             )
-        number = CacheState(self._state).give(self._key)
-        ticket = encode_ticket(Ticket(self._key.slot, number, self.handle))
-        self._is_over()
-        return ticket
+        key = self._key
+        try:
+            number = CacheState(self._state).give(key)
+            ticket = encode_ticket(Ticket(key.slot, number, self.handle))
+            self._is_over()
+            return ticket
+        except BaseException:
+            # Nobody has the ticket: the lease is to be released here.
+            self._key = key
+            self._guard.is_open = True
+            raise
 
     def __enter__(self) -> Lease:
         return self

@@ -32,6 +32,7 @@ What it does not do: carry handles (any queue does), or keep a tensor's content 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
 import weakref
@@ -75,6 +76,7 @@ from shmblocks.errors import (
     PoolExistsError,
     PoolNotFoundError,
     ShmBlocksError,
+    StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, LeaseMeans, Reservation
@@ -447,6 +449,18 @@ class BlockPool:
             self.state.take_back(request)
             raise
 
+    def reserve_now(self, num_tokens: int, *, req_id: str | None = None) -> Reservation | None:
+        """`reserve` that does not wait; None: there are no free blocks now, or somebody waits."""
+        request = self._request(num_tokens, req_id)
+        try:
+            handle = self.state.reserve(request)
+            return None if handle is None else Reservation(self, handle)
+        except ShmBlocksError:
+            raise  # refused: nothing was taken
+        except BaseException:
+            self.state.take_back(request)
+            raise
+
     async def reserve_async(
         self, num_tokens: int, *, req_id: str | None = None, timeout: float | None = None
     ) -> Reservation:
@@ -605,7 +619,9 @@ class BlockPool:
     def free_own(self, handle: BlockHandle) -> None:
         """Free a reservation of this process; nothing happens when it is none any more."""
         if self.state.is_mine(handle):
-            self.free(handle)
+            # Seen in the middle of a change it can be over already.
+            with contextlib.suppress(StaleHandleError):
+                self.free(handle)
 
     def forgo(self, handle: BlockHandle, claims: int = 1) -> None:
         """End the claims of announced readers who will not come; with the last one it is free.
@@ -901,8 +917,9 @@ class BlockPool:
     ) -> list[Lease] | None:
         """So many leases on the entry of a key, in one commit; None: a miss.
 
-        An entry with another number of tokens than `num_tokens` (None: any), or one that a stream
-        has not completed, is a miss. Release every lease; a lease may travel (`Lease.ticket`).
+        An entry with another number of tokens than `num_tokens` (None: any), one that a stream has
+        not completed, or one to which fewer readers than `leases` are to come, is a miss. Release
+        every lease; a lease may travel (`Lease.ticket`).
         """
         leases = _whole("leases", leases)
         taken: list[tuple[BlockHandle, Opened]] = []
@@ -968,12 +985,16 @@ class BlockPool:
         """
         return self.cache_state.claim(key)
 
-    def end_claim(self, key: bytes) -> bool:
-        """Give up this process's claim on a key; False: it has none."""
-        return self.cache_state.end_claim(key)
+    def end_claim(self, key: bytes, answer: ClaimAnswer | None = None) -> bool:
+        """Give up this process's claim on a key; False: it has none.
+
+        `answer`: the claim that was given with it, and no later one of another thread.
+        """
+        return self.cache_state.end_claim(key, 0 if answer is None else answer.since_ns)
 
     def wait_for_claim(self, answer: ClaimAnswer, timeout: float) -> None:
-        """Sleep until the claim of a `busy` answer has ended, or may have; claim again then."""
+        """Sleep until the claim of a `busy` answer has ended, in whatever way, `timeout` seconds at
+        most; claim again then."""
         self._claim_waiters.wait(answer, timeout)
 
     async def wait_for_claim_async(self, answer: ClaimAnswer, timeout: float) -> None:

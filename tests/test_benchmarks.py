@@ -39,7 +39,16 @@ TRANSPORTS = {
     "zmq-no-copy": "peer",
 }
 
-EXPERIMENTS = ["steps", "throughput", "contention", "pool_sizes", "lock_time", "fragmentation"]
+EXPERIMENTS = [
+    "steps",
+    "throughput",
+    "contention",
+    "pool_sizes",
+    "lock_time",
+    "fragmentation",
+    "hit_rates",
+    "cache_costs",
+]
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

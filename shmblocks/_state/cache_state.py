@@ -13,6 +13,7 @@ What it does not do: wait, or know tensors.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -24,12 +25,17 @@ from shmblocks._state.counters import Counter
 from shmblocks._state.info import CacheStats, EntryInfo, ParticipantId
 from shmblocks._state.key_index import stored_key
 from shmblocks._state.layout import (
+    ENTRY,
+    FAILED,
     H_EPOCH,
     LEASE,
     LEASE_HEAD,
+    R_GENERATION,
     R_HITS,
     R_HOLD,
+    R_KEYED,
     R_USED,
+    RECORD,
     WORD,
     WORD_STRUCT,
     Record,
@@ -37,8 +43,12 @@ from shmblocks._state.layout import (
 from shmblocks._state.mutex import transaction
 from shmblocks._state.pool_state import Opened, PoolState, stamp
 from shmblocks._state.states import NUMBER, State
-from shmblocks.errors import InvalidStateError, StaleHandleError
+from shmblocks.errors import DamagedPoolError, InvalidStateError, StaleHandleError
 from shmblocks.handle import BlockHandle
+
+# Entries that `drop_all` frees in one transaction. Smaller: more of them. Larger: the lock is held
+# longer (some 15 us each).
+DROPPED_AT_ONCE = 16
 
 _PUBLISHED = NUMBER[State.PUBLISHED]
 _LEASED = NUMBER[State.LEASED]
@@ -71,6 +81,24 @@ class Ticket(NamedTuple):
     slot: int
     number: int
     handle: BlockHandle
+
+
+class _Raw(NamedTuple):
+    """What was copied under the lock: entries by start block, claims, counters."""
+
+    records: list[tuple[int, bytes]]
+    claims: int
+    counters: tuple[int, ...]
+
+
+class _Entry(NamedTuple):
+    """One entry, as it was when it was copied."""
+
+    key: bytes
+    record: Record
+    hold_ns: int
+    used_ns: int
+    hits: int
 
 
 class CacheState:
@@ -128,6 +156,8 @@ class CacheState:
         self._count(Counter.PUTS)
         self._count(Counter.PUBLISHES)
         self._wake_claimants(claim)
+        # What it is in may be evicted from now on.
+        state.wake_head()
         return None
 
     # ---- looking up --------------------------------------------------------------------------
@@ -139,17 +169,26 @@ class CacheState:
         that was seen while others changed the index is looked up again, with the lock.
         """
         stored = stored_key(key)
-        changes = self._changes()
-        start = self._keys.find(stored)
-        if start >= 0:
-            record = self._blocks.record(start)
-            if record.state in _READABLE and self._keys.key_of(start) == stored:
-                found = Found(self._handle_of(start, record), record.ready == record.generation)
-                if self._blocks.record(start).generation == record.generation:
+        with contextlib.suppress(DamagedPoolError, ValueError):
+            changes = self._changes()
+            start = self._keys.find(stored)
+            if start >= 0:
+                found = self._seen(start, stored)
+                if found is not None:
                     return found
-        elif changes == self._changes():
-            return None
+            elif changes == self._changes():
+                return None
+        # Seen in the middle of a change (then a record can look damaged), or in memory that was
+        # released by `close`: ask with the lock, which tells the one from the other.
         return self._find(stored)
+
+    def _seen(self, start: int, stored: bytes) -> Found | None:
+        """Lock-free: the entry at `start`, if it was whole and under that key while we read it."""
+        record = self._blocks.record(start)
+        if record.state not in _READABLE or self._keys.key_of(start) != stored:
+            return None
+        found = Found(self._handle_of(start, record), record.ready == record.generation)
+        return found if self._blocks.record(start).generation == record.generation else None
 
     def _changes(self) -> tuple[int, int]:
         """What every change of the index changes, or shows to be going on."""
@@ -203,6 +242,10 @@ class CacheState:
             # A stream has not finished it, or never will: a promise that it is there could break.
             self._count(Counter.MISSES)
             return []
+        if record.readers_left < leases:
+            # Its announced readers have come, or are fewer than wanted here.
+            self._count(Counter.MISSES)
+            return []
         if tokens is not None and record.num_tokens != tokens:
             self._count(Counter.MISMATCHES)
             return []
@@ -217,6 +260,7 @@ class CacheState:
         self._words[word + R_USED] = time.monotonic_ns()
         self._words[word + R_HITS] += 1
         self._count(Counter.HITS)
+        self._count(Counter.OPENS, leases)
         return opened
 
     def _handle_of(self, start: int, record: Record) -> BlockHandle:
@@ -235,12 +279,33 @@ class CacheState:
         self._drop(start)
         return True
 
-    @transaction
     def drop_all(self) -> int:
-        """Free every entry; how many there were."""
+        """Free every entry that is there now; how many there were.
+
+        A few in each transaction: nobody waits until all are gone.
+        """
+        there = self._entered()
+        return sum(
+            self._drop_some(there[first : first + DROPPED_AT_ONCE])
+            for first in range(0, len(there), DROPPED_AT_ONCE)
+        )
+
+    @transaction
+    def _entered(self) -> list[tuple[int, int]]:
+        """Start block and generation of every entry."""
+        words, word_of = self._words, self._state.layout.record_word
+        return [
+            (start, words[word_of(start) + R_GENERATION])
+            for start in self._blocks.live_starts()
+            if self._keys.is_keyed(start)
+        ]
+
+    @transaction
+    def _drop_some(self, entries: list[tuple[int, int]]) -> int:
         dropped = 0
-        for start in self._blocks.live_starts():
-            if self._keys.is_keyed(start):
+        for start, generation in entries:
+            record = self._blocks.record(start)
+            if record.keyed and record.generation == generation:
                 self._drop(start)
                 dropped += 1
         return dropped
@@ -268,7 +333,7 @@ class CacheState:
     def claim(self, key: bytes) -> ClaimAnswer:
         """`mine` (encode it), `busy` (somebody does) or `ready` (it is there)."""
         stored = stored_key(key)
-        if self._keys.find(stored) >= 0:
+        if self._is_there(stored):
             return ClaimAnswer("ready")
         participants, claims = self._state.participants, self._claims
         me = participants.me_word
@@ -293,14 +358,52 @@ class CacheState:
             self._count(Counter.TAKEOVERS)
         return ClaimAnswer("mine", ParticipantId.of(me), now, slot)
 
+    def _is_there(self, stored: bytes) -> bool:
+        """Whether a key has an entry that is complete, or will be."""
+        start = self._keys.find(stored)
+        if start < 0:
+            return False
+        record = self._blocks.record(start)
+        if record.ready == record.generation:
+            return True
+        # A stream is to complete it. If its producer is dead that will not happen.
+        if self._state.reap_dead():
+            start = self._keys.find(stored)
+            if start < 0:
+                return False
+            record = self._blocks.record(start)
+        if record.ready & FAILED:
+            self._drop(start)
+            return False
+        return True
+
     @transaction
-    def end_claim(self, key: bytes) -> bool:
-        """Give up this process's claim on a key; False: it has none."""
+    def end_claim(self, key: bytes, since_ns: int = 0) -> bool:
+        """Give up this process's claim on a key; False: it has none.
+
+        `since_ns`: the one that was made at that moment, and no later one.
+        """
         slot = self._claims.find(stored_key(key))
-        if slot < 0 or self._claims.record(slot).owner != self._state.participants.me_word:
+        if slot < 0:
+            return False
+        claim = self._claims.record(slot)
+        if claim.owner != self._state.participants.me_word:
+            return False
+        if since_ns and claim.since_ns != since_ns:
             return False
         self._end_claim(slot)
         return True
+
+    @transaction
+    def is_claimed(self, answer: ClaimAnswer) -> bool:
+        """Whether the claim of a `busy` answer is there still, and its owner lives."""
+        claim = self._claims.record(answer.slot)
+        owner = answer.owner
+        return (
+            owner is not None
+            and (claim.owner, claim.since_ns) == (owner.word, answer.since_ns)
+            and self._state.participants.is_alive(owner)
+        )
 
     def _end_claim(self, slot: int) -> None:
         if slot >= 0:
@@ -323,6 +426,8 @@ class CacheState:
         lease = self._blocks.lease(key.slot)
         if lease.opened_ns != key.opened_ns or lease.holder != key.holder or lease.pending:
             raise InvalidStateError("ticket: the lease has ended; take another one")
+        if lease.kind != READS:
+            raise InvalidStateError("ticket: expected a reader's lease, this is a writer's")
         number = secrets.randbits(63) | 1
         self._rewrite(key.slot, lease.holder, lease.opened_ns, number)
         return number
@@ -379,22 +484,27 @@ class CacheState:
     # ---- looking -----------------------------------------------------------------------------
 
     @transaction
-    def _raw(self) -> tuple[list[tuple[bytes, Record, int, int, int]], int, tuple[int, ...]]:
+    def _raw(self) -> _Raw:
+        memory, records, size = self._state.segment.memory, self._state.layout.records, RECORD.size
+        starts = self._blocks.live_starts() if self._keys.entries else []
+        return _Raw(
+            [
+                (start, bytes(memory[records + start * size : records + (start + 1) * size]))
+                for start in starts
+                if self._keys.is_keyed(start)
+            ],
+            sum(1 for _ in self._claims.all()),
+            self._state.counters.values(),
+        )
+
+    def _read(self, raw: _Raw) -> list[_Entry]:
+        """What was copied, the entry that was used the longest ago first."""
         found = []
-        for start in self._blocks.live_starts():
-            if self._keys.is_keyed(start):
-                word = self._state.layout.record_word(start)
-                found.append(
-                    (
-                        self._keys.key_of(start),
-                        self._blocks.record(start),
-                        self._words[word + R_HOLD],
-                        self._words[word + R_USED],
-                        self._words[word + R_HITS],
-                    )
-                )
-        claims = sum(1 for _ in self._claims.all())
-        return found, claims, self._state.counters.values()
+        for start, data in raw.records:
+            record = self._blocks.record(start, data)
+            _, key, _, hold, used, hits = ENTRY.unpack_from(data, R_KEYED * WORD)
+            found.append(_Entry(key, record, hold, used, hits))
+        return sorted(found, key=lambda entry: entry.used_ns)
 
     def entries(self) -> list[EntryInfo]:
         """Every entry, the one that was used the longest ago first."""
@@ -410,22 +520,23 @@ class CacheState:
                 age_seconds=max(0, now - record.published_ns) / 1e9,
                 unused_seconds=max(0, now - used) / 1e9,
             )
-            for key, record, hold, used, hits in sorted(self._raw()[0], key=lambda row: row[3])
+            for key, record, hold, used, hits in self._read(self._raw())
         ]
 
     def stats(self) -> CacheStats:
         """Counts of the cache."""
-        found, claims, counters = self._raw()
+        raw = self._raw()
+        found, counters = self._read(raw), raw.counters
         now = time.monotonic_ns()
         config = self._state.config
         block_bytes = config.block_size * config.token_bytes
         return CacheStats(
             epoch=self.epoch,
             entries=len(found),
-            bytes_in_entries=sum(row[1].num_blocks for row in found) * block_bytes,
-            leased_entries=sum(row[1].leases > 0 for row in found),
-            held_entries=sum(row[2] > now for row in found),
-            claims=claims,
+            bytes_in_entries=sum(entry.record.num_blocks for entry in found) * block_bytes,
+            leased_entries=sum(entry.record.leases > 0 for entry in found),
+            held_entries=sum(entry.hold_ns > now for entry in found),
+            claims=raw.claims,
             lookups=counters[Counter.LOOKUPS],
             hits=counters[Counter.HITS],
             misses=counters[Counter.MISSES],

@@ -136,11 +136,13 @@ class KeyIndex:
         return (H_INDEX_CHANGES * WORD, WORD_STRUCT.pack(self.changes + 1))
 
     def reachable(self) -> dict[int, bytes]:
-        """Every entry that some chain leads to, with its key; for `check`."""
+        """Every entry that the chain of its key leads to, with that key; for `check`."""
         found = {}
         heads = self._words[self._buckets : self._buckets + self._total].tolist()
         for bucket, head in enumerate(heads):
             if head:
                 for start in self._chain(self._buckets + bucket):
-                    found[start] = self.key_of(start)
+                    key = self.key_of(start)
+                    if self._bucket(key) == self._buckets + bucket:
+                        found[start] = key
         return found

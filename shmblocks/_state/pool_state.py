@@ -49,7 +49,6 @@ from shmblocks._state.journal import Store
 from shmblocks._state.layout import (
     CONFIG_BYTES,
     FAILED,
-    H_CURSOR,
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,
     H_NEXT_INCARNATION,
@@ -259,14 +258,9 @@ class PoolState(PoolParts):
         One commit for each victim, then the reservation's: killed between, some are evicted and
         nothing is lost.
         """
-        words = self.segment.words
+        segment = self.segment
         window = best_window(
-            words,
-            self.layout,
-            self.blocks.live_starts(),
-            words[H_CURSOR],
-            request.num_blocks,
-            time.monotonic_ns(),
+            segment.memory, segment.words, self.layout, request.num_blocks, time.monotonic_ns()
         )
         if window is None:
             return None
