@@ -29,6 +29,7 @@ class Count(enum.IntEnum):
     WORST_WAIT = 9  # ns, without the time in which a worker was stopped
     WORST_NOTICE = 10  # ns from the kill of a peer to the failure of its room
     VIOLATIONS = 11
+    CACHE_HITS = 12
 
 
 _PRIVATE = 16  # words per worker

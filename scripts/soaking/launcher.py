@@ -258,6 +258,7 @@ class Launcher:
             self._await(worker)
         while not self._shared_queue.empty():
             self._shared_queue.get()
+        self._pool.drop_all()
         deadline = time.monotonic() + 2 * UNCLAIMED_TIMEOUT + 5
         while self._pool.available_blocks() < BLOCKS and time.monotonic() < deadline:
             self._reclaimed += self._pool.reap().blocks
@@ -271,6 +272,9 @@ class Launcher:
             )
         if self._pool.stats().waiters:
             self._counters.violation(0, "a waiter is left in the wait queue")
+        cache = self._pool.cache_stats()
+        if cache.claims or cache.entries:
+            self._counters.violation(0, f"something is left in the cache: {cache}")
 
     def _kill_rest(self) -> None:
         for pid in self._pids.values():

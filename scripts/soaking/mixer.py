@@ -1,4 +1,5 @@
-"""A worker that does everything at random: allocate, write, publish, hand on, read, free, reap.
+"""A worker that does everything at random: allocate, write, publish, hand on, read, free, reap, and
+use the content cache, whose payloads are computed from their keys.
 
 It puts what it publishes into one queue, which all mixers put to and get from. A handle in that
 queue may be stale: its deadline passed, or it was freed; that is counted, not wrong.
@@ -12,16 +13,24 @@ import time
 from collections.abc import Callable
 
 from shmblocks import (
+    UNBOUNDED,
     BlockHandle,
     BlockPool,
     HandleQueue,
     InvalidStateError,
+    KeyExistsError,
     PoolTimeoutError,
     StaleHandleError,
     TooManyLeasesError,
+    content_key,
 )
 from soaking import payload
 from soaking.counters import Count, Counters
+
+# Keys of the content cache: more than the pool has room for beside everything else.
+KEYS = 150
+# Stands where other payloads have a generation.
+CACHED = -1
 
 
 class Mixer:
@@ -55,6 +64,7 @@ class Mixer:
             (28, self._publish),
             (30, self._read),
             (8, self._free),
+            (16, self._use_cache),
             (2, self._reap),
             (2, self._check),
             (1, self._attach_again),
@@ -149,6 +159,53 @@ class Mixer:
             if problem:
                 self._counters.violation(self._worker, f"{handle}: {problem}")
             self._counters.add(self._worker, Count.PAYLOADS)
+
+    def _use_cache(self) -> None:
+        """Look a key up; what is not there is put, unless somebody else does."""
+        number = self._random.randrange(KEYS)
+        key = content_key(b"soak", str(number))
+        num_tokens = 1 + number * 7 % 90
+        try:
+            with self._counters.timed(self._worker):
+                leases = self._pool.get(key, num_tokens=num_tokens)
+        except TooManyLeasesError:
+            self._counters.add(self._worker, Count.STALE)
+            return
+        if leases is not None:
+            lease = leases[0]
+            if self._random.random() < 0.2:
+                lease = self._pool.adopt(lease.ticket())
+            with lease:
+                rows, marks = lease["rows"], lease["marks"]
+                problem = payload.wrong(rows, marks, number, CACHED, num_tokens)
+                if problem:
+                    self._counters.violation(self._worker, f"entry {number}: {problem}")
+            self._counters.add(self._worker, Count.CACHE_HITS)
+            return
+        answer = self._pool.claim(key)
+        if answer.state == "busy":
+            self._pool.wait_for_claim(answer, 0.01)
+        if answer.state == "mine":
+            self._fill_cache(key, number, num_tokens)
+
+    def _fill_cache(self, key: bytes, number: int, num_tokens: int) -> None:
+        """Put what its number says; sometimes drop it, or give up."""
+        reservation = self._pool.reserve_now(num_tokens)
+        if reservation is None or self._random.random() < 0.05:
+            self._counters.add(self._worker, Count.NO_FREE_BLOCKS, reservation is None)
+            self._pool.end_claim(key)
+            if reservation is not None:
+                reservation.free()
+            return
+        with reservation:
+            reservation["rows"].copy_(payload.rows(number, CACHED, num_tokens))
+            reservation["marks"].copy_(payload.marks(number, num_tokens))
+            try:
+                reservation.publish(readers=UNBOUNDED, key=key, hold=self._random.random() * 0.01)
+            except KeyExistsError:
+                self._counters.add(self._worker, Count.STALE)
+        if self._random.random() < 0.05:
+            self._pool.drop(key)
 
     def _reap(self) -> None:
         with self._counters.timed(self._worker):
