@@ -102,7 +102,8 @@ def hear(child: Child) -> bytes:
 
 def encode(vision: VisionTransformer, photo: Photo) -> torch.Tensor:
     """Embeddings of a photograph, [tokens, VISION.out], bf16."""
-    return vision(load(photo)).to(torch.bfloat16)
+    embeddings: torch.Tensor = vision(load(photo))
+    return embeddings.to(torch.bfloat16)
 
 
 def encoder(control: Connection[bytes, bytes], pool_name: str) -> None:

@@ -117,7 +117,7 @@ class AllocWaiters:
         wake = self._wake
         if wake is None or wake.slot != slot:
             futex = self._state.wake_futex(slot)
-            wake = self._wake = _Wake(slot, futex, LoopWaiters(futex))
+            wake = self._wake = _Wake(slot, futex, LoopWaiters(futex, notifies_all=True))
         return wake
 
     def close(self) -> None:

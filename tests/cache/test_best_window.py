@@ -45,10 +45,10 @@ def test_no_window_has_an_older_youngest_victim(
     victims = [by_start[start] for start in best.victims]
     assert max((item.used_ns for item in victims), default=-1) == expected
     # From its start on, free items and victims are consecutive, and enough.
-    run = next(run for run in runs if by_start[best.start] in run)
-    blocks, at = 0, run.index(by_start[best.start])
+    its_run = next(run for run in runs if by_start[best.start] in run)
+    blocks, at = 0, its_run.index(by_start[best.start])
     while blocks < num_blocks:
-        item = run[at]
+        item = its_run[at]
         assert item.used_ns < 0 or item in victims
         blocks, at = blocks + item.num_blocks, at + 1
     # No victim is one too many at the end of the window.

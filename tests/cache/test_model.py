@@ -6,6 +6,8 @@ several links; the pool is small, so that allocations evict.
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -65,7 +67,7 @@ class CacheMachine(PoolMachineWithDeaths):
             return pool.publish(handle, readers=readers, key=KEYS[key], hold=hold)
         with pytest.raises(KeyExistsError) as told:
             pool.publish(handle, readers=readers, key=KEYS[key], hold=hold)
-        self.expect(told.value.handle, there)
+        self.expect(cast("BlockHandle", told.value.handle), there)
         return multiple()
 
     @rule(
@@ -175,7 +177,10 @@ class CacheMachine(PoolMachineWithDeaths):
         there = {key: self.model.entry(key) for key in range(len(KEYS))}
         for key, entry in there.items():
             found = self.pool.find(KEYS[key])
-            self.expect(found and found.handle, entry and entry.allocation)
+            self.expect(
+                None if found is None else found.handle,
+                None if entry is None else entry.allocation,
+            )
         stats = self.pool.cache_stats()
         assert stats.entries == sum(entry is not None for entry in there.values())
         assert stats.evictions == self.model.evicted

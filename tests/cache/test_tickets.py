@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 
@@ -135,7 +136,7 @@ def _give_and_wait(channel: Channel, name: str) -> None:
 def test_a_ticket_ends_when_its_giver_dies_and_what_was_adopted_stays(pool: BlockPool) -> None:
     kit.put(pool, "a")
     with spawn(_give_and_wait, pool.name) as child:
-        adopted, lost = child.receive()  # type: ignore[misc]
+        adopted, lost = cast("list[bytes]", child.receive())
         lease = pool.adopt(adopted)
         child.kill()
     pool.reap()

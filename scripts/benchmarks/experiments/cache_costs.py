@@ -101,7 +101,8 @@ def _medians(
 
 
 def cache_costs(sizes: Sequence[int], rounds: int) -> Experiment:
-    rows, numbers = [], {}
+    rows: list[list[str]] = []
+    numbers: dict[str, float] = {}
     with _subjects(sizes) as subjects:
         for name, operation in OPERATIONS.items():
             if operation is _Subject.put_fresh:
