@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 
+import shmblocks.nodes
 import shmblocks.transfer
 from shmblocks.cli.main import COMMANDS
 from tests.test_project import PUBLIC, public_names
@@ -46,6 +47,7 @@ IMPORTS = f"""\
 import asyncio
 import torch
 from shmblocks import {", ".join(shmblocks.__all__)}
+from shmblocks.nodes import {", ".join(shmblocks.nodes.__all__)}
 from shmblocks.transfer import {", ".join(shmblocks.transfer.__all__)}
 """
 GIVEN = (
@@ -56,8 +58,11 @@ GIVEN = (
     "rx: HandleQueue[bytes]",
     "config: PoolConfig",
     "handle: BlockHandle",
+    "key: bytes",
     "lease: Lease",
     "embeddings: torch.Tensor",
+    "endpoint: EmbeddingEndpoint",
+    "node1: RemotePool",
 )
 
 

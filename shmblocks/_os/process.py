@@ -90,12 +90,10 @@ def start_ticks() -> int:
 
     A pid and its start name one process, also when the pid is used again.
     """
-    # By descriptor: a file object that another thread's fork copies would be called unclosed there.
-    fd = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return int(_stat_fields(os.read(fd, 4096))[19])
-    finally:
-        os.close(fd)
+    # A file object: it closes its descriptor with its last reference, also when an interrupt comes
+    # between opening and the next line.
+    with open("/proc/self/stat", "rb", buffering=0) as file:
+        return int(_stat_fields(file.read())[19])
 
 
 def is_exiting(pid: int, start: int) -> bool:
