@@ -50,6 +50,8 @@ CONFIG = msgspec.structs.replace(
     max_claims=2,
     channels=2,
     channel_slots=40,
+    # The image is made when the module is imported, and read minutes later.
+    unclaimed_timeout=86_400.0,
 )
 KEY = b"k" * 16
 

@@ -48,6 +48,8 @@ def answer_bytes(pair: Pair, rng: random.Random) -> int:
     with Proxy(pair.server.address) as proxy:
         with RemotePool(pair.here, proxy.address, key=KEY) as remote:
             assert_arrived(pair.here, remote.fetch(published.handle, timeout=LONG), published)
+            # Before the proxy ends: it would take `Done` with it, and the blocks would stay.
+            assert_nothing_held(pair.there)
         return proxy.from_server
 
 
