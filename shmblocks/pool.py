@@ -282,7 +282,7 @@ class BlockPool:
         self._waiters.close()
         self._claim_waiters.close()
         for channel in list(self._channels):
-            channel.close()
+            channel.end_waits()
         self._tensors = self._read_means = self._write_means = None
         self.streams.end()
         self._finalizer.detach()
