@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     import torch
 
     from shmblocks.cuda.use import Stream
+    from shmblocks.nodes import Nodes
 
 # A token of a byte pool. 4 KiB: a page, so that a copy-on-write view of an entry is possible.
 ROW_BYTES = 4096
@@ -230,8 +231,16 @@ class TensorCache:
     Borrows the pool. All methods may be called from any thread.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
-        """`pool`: of a config like `byte_config` makes."""
+    def __init__(
+        self, pool: BlockPool, *, nodes: Nodes | Sequence[tuple[str, int] | str] = ()
+    ) -> None:
+        """`pool`: of a config like `byte_config` makes.
+
+        `nodes`: all nodes that share their caches, as (host, port) or "host:port", this one among
+        them; the key between them is the content of the file that SHMBLOCKS_KEY_FILE names. Or a
+        `shmblocks.nodes.Nodes`, which stays the caller's. What this node has not is then fetched
+        from the key's owner (`Nodes.owner_of`), and becomes an entry here.
+        """
         fields = pool.config.fields
         if len(fields) != 1 or fields[0].name != FIELD or fields[0].dtype != "uint8":
             raise IncompatibleConfigError(
@@ -240,6 +249,16 @@ class TensorCache:
             )
         self.pool = pool
         self._row_bytes = fields[0].token_bytes
+        self._nodes = _nodes_of(pool, nodes) if nodes != () else None
+        self._owns_nodes = self._nodes is not nodes
+
+    def close(self) -> None:
+        """End the connections to other nodes that this made; the pool stays open. Idempotent.
+
+        Call it before the pool is closed. Without `nodes` there is nothing to do.
+        """
+        if self._nodes is not None and self._owns_nodes:
+            self._nodes.close()
 
     # ---- putting -----------------------------------------------------------------------------
 
@@ -326,11 +345,39 @@ class TensorCache:
         """The tensor of a key; None: a miss.
 
         One of another shape or dtype than given (None: any) is a miss, and counted as mismatch.
+        With `nodes` this fetches it, if no other process of this node is at it.
         """
+        lease = self._lease_here(key) or self._fetch(key)
+        return None if lease is None else self._as_expected(lease, shape, dtype)
+
+    def _lease_here(self, key: bytes) -> Lease | None:
         leases = self.pool.get(key)
-        if leases is None:
+        return leases[0] if leases else None
+
+    def _get_here(
+        self, key: bytes, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+    ) -> CacheLease | None:
+        """`get` of this node's entries alone."""
+        lease = self._lease_here(key)
+        return None if lease is None else self._as_expected(lease, shape, dtype)
+
+    def _fetch(self, key: bytes) -> Lease | None:
+        """The entry of the key's owner, unless somebody of this node is at it already."""
+        if self._nodes is None:
             return None
-        found = self._lease_of(leases[0])
+        answer = self.pool.claim(key)
+        if answer.state != "mine":
+            return None
+        try:
+            return self._nodes.fetch_key(key)
+        finally:
+            self.pool.end_claim(key, answer)
+
+    def _as_expected(
+        self, lease: Lease, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+    ) -> CacheLease | None:
+        """The tensor that a lease is on; None, and no lease, when another one was expected."""
+        found = self._lease_of(lease)
         if (shape is not None and found.shape != tuple(shape)) or (
             dtype is not None and found.dtype != dtype
         ):
@@ -370,14 +417,15 @@ class TensorCache:
 
         While another process encodes it, this waits up to `timeout` seconds (None: for ever), then
         raises `PoolTimeoutError`, which names that process. When it dies, the next one in wait gets
-        the claim.
+        the claim. With `nodes` the key's owner is asked under the claim, before it is given: that
+        takes as long as the fetch does, and some seconds at most.
         """
         started = time.monotonic()
-        found = self.get(key, shape=shape, dtype=dtype)
+        found = self._get_here(key, shape, dtype)
         while found is None:
             answer = self.pool.claim(key)
             if answer.state == "mine":
-                return Claim(self, key, answer)
+                return self._fetch_or_claim(Claim(self, key, answer), shape, dtype)
             if answer.state == "ready":
                 ready = self._get_ready(key, shape, dtype)
                 if ready is not None:
@@ -391,11 +439,49 @@ class TensorCache:
                 self.pool.wait_for_claim(answer, left)
         return found
 
+    def _fetch_or_claim(
+        self, claim: Claim, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+    ) -> CacheLease | Claim:
+        """What the owner of a claimed key has; else the claim."""
+        if self._nodes is None:
+            return claim
+        try:
+            fetched = self._nodes.fetch_key(claim.key)
+        except BaseException:
+            claim.abandon()
+            raise
+        return claim if fetched is None else self._fetched(claim, fetched, shape, dtype)
+
+    async def _fetch_or_claim_async(
+        self, claim: Claim, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+    ) -> CacheLease | Claim:
+        """The same from asyncio."""
+        if self._nodes is None:
+            return claim
+        try:
+            fetched = await self._nodes.fetch_key_async(claim.key)
+        except BaseException:
+            claim.abandon()
+            raise
+        return claim if fetched is None else self._fetched(claim, fetched, shape, dtype)
+
+    def _fetched(
+        self,
+        claim: Claim,
+        lease: Lease,
+        shape: tuple[int, ...] | None,
+        dtype: torch.dtype | None,
+    ) -> CacheLease | Claim:
+        claim.abandon()  # published, so that it has ended
+        found = self._as_expected(lease, shape, dtype)
+        # Of another shape or dtype: encode it here; it cannot be stored.
+        return Claim(self, claim.key, None) if found is None else found
+
     def _get_ready(
         self, key: bytes, shape: tuple[int, ...] | None, dtype: torch.dtype | None
     ) -> CacheLease | Claim | None:
         """What to do with an entry that is there; None: a stream has not completed it yet."""
-        found = self.get(key, shape=shape, dtype=dtype)
+        found = self._get_here(key, shape, dtype)
         if found is not None:
             return found
         there = self.pool.find(key)
@@ -415,11 +501,12 @@ class TensorCache:
         import asyncio
 
         started = time.monotonic()
-        found = self.get(key, shape=shape, dtype=dtype)
+        found = self._get_here(key, shape, dtype)
         while found is None:
             answer = self.pool.claim(key)
             if answer.state == "mine":
-                return Claim(self, key, answer)
+                claim = Claim(self, key, answer)
+                return await self._fetch_or_claim_async(claim, shape, dtype)
             if answer.state == "ready":
                 ready = self._get_ready(key, shape, dtype)
                 if ready is not None:
@@ -443,6 +530,19 @@ class TensorCache:
             f"{begin}{self.pool.describe(answer.owner)} has claimed {age:.1f} s ago; encode it "
             "here, or wait longer"
         )
+
+
+def _nodes_of(pool: BlockPool, nodes: Nodes | Sequence[tuple[str, int] | str]) -> Nodes | None:
+    """None: there is no other node."""
+    # Here: who has one node needs no network.
+    from shmblocks.nodes import Nodes
+    from shmblocks.nodes.handshake import key_from_environment
+
+    if isinstance(nodes, Nodes):
+        return nodes
+    if isinstance(nodes, str):
+        raise TypeError(f"nodes: expected a list of addresses, got the text {nodes!r}")
+    return Nodes(pool, nodes, key=key_from_environment()) if nodes else None
 
 
 def _left(started: float, timeout: float | None) -> float:
