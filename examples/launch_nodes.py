@@ -265,7 +265,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--images", type=at_least_three, default=9, help="how many (default 9)")
+    add("--images", type=at_least_three, default=6, help="how many (default 6)")
     add("--tokens", type=int, default=16, help="to generate for each (default 16)")
     add("--seed", type=int, default=0, help="of the models' weights")
     add("--small", action="store_true", help="tiny models and pictures")

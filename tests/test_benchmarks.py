@@ -48,6 +48,7 @@ EXPERIMENTS = [
     "fragmentation",
     "hit_rates",
     "cache_costs",
+    "nodes",
 ]
 
 
