@@ -74,6 +74,7 @@ PUBLIC: dict[str, set[str]] = {
         "MalformedHandleError",
         "MalformedMessageError",
         "Namespace",
+        "NodePeerInfo",
         "ParticipantId",
         "ParticipantInfo",
         "PeerDiedError",

@@ -33,6 +33,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
+from shmblocks._state.counters import Counter
 from shmblocks._state.key_index import stored_key
 from shmblocks._state.layout import UNBOUNDED
 from shmblocks.errors import (
@@ -477,12 +478,17 @@ class RemotePool:
             raise
         else:
             self._connections.keep(stream)
+        num_bytes = num_tokens * self._pool.config.token_bytes
         self._fetched += 1
-        self._received_bytes += num_tokens * self._pool.config.token_bytes
+        self._received_bytes += num_bytes
+        with contextlib.suppress(ShmBlocksError):
+            self._pool.peer_state.fetched(num_bytes)
 
     def note_failure(self, *, is_the_nodes: bool) -> None:
         """For the attempts of this reader."""
         self._failed += 1
+        with contextlib.suppress(ShmBlocksError):
+            self._pool.peer_state.count(Counter.NODE_FAILURES)
         if is_the_nodes:
             self._failed_at = time.monotonic()
 

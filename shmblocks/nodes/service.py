@@ -25,8 +25,11 @@ import logging
 import ssl
 import threading
 import time
+from collections.abc import Iterable
 
 from shmblocks._os.wait import deadline_of
+from shmblocks._state.counters import Counter
+from shmblocks._state.peers import NO_ROW
 from shmblocks.errors import (
     AuthenticationError,
     ForeignHandleError,
@@ -68,6 +71,8 @@ class _Peer:
         self.is_sending = False
         self.fetched = 0
         self.sent_bytes = 0
+        # Its row in each served pool, for those who look at the pool.
+        self.rows: dict[int, int] = {}
 
     def info(self) -> PeerInfo:
         return PeerInfo(
@@ -146,6 +151,24 @@ class Service:
             peer.stream.close()
             with self._lock:
                 self._peers.discard(peer)
+            self._hide(peer)
+
+    def _show(self, peer: _Peer) -> None:
+        """Let it be seen in every served pool, by the address of its node's socket."""
+        for pool_id, pool in self._pools.items():
+            with contextlib.suppress(ShmBlocksError):
+                peer.rows[pool_id] = pool.peer_state.connect(peer.stream.peer)
+
+    def _hide(self, peer: _Peer) -> None:
+        for pool_id, row in peer.rows.items():
+            with contextlib.suppress(ShmBlocksError):
+                self._pools[pool_id].peer_state.disconnect(row)
+
+    def _count(self, counter: int, pools: Iterable[BlockPool] | None = None) -> None:
+        """Count in these pools (None: in all), for those who look at them."""
+        for pool in self._pools.values() if pools is None else pools:
+            with contextlib.suppress(ShmBlocksError):
+                pool.peer_state.count(counter)
 
     def _admit(self, peer: _Peer) -> bool:
         with self._lock:
@@ -155,7 +178,8 @@ class Service:
                 self._peers.add(peer)
                 return True
             self._turned_away += 1
-            return False
+        self._count(Counter.NODE_TURNED_AWAY)
+        return False
 
     def _turn_away(self, peer: _Peer) -> None:
         reason = (
@@ -180,6 +204,7 @@ class Service:
         try:
             self._secure(peer, deadline)
             greet(peer.stream, self._key, self._served, deadline)
+            self._show(peer)
             return True
         except AuthenticationError as error:
             self._count_stranger(peer, error)
@@ -192,6 +217,7 @@ class Service:
     def _count_stranger(self, peer: _Peer, error: Exception) -> None:
         with self._lock:
             self._strangers += 1
+        self._count(Counter.NODE_TURNED_AWAY)
         _log.warning("node server: %s was turned away: %s", peer.stream.peer, str(error))
 
     def _answer_all(self, peer: _Peer) -> None:
@@ -227,6 +253,7 @@ class Service:
         except ShmBlocksError as error:
             with self._lock:
                 self._refused += 1
+            self._count(Counter.NODE_REFUSALS)
             peer.stream.send(refusal(fetch.rid, error), deadline_of(self.patience))
             return
         try:
@@ -240,13 +267,16 @@ class Service:
             else:
                 lease.release()
         except BaseException as error:
-            self._give_back(peer, lease, error)
+            self._give_back(peer, pool, lease, error)
             raise
         finally:
             peer.is_sending = False
         with self._lock:
             self._fetched += 1
         peer.fetched += 1
+        with contextlib.suppress(ShmBlocksError):
+            row = peer.rows.get(pool.pool_id, NO_ROW)
+            pool.peer_state.served(row, fetch.num_tokens * pool.config.token_bytes)
 
     def _open(self, fetch: Fetch) -> tuple[Lease, BlockPool]:
         """A lease for the reader. Everything in `fetch` is somebody else's word."""
@@ -293,11 +323,12 @@ class Service:
                     raise
                 unacknowledged = left
 
-    def _give_back(self, peer: _Peer, lease: Lease, error: BaseException) -> None:
+    def _give_back(self, peer: _Peer, pool: BlockPool, lease: Lease, error: BaseException) -> None:
         with self._lock:
             self._given_back += 1
         with contextlib.suppress(ShmBlocksError):
             lease.give_back()
+        self._count(Counter.NODE_GIVEN_BACK, [pool])
         _log.warning(
             "node server: %s did not fetch %s to its end (%s); it can be fetched again",
             peer.stream.peer,

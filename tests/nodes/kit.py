@@ -173,21 +173,24 @@ def two_nodes(
 
 
 class Fetching:
-    """A fetch in a thread, and the errors of the library that end it."""
+    """A fetch in a thread of the test, and what came of it."""
 
-    def __init__(self, remote: RemotePool, handle: BlockHandle) -> None:
-        self.errors: list[type[ShmBlocksError]] = []
-        self._thread = threading.Thread(target=self._fetch, args=(remote, handle))
+    def __init__(self, remote: RemotePool, handle: BlockHandle, timeout: float = LONG) -> None:
+        self.local: BlockHandle | None = None
+        self.error: ShmBlocksError | None = None
+        self._thread = threading.Thread(target=self._run, args=(remote, handle, timeout))
         self._thread.start()
 
-    def _fetch(self, remote: RemotePool, handle: BlockHandle) -> None:
+    def _run(self, remote: RemotePool, handle: BlockHandle, timeout: float) -> None:
         try:
-            remote.fetch(handle, timeout=LONG)
+            self.local = remote.fetch(handle, timeout=timeout)
         except ShmBlocksError as error:
-            self.errors.append(type(error))
+            # Its type and text: its frames would keep the pool's mapping.
+            self.error = type(error)(str(error))
 
-    def join(self) -> None:
+    def wait(self) -> Fetching:
         self._thread.join()
+        return self
 
 
 # ---- a network that misbehaves -----------------------------------------------------------------

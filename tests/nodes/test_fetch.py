@@ -423,8 +423,8 @@ def test_closing_a_reader_ends_its_fetches(rng: random.Random) -> None:
         with RemotePool(pair.here, proxy.address, key=KEY) as remote:
             fetching = Fetching(remote, published.handle)
             assert proxy.has_stalled.wait(LONG)
-        fetching.join()
-        assert fetching.errors == [PoolClosedError]
+        fetching.wait()
+        assert isinstance(fetching.error, PoolClosedError)
         assert_nothing_held(pair.here)
         assert_fetchable(pair.there, published)
 

@@ -205,8 +205,8 @@ def test_a_reader_that_stands_still_loses_its_connection_and_its_lease_is_given_
             wait_until(lambda: pair.server.stats().given_back, "the server has had enough", LONG)
             assert_fetchable(pair.there, published)
             proxy.go_on()
-            fetching.join()
-            assert fetching.errors == [PeerDiedError]
+            fetching.wait()
+            assert isinstance(fetching.error, PeerDiedError)
         assert_nothing_held(pair.here)
 
 
@@ -326,8 +326,8 @@ def test_closing_a_server_ends_a_fetch_and_gives_its_lease_back(rng: random.Rand
             pair.server.close()
             assert_fetchable(pair.there, published)
             proxy.go_on()
-            fetching.join()
-        assert fetching.errors == [PeerDiedError]
+            fetching.wait()
+        assert isinstance(fetching.error, PeerDiedError)
         assert_nothing_held(pair.here)
 
 
@@ -349,6 +349,6 @@ def test_a_pool_that_is_closed_under_its_server_gives_no_bytes_of_others(
             publish(witness, LARGE_TOKENS, rng)
             publish(witness, LARGE_TOKENS, rng)
             proxy.go_on()
-            fetching.join()
-        assert fetching.errors == [PeerDiedError]
+            fetching.wait()
+        assert isinstance(fetching.error, PeerDiedError)
         assert_nothing_held(pair.here)
