@@ -176,6 +176,11 @@ class Claim:
         self._answer = None
         return is_stored
 
+    @property
+    def is_known(self) -> bool:
+        """Whether others wait for its end, and what is put under it is stored."""
+        return self._answer is not None
+
     def abandon(self) -> None:
         """Let another one encode it; idempotent."""
         answer, pool = self._answer, self._cache.pool
@@ -348,18 +353,18 @@ class TensorCache:
         With `nodes` this fetches it, if no other process of this node is at it.
         """
         lease = self._lease_here(key) or self._fetch(key)
-        return None if lease is None else self._as_expected(lease, shape, dtype)
+        return None if lease is None else self.as_expected(lease, shape, dtype)
 
     def _lease_here(self, key: bytes) -> Lease | None:
         leases = self.pool.get(key)
         return leases[0] if leases else None
 
-    def _get_here(
+    def get_here(
         self, key: bytes, shape: tuple[int, ...] | None, dtype: torch.dtype | None
     ) -> CacheLease | None:
         """`get` of this node's entries alone."""
         lease = self._lease_here(key)
-        return None if lease is None else self._as_expected(lease, shape, dtype)
+        return None if lease is None else self.as_expected(lease, shape, dtype)
 
     def _fetch(self, key: bytes) -> Lease | None:
         """The entry of the key's owner, unless somebody of this node is at it already."""
@@ -373,7 +378,7 @@ class TensorCache:
         finally:
             self.pool.end_claim(key, answer)
 
-    def _as_expected(
+    def as_expected(
         self, lease: Lease, shape: tuple[int, ...] | None, dtype: torch.dtype | None
     ) -> CacheLease | None:
         """The tensor that a lease is on; None, and no lease, when another one was expected."""
@@ -420,74 +425,20 @@ class TensorCache:
         the claim. With `nodes` the key's owner is asked under the claim, before it is given: that
         takes as long as the fetch does, and some seconds at most.
         """
-        started = time.monotonic()
-        found = self._get_here(key, shape, dtype)
-        while found is None:
-            answer = self.pool.claim(key)
-            if answer.state == "mine":
-                return self._fetch_or_claim(Claim(self, key, answer), shape, dtype)
-            if answer.state == "ready":
-                ready = self._get_ready(key, shape, dtype)
-                if ready is not None:
-                    return ready
-            left = _left(started, timeout)
-            if left <= 0:
-                raise self._overdue(key, answer, started)
-            if answer.state == "ready":
-                time.sleep(min(left, READY_POLL))
+        wanted = _Wanted(self, key, timeout, shape, dtype)
+        while (found := wanted.attempt()) is None:
+            if wanted.answer.state == "ready":
+                time.sleep(wanted.seconds)
             else:
-                self.pool.wait_for_claim(answer, left)
-        return found
-
-    def _fetch_or_claim(
-        self, claim: Claim, shape: tuple[int, ...] | None, dtype: torch.dtype | None
-    ) -> CacheLease | Claim:
-        """What the owner of a claimed key has; else the claim."""
-        if self._nodes is None:
-            return claim
-        try:
-            fetched = self._nodes.fetch_key(claim.key)
-        except BaseException:
-            claim.abandon()
-            raise
-        return claim if fetched is None else self._fetched(claim, fetched, shape, dtype)
-
-    async def _fetch_or_claim_async(
-        self, claim: Claim, shape: tuple[int, ...] | None, dtype: torch.dtype | None
-    ) -> CacheLease | Claim:
-        """The same from asyncio."""
-        if self._nodes is None:
-            return claim
-        try:
-            fetched = await self._nodes.fetch_key_async(claim.key)
-        except BaseException:
-            claim.abandon()
-            raise
-        return claim if fetched is None else self._fetched(claim, fetched, shape, dtype)
-
-    def _fetched(
-        self,
-        claim: Claim,
-        lease: Lease,
-        shape: tuple[int, ...] | None,
-        dtype: torch.dtype | None,
-    ) -> CacheLease | Claim:
-        claim.abandon()  # published, so that it has ended
-        found = self._as_expected(lease, shape, dtype)
-        # Of another shape or dtype: encode it here; it cannot be stored.
-        return Claim(self, claim.key, None) if found is None else found
-
-    def _get_ready(
-        self, key: bytes, shape: tuple[int, ...] | None, dtype: torch.dtype | None
-    ) -> CacheLease | Claim | None:
-        """What to do with an entry that is there; None: a stream has not completed it yet."""
-        found = self._get_here(key, shape, dtype)
-        if found is not None:
+                self.pool.wait_for_claim(wanted.answer, wanted.seconds)
+        if self._nodes is None or not (found.is_claim and found.is_known):
             return found
-        there = self.pool.find(key)
-        is_other = there is not None and there.is_ready and (shape is not None or dtype is not None)
-        # It has another shape or dtype: encode it here; it cannot be stored.
-        return Claim(self, key, None) if is_other else None
+        try:
+            fetched = self._nodes.fetch_key(key)
+        except BaseException:
+            found.abandon()
+            raise
+        return wanted.fetched(found, fetched)
 
     async def get_or_claim_async(
         self,
@@ -500,34 +451,95 @@ class TensorCache:
         """`get_or_claim` that waits in asyncio."""
         import asyncio
 
-        started = time.monotonic()
-        found = self._get_here(key, shape, dtype)
-        while found is None:
-            answer = self.pool.claim(key)
-            if answer.state == "mine":
-                claim = Claim(self, key, answer)
-                return await self._fetch_or_claim_async(claim, shape, dtype)
-            if answer.state == "ready":
-                ready = self._get_ready(key, shape, dtype)
-                if ready is not None:
-                    return ready
-            left = _left(started, timeout)
-            if left <= 0:
-                raise self._overdue(key, answer, started)
-            if answer.state == "ready":
-                await asyncio.sleep(min(left, READY_POLL))
+        wanted = _Wanted(self, key, timeout, shape, dtype)
+        while (found := wanted.attempt()) is None:
+            if wanted.answer.state == "ready":
+                await asyncio.sleep(wanted.seconds)
             else:
-                await self.pool.wait_for_claim_async(answer, left)
-        return found
+                await self.pool.wait_for_claim_async(wanted.answer, wanted.seconds)
+        if self._nodes is None or not (found.is_claim and found.is_known):
+            return found
+        try:
+            fetched = await self._nodes.fetch_key_async(key)
+        except BaseException:
+            found.abandon()
+            raise
+        return wanted.fetched(found, fetched)
 
-    def _overdue(self, key: bytes, answer: ClaimAnswer, started: float) -> PoolTimeoutError:
-        waited = time.monotonic() - started
-        begin = f"pool {self.pool.name}: waited {waited:.1f} s for key {key.hex()}, which "
+
+class _Wanted:
+    """One `get_or_claim`: what is asked for, and what to wait for between two attempts."""
+
+    def __init__(
+        self,
+        cache: TensorCache,
+        key: bytes,
+        timeout: float | None,
+        shape: tuple[int, ...] | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._cache = cache
+        self._key = key
+        self._timeout = timeout
+        self._shape = shape
+        self._dtype = dtype
+        self._started = time.monotonic()
+        self._is_first = True
+
+    def attempt(self) -> CacheLease | Claim | None:
+        """The tensor, or the claim on it; None: wait for `answer`, at most `seconds`, then again.
+
+        Raises `PoolTimeoutError` when the time is over.
+        """
+        found: CacheLease | Claim | None = None
+        if self._is_first:  # afterwards the claim tells; one request is one lookup
+            self._is_first = False
+            found = self._get()
+        if found is not None:
+            return found
+        self.answer = answer = self._cache.pool.claim(self._key)
+        if answer.state == "mine":
+            return Claim(self._cache, self._key, answer)
+        if answer.state == "ready":
+            found = self._get() or self._claim_in_vain()
+            if found is not None:
+                return found
+        left = _left(self._started, self._timeout)
+        if left <= 0:
+            raise self._overdue()
+        self.seconds = min(left, READY_POLL) if answer.state == "ready" else left
+        return None
+
+    def _get(self) -> CacheLease | None:
+        return self._cache.get_here(self._key, self._shape, self._dtype)
+
+    def _claim_in_vain(self) -> Claim | None:
+        """The entry that is there has another shape or dtype: encode it here; it cannot be stored.
+        None: a stream has not completed the entry yet."""
+        there = self._cache.pool.find(self._key)
+        is_any = self._shape is None and self._dtype is None
+        if there is None or not there.is_ready or is_any:
+            return None
+        return Claim(self._cache, self._key, None)
+
+    def fetched(self, claim: Claim, lease: Lease | None) -> CacheLease | Claim:
+        """What came of asking the key's owner under the claim."""
+        if lease is None:
+            return claim
+        claim.abandon()  # published, so that it has ended
+        found = self._cache.as_expected(lease, self._shape, self._dtype)
+        # Of another shape or dtype: encode it here; it cannot be stored.
+        return Claim(self._cache, self._key, None) if found is None else found
+
+    def _overdue(self) -> PoolTimeoutError:
+        pool, answer = self._cache.pool, self.answer
+        waited = time.monotonic() - self._started
+        begin = f"pool {pool.name}: waited {waited:.1f} s for key {self._key.hex()}, which "
         if answer.owner is None:
             return PoolTimeoutError(f"{begin}its producer's stream has not completed; wait longer")
         age = (time.monotonic_ns() - answer.since_ns) / 1e9
         return PoolTimeoutError(
-            f"{begin}{self.pool.describe(answer.owner)} has claimed {age:.1f} s ago; encode it "
+            f"{begin}{pool.describe(answer.owner)} has claimed {age:.1f} s ago; encode it "
             "here, or wait longer"
         )
 

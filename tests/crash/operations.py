@@ -642,10 +642,10 @@ def connect_a_peer(scene: Scene) -> Callable[[], object]:
 
 
 @case()
-def disconnect_a_peer(scene: Scene) -> Callable[[], object]:
+def disconnect_two_peers(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
-    row = pool.peer_state.connect("10.0.0.1:7400")
-    return lambda: pool.peer_state.disconnect(row)
+    rows = [pool.peer_state.connect(f"10.0.0.{number}:7400") for number in (1, 2)]
+    return lambda: [pool.peer_state.disconnect(row) for row in rows]
 
 
 @case()
