@@ -62,6 +62,7 @@ from shmblocks._state.info import (
 )
 from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
 from shmblocks._state.participants import utf8_prefix
+from shmblocks._state.peers import PeerState
 from shmblocks._state.pool_state import AllocRequest, Opened, PoolState, stamp
 from shmblocks._state.shared_segment import ATTACH_POLL
 from shmblocks.channel import Channel, ReadyToSend, send
@@ -117,6 +118,7 @@ class BlockPool:
         self._guard = ReservationGuard(state)
         self._waiters = AllocWaiters(state)
         self.cache_state = CacheState(state)
+        self.peer_state = PeerState(state)
         self._claim_waiters = ClaimWaiters(self.cache_state)
         self.channel_state = ChannelState(state)
         self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()

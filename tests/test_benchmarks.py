@@ -50,6 +50,7 @@ EXPERIMENTS = [
     "cache_costs",
     "cache_peers",
     "cache_processes",
+    "nodes",
 ]
 
 

@@ -42,8 +42,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channel",),
     ("pool",),
     ("__init__",),
-    ("cache", "metrics", "traces"),
-    ("nodes", "sglang", "testing", "transfer"),
+    ("nodes", "metrics", "traces"),
+    ("cache", "sglang", "testing", "transfer"),
     ("doctor",),
     ("cli",),
 )
@@ -74,6 +74,7 @@ PUBLIC: dict[str, set[str]] = {
         "MalformedHandleError",
         "MalformedMessageError",
         "Namespace",
+        "NodePeerInfo",
         "ParticipantId",
         "ParticipantInfo",
         "PeerDiedError",
