@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pool",),
     ("__init__",),
     ("cache", "metrics", "traces"),
-    ("nodes", "sglang", "testing", "transfer"),
+    ("nodes", "sglang", "testing", "transfer", "vllm"),
     ("doctor",),
     ("cli",),
 )
@@ -144,6 +144,7 @@ PUBLIC: dict[str, set[str]] = {
         "MultimodalInputs",
         "ReqToMetadataBlockAllocator",
     },
+    "shmblocks.vllm": {"ConnectorConfig", "register"},
     "shmblocks.testing": {
         "Coverage",
         "Ending",
