@@ -21,9 +21,7 @@ from typing import Any
 
 from vllm_cases.photos import photo
 
-PROMPT = (
-    "<|im_start|>user\n{}Describe the image in a few words.<|im_end|>\n<|im_start|>assistant\n"
-)
+PROMPT = "<|im_start|>user\n{}Describe the image in a few words.<|im_end|>\n<|im_start|>assistant\n"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

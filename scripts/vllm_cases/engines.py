@@ -34,7 +34,7 @@ ENVIRONMENT = {
 }
 
 
-class Failure(Exception):
+class CaseError(Exception):
     """A case does not hold."""
 
 
@@ -75,14 +75,14 @@ class Engine:
         self._results.put({"dead": True})
 
     def result(self, timeout: float = PATIENCE) -> dict[str, Any]:
-        """What it says next; `Failure` when it says nothing in time, dies, or tells an error."""
+        """What it says next; `CaseError` when it says nothing in time, dies, or tells an error."""
         try:
             said = self._results.get(timeout=timeout)
         except queue.Empty:
-            raise Failure(f"{self.name} said nothing for {timeout:g} s: see {self.log}") from None
+            raise CaseError(f"{self.name} said nothing for {timeout:g} s: see {self.log}") from None
         if "dead" in said or "error" in said:
             why = said.get("error") or f"exit code {self._process.wait()}"
-            raise Failure(f"{self.name} failed ({why}): see {self.log}")
+            raise CaseError(f"{self.name} failed ({why}): see {self.log}")
         return said
 
     def ready(self) -> Engine:
@@ -110,7 +110,7 @@ class Engine:
         """Wait until its connector has counted that much."""
         with self._news:
             if not self._news.wait_for(lambda: self.counts[event] >= at_least, timeout):
-                raise Failure(f"{self.name} did not count {event} within {timeout:g} s")
+                raise CaseError(f"{self.name} did not count {event} within {timeout:g} s")
 
     def counted(self, *names: str) -> dict[str, int]:
         """Some of its counts, as whole numbers."""
@@ -161,7 +161,7 @@ def wait_until(what: str, holds: Any, timeout: float = PATIENCE) -> None:  # noq
     end = time.monotonic() + timeout
     while not holds():
         if time.monotonic() > end:
-            raise Failure(f"{what}: not within {timeout:g} s")
+            raise CaseError(f"{what}: not within {timeout:g} s")
         time.sleep(0.02)
 
 

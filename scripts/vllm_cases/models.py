@@ -1,6 +1,6 @@
 """Tiny Qwen2.5-VL and Qwen3-VL with random weights: made offline, in some seconds each.
 
-    python -m vllm_cases.models qwen25 FOLDER
+python -m vllm_cases.models qwen25 FOLDER
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import vllm
 from vllm.distributed.ec_transfer.ec_connector.base import (
@@ -141,15 +141,15 @@ class ShmBlocksECConnector(ECConnectorBase):
             )
         return self.worker, metadata.plan
 
-    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:  # noqa: ANN401
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: object) -> None:
         """Load what the scheduler has promised. Raises only when a promise is broken."""
         worker, plan = self._worker_and_plan()
         worker.load(plan, encoder_cache)
 
-    def start_save_caches(self, **kwargs: Any) -> None:  # noqa: ANN401
+    def start_save_caches(self, **kwargs: object) -> None:
         """Publish what this engine has encoded before, and the pool has evicted since."""
         worker, plan = self._worker_and_plan()
-        encoder_cache: dict[str, torch.Tensor] = kwargs.get("encoder_cache", {})
+        encoder_cache = cast("dict[str, torch.Tensor]", kwargs.get("encoder_cache", {}))
         worker.republish(plan, encoder_cache)
         if not self.is_consumer:
             # vLLM asks only consumers to load; what was not encoded here is to be here as well.
@@ -159,7 +159,7 @@ class ShmBlocksECConnector(ECConnectorBase):
         self,
         encoder_cache: dict[str, torch.Tensor],
         mm_hash: str,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: object,
     ) -> None:
         """Publish an item that was encoded in this step."""
         if self.is_producer:
