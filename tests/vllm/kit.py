@@ -11,7 +11,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
@@ -22,59 +22,13 @@ from shmblocks.vllm.scheduler import SchedulerSide
 from shmblocks.vllm.tally import add_up
 from shmblocks.vllm.worker import WorkerSide
 from tests.vllm import stub
-
-WIDTH = 16
-BLOCK = 4096
-ROWS = 32  # an item takes a block: 32 x 16 fp32 is 2 KiB
-
-
-def content(name: object) -> str:
-    """An identifier as vLLM makes it of a content."""
-    return hashlib.sha256(str(name).encode()).hexdigest()
+from tests.vllm.requests import BLOCK, ROWS, WIDTH, Request
 
 
 def encoded(identifier: str, rows: int = ROWS, weights: int = 0) -> torch.Tensor:
     """What the encoder makes of it."""
     seed = int.from_bytes(hashlib.sha256(f"{identifier}{weights}".encode()).digest()[:4], "little")
     return torch.arange(rows * WIDTH, dtype=torch.float32).view(rows, WIDTH) + seed % 10_007
-
-
-class Position(NamedTuple):
-    offset: int
-    length: int
-
-    def get_num_embeds(self) -> int:
-        return self.length
-
-
-class Element(NamedTuple):
-    data: object
-
-
-class Feature:
-    """An item of a request. `media` False: its client sent the metadata alone."""
-
-    modality = "image"
-
-    def __init__(self, identifier: str, rows: int, offset: int, media: bool) -> None:
-        self.identifier = identifier
-        self.mm_position = Position(offset, rows)
-        self.data: dict[str, Element] = {"image_grid_thw": Element([1, 2, 3])}
-        self.data["pixel_values"] = Element([0.5] if media else None)
-
-
-class Request:
-    """One with some items, one behind the other."""
-
-    def __init__(
-        self, request_id: str, *names: object, rows: int = ROWS, media: bool = True
-    ) -> None:
-        self.request_id = request_id
-        self.num_preemptions = 0
-        identifiers = [name if isinstance(name, str) else content(name) for name in names]
-        self.mm_features = [
-            Feature(identifier, rows, at * rows, media) for at, identifier in enumerate(identifiers)
-        ]
 
 
 def vllm_config(role: str, extra: dict[str, object], *, ranks: int = 1, **more: object) -> Any:  # noqa: ANN401
@@ -108,6 +62,11 @@ def vllm_config(role: str, extra: dict[str, object], *, ranks: int = 1, **more: 
     )
 
 
+def new_scheduler(config: Any) -> ShmBlocksECConnector:  # noqa: ANN401
+    """An instance's connector in its scheduler's process."""
+    return ShmBlocksECConnector(config, ECConnectorRole.SCHEDULER)
+
+
 def extra(pool: str, blocks: int = 16, **more: object) -> dict[str, object]:
     return {"pool": pool, "pool_bytes": blocks * BLOCK, "block_bytes": BLOCK, **more}
 
@@ -123,18 +82,21 @@ class Engine:
         ranks: int = 1,
         room: int = 8,
         weights: int = 0,
+        compute: str = "cpu",
         **more: object,
     ) -> None:
-        """`room`: items that the engine's own encoder cache holds."""
+        """`room`: items that the engine's own encoder cache holds. `compute`: its device."""
         config = vllm_config(role, extra(pool) | more, ranks=ranks)
-        self.scheduler = ShmBlocksECConnector(config, ECConnectorRole.SCHEDULER)
+        # The workers first, as in vLLM: in GPU memory they make the pool.
         self.workers = []
         for rank in range(ranks):
             stub.Ranks.rank = rank
             self.workers.append(ShmBlocksECConnector(config, ECConnectorRole.WORKER))
         stub.Ranks.rank = 0
+        self.scheduler = new_scheduler(config)
         self.caches: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
         self.weights = weights
+        self.compute = compute
         self.encodes_only = role == "ec_producer"
         self.encoded: list[str] = []
         self._room = room
@@ -219,7 +181,7 @@ class Engine:
                 worker.start_load_caches(cache)
             try:
                 for identifier in to_encode:
-                    cache[identifier] = encoded(identifier, rows[identifier], self.weights)
+                    cache[identifier] = self.encode(identifier, rows[identifier])
                     worker.save_caches(encoder_cache=cache, mm_hash=identifier)
             finally:
                 assert worker.get_finished(set()) == (None, None)
@@ -231,6 +193,10 @@ class Engine:
         if self.encodes_only:
             return {}
         return {each.request_id: self._gathered(each) for each in scheduled}
+
+    def encode(self, identifier: str, rows: int) -> torch.Tensor:
+        """Its encoder."""
+        return encoded(identifier, rows, self.weights).to(self.compute)
 
     def _gathered(self, request: Request) -> list[torch.Tensor]:
         found = []
@@ -255,7 +221,7 @@ class Engine:
                 request.mm_features, gathered.get(request.request_id, ()), strict=False
             ):
                 rows = feature.mm_position.length
-                assert torch.equal(item, encoded(feature.identifier, rows, self.weights))
+                assert torch.equal(item, self.encode(feature.identifier, rows))
             self.finish(request)
         return {request.request_id for request in scheduled}
 

@@ -19,7 +19,7 @@ from shmblocks.vllm.tally import COUNTS
 from tests.support.children import run_program
 from tests.vllm import kit, stub
 from tests.vllm.conftest import MakeEngine
-from tests.vllm.kit import Request, content
+from tests.vllm.requests import Request, content
 
 
 def make(pool_name: str, role: str = "ec_both", **more: object) -> ShmBlocksECConnector:

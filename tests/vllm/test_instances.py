@@ -15,10 +15,10 @@ from shmblocks.vllm import scheduler as scheduler_module
 from tests.support.children import fork, wait_until
 from tests.vllm import kit
 from tests.vllm.conftest import MakeEngine
-from tests.vllm.kit import Request, content
+from tests.vllm.requests import ROWS, WIDTH, Request, content
 
 
-def put(pool: BlockPool, engine: kit.Engine, name: object, rows: int = kit.ROWS) -> None:
+def put(pool: BlockPool, engine: kit.Engine, name: object, rows: int = ROWS) -> None:
     """Publish an item as another instance would."""
     identifier = name if isinstance(name, str) else content(name)
     cache = TensorCache(pool)
@@ -38,7 +38,7 @@ def test_a_second_replica_encodes_nothing_that_the_first_has(engine: MakeEngine)
     assert second.step(Request("c", 3), Request("d", 2, 1)) == {"c", "d"}
     assert len(first.encoded) == 3
     assert second.encoded == []
-    size = kit.ROWS * kit.WIDTH * 4
+    size = ROWS * WIDTH * 4
     assert first.counts() == {"misses": 3, "saves": 3, "save_bytes": 3 * size}
     assert second.counts() == {"hits": 3, "loads": 3, "load_bytes": 3 * size}
 
@@ -50,7 +50,7 @@ def test_a_consumer_needs_no_media_for_what_a_producer_has_announced(engine: Mak
     producer.work(scheduled, to_encode, passed)
     told = producer.finish(request)
     assert told is not None
-    assert told[content(1)]["metadata"] == {"image_grid_thw": [1, 2, kit.ROWS]}
+    assert told[content(1)]["metadata"] == {"image_grid_thw": [1, 2, ROWS]}
     assert consumer.step(Request("b", 1, media=False)) == {"b"}
     assert consumer.encoded == []
 
@@ -115,7 +115,7 @@ def test_instances_of_different_namespaces_share_nothing(engine: MakeEngine) -> 
 
 
 def test_an_item_that_fits_no_pool_is_encoded_each_time(engine: MakeEngine) -> None:
-    rows = 17 * kit.ROWS * 2
+    rows = 17 * ROWS * 2
     one = engine(room=1)
     for name in (1, 2, 1):
         one.step(Request("a", name, rows=rows))
