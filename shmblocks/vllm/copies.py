@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from shmblocks._os.hugepages import prefer_huge_pages
 from shmblocks.cache import CacheLease, TensorCache
 
 if TYPE_CHECKING:
@@ -40,8 +41,13 @@ class HostCopies:
         return self._cache.adopt(ticket)
 
     def load(self, lease: CacheLease) -> torch.Tensor:
+        import torch
+
         with lease:
-            return lease.tensor.clone()
+            found = torch.empty(lease.shape, dtype=lease.dtype)
+            # Its pages are touched here for the first time, which costs more than the copy.
+            prefer_huge_pages(found.data_ptr(), found.nbytes)
+            return found.copy_(lease.tensor)
 
     def join(self) -> None:
         """Nothing is under way."""

@@ -271,7 +271,8 @@ def republish(scene: Scene) -> Call:
 @case(one_item_and_torch)
 def stop_a_worker(scene: Scene) -> Call:
     worker = scene.worker(in_place=True)
-    scene.keep.append(cache := dict[str, torch.Tensor]())
+    cache: dict[str, torch.Tensor] = {}
+    scene.keep.append(cache)
     worker.load(StepPlan(loads={THERE: scene.tickets}), cache)
     return worker.close
 
