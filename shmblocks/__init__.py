@@ -15,6 +15,7 @@ things live, from the bottom to the top (a part imports only parts of the lines 
     pool                                        BlockPool
     cache  metrics  traces                      TensorCache; Prometheus; OpenTelemetry
     nodes/  sglang  testing/  transfer/         other machines; SGLang; deaths; encode/language
+    sglang_plugin/                              SGLang, unpatched
     doctor/                                     what will fail on this machine
     cli/                                        the command line
 """

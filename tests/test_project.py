@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("cache", "metrics", "traces"),
     ("nodes", "sglang", "testing", "transfer"),
+    ("sglang_plugin",),
     ("doctor",),
     ("cli",),
 )
@@ -144,6 +145,7 @@ PUBLIC: dict[str, set[str]] = {
         "MultimodalInputs",
         "ReqToMetadataBlockAllocator",
     },
+    "shmblocks.sglang_plugin": {"load"},
     "shmblocks.testing": {
         "Coverage",
         "Ending",
@@ -397,7 +399,7 @@ def runs(program: Path, version: tuple[int, int]) -> bool:
     return numbers == [str(number) for number in version]
 
 
-@pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", ".ci/run"])
+@pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", "scripts/sglang", ".ci/run"])
 def test_a_script_can_be_started_and_parses(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     run_program(["bash", "-n", ROOT / script])
