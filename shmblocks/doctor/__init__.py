@@ -4,15 +4,18 @@ host        the machine that is checked, and what a check's result is
 software    Python and packages         memory    /dev/shm and the container's limits
 kernel      features and limits         logind    will it delete segments at logout?
 cuda        what pools on a GPU need    sharing   a real pool between two processes
+sglang      what the plug-in needs; asked for alone
 child       runs a check in a process of its own
 """
 
 from __future__ import annotations
 
-from shmblocks.doctor import cuda, kernel, logind, memory, sharing, software
+from shmblocks.doctor import cuda, kernel, logind, memory, sglang, sharing, software
 from shmblocks.doctor.host import Check, CheckResult, Host, Status
 
-__all__ = ["CHECKS", "Check", "CheckResult", "Host", "Status", "run_checks"]
+__all__ = ["CHECKS", "SGLANG_CHECKS", "Check", "CheckResult", "Host", "Status", "run_checks"]
+
+SGLANG_CHECKS = sglang.SGLANG_CHECKS
 
 # From what everything stands on to what stands on everything: the first failure is the cause.
 CHECKS: tuple[Check, ...] = (

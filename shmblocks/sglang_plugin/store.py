@@ -120,6 +120,8 @@ class PoolStore:
         rows = -(-sum(sizes) // ROW_BYTES)
         if pool is None or not 0 < pool.config.blocks_for(rows) <= pool.config.total_blocks:
             return False
+        if pool.find(self._key(pool, mm_hash)) is not None:
+            return True
         reservation = pool.reserve_now(rows, req_id=f"store {mm_hash}")
         if reservation is None:
             return False
