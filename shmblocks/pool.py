@@ -350,22 +350,6 @@ class BlockPool:
         """Whether this process has left the pool."""
         return self.state.is_closed
 
-    @property
-    def lock_timeout(self) -> float:
-        """Seconds that this pool object waits for the pool's lock before `PoolTimeoutError`.
-
-        The config's, unless it is set: a thread that must never wait long sets less.
-        """
-        return self.state.mutex.timeout
-
-    @lock_timeout.setter
-    def lock_timeout(self, seconds: float) -> None:
-        if not 0 < seconds <= MAX_SECONDS:
-            raise ValueError(
-                f"lock_timeout: expected seconds > 0 and at most {MAX_SECONDS:g}, got {seconds}"
-            )
-        self.state.mutex.timeout = seconds
-
     # ---- the GPU -----------------------------------------------------------------------------
 
     def pin(self) -> None:
