@@ -14,7 +14,8 @@ things live, from the bottom to the top (a part imports only parts of the lines 
     channel                                     blocks from process to process, inside the pool
     pool                                        BlockPool
     cache  metrics  traces                      TensorCache; Prometheus; OpenTelemetry
-    nodes/  sglang  testing/  transfer/  vllm/  other machines, engines; deaths; encode/language
+    nodes/  sglang  testing/  transfer/         other machines; SGLang; deaths; encode/language
+    vllm/  vllm_omni                            vLLM's encoder cache, payloads of vLLM-omni
     doctor/                                     what will fail on this machine
     cli/                                        the command line
 """

@@ -43,7 +43,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pool",),
     ("__init__",),
     ("cache", "metrics", "traces"),
-    ("nodes", "sglang", "testing", "transfer", "vllm"),
+    ("nodes", "sglang", "testing", "transfer"),
+    ("vllm", "vllm_omni"),
     ("doctor",),
     ("cli",),
 )
