@@ -156,8 +156,8 @@ def encoder_killed_while_a_consumer_waits(bench: Bench) -> None:
         answers = consumer.result()["answers"]
         answered = time.monotonic()
         print(
-            f"    answer {answered - killed:.3f} s after SIGKILL, {answered - ended:.3f} s after the "
-            f"process had ended; an ordinary one takes {ordinary:.3f} s",
+            f"    answer {answered - killed:.3f} s after SIGKILL, {answered - ended:.3f} s after "
+            f"the process had ended; an ordinary one takes {ordinary:.3f} s",
             flush=True,
         )
         bench.equal(consumer, ["china"], [answers[0]["tokens"]])
