@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("nodes", "metrics", "traces"),
     ("cache", "sglang", "testing", "transfer"),
-    ("sglang_plugin", "vllm"),
+    ("sglang_plugin", "vllm", "vllm_omni"),
     ("doctor",),
     ("cli",),
 )
