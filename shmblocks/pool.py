@@ -74,9 +74,10 @@ from shmblocks.errors import (
     IncompatibleConfigError,
     InvalidStateError,
     KeyExistsError,
+    PoolClosedError,
     PoolExistsError,
     PoolNotFoundError,
-    ShmBlocksError,
+    PoolTimeoutError,
     StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
@@ -452,8 +453,8 @@ class BlockPool:
         try:
             handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
             return Reservation(self, handle)
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
@@ -464,8 +465,8 @@ class BlockPool:
         try:
             handle = self.state.reserve(request)
             return None if handle is None else Reservation(self, handle)
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
@@ -478,8 +479,8 @@ class BlockPool:
         deadline = deadline_of(timeout)
         try:
             return Reservation(self, await self._waiters.wait_async(request, deadline))
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
@@ -549,8 +550,8 @@ class BlockPool:
             if handle is None and timeout != 0.0:
                 handle = self._waiters.wait(request, deadline)
             return handle
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
