@@ -500,7 +500,7 @@ class BlockPool:
 
         `timeout` > 0 waits so many seconds (None: for ever), first come, first served over all
         processes, then raises `PoolTimeoutError`, which names those who hold the blocks. While
-        somebody waits, calls that don't get None. (`reserve` is the same with an owner.)
+        any process waits, a call with `timeout=0` returns None. (`reserve` is the same, owned.)
         """
         num_tokens = _whole("num_tokens", num_tokens)
         return self._alloc(self.config.blocks_for(num_tokens), num_tokens, req_id, fake, timeout)
@@ -629,7 +629,7 @@ class BlockPool:
     def free_own(self, handle: BlockHandle) -> None:
         """Free a reservation of this process; nothing happens when it is none any more."""
         if self.state.is_mine(handle):
-            # Seen in the middle of a change it can be over already.
+            # The look takes no lock: the reservation may have been freed since.
             with contextlib.suppress(StaleHandleError):
                 self.free(handle)
 
