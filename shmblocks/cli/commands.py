@@ -395,7 +395,7 @@ def _add_doctor_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--sglang",
         action="store_true",
-        help="also what the plug-in for SGLang needs, with the environment that its servers get",
+        help="also what the plug-in for SGLang needs",
     )
 
 

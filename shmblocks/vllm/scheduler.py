@@ -54,23 +54,6 @@ _log = logging.getLogger("vllm.ec.shmblocks")
 Who = tuple[str, str]  # a request, and the identifier of one of its items
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _briefly(
-    method: Callable[Concatenate[SchedulerSide, P], T],
-) -> Callable[Concatenate[SchedulerSide, P], T]:
-    """Each wait of the method for the pool's lock is a short one."""
-
-    @functools.wraps(method)
-    def brief(self: SchedulerSide, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._pool.lock_timeout(LOCK_TIMEOUT):
-            return method(self, *args, **kwargs)
-
-    return brief  # type: ignore[return-value]
-
-
 class Position(Protocol):
     """Of vLLM's `PlaceholderRange`."""
 
@@ -110,6 +93,23 @@ class RequestLike(Protocol):
 
     @property
     def mm_features(self) -> Sequence[Feature]: ...
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _impatient(
+    hook: Callable[Concatenate[SchedulerSide, P], R],
+) -> Callable[Concatenate[SchedulerSide, P], R]:
+    """A hook in which the pool's lock is waited for `LOCK_TIMEOUT` seconds only."""
+
+    @functools.wraps(hook)
+    def with_less_patience(self: SchedulerSide, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._pool.lock_timeout(LOCK_TIMEOUT):
+            return hook(self, *args, **kwargs)
+
+    return with_less_patience
 
 
 class SchedulerSide:
@@ -164,7 +164,7 @@ class SchedulerSide:
 
     # ---- before a request is scheduled ---------------------------------------------------------
 
-    @_briefly
+    @_impatient
     def is_available(self, request: RequestLike, num_computed: int) -> bool:
         """Whether every item behind `num_computed` tokens can be had; False: not in this pass."""
         is_available = True
@@ -284,7 +284,7 @@ class SchedulerSide:
 
     # ---- promises ------------------------------------------------------------------------------
 
-    @_briefly
+    @_impatient
     def has(self, identifier: str) -> bool:
         """Whether the item is in the pool; True is a promise, with the leases to keep it."""
         if identifier in self._promised:
@@ -326,7 +326,7 @@ class SchedulerSide:
                 return self._held.pop(who)
         return None
 
-    @_briefly
+    @_impatient
     def after_alloc(self, request: RequestLike, index: int) -> None:
         """The engine has made room for an item: it is to be loaded, or encoded."""
         identifier = request.mm_features[index].identifier
@@ -355,7 +355,7 @@ class SchedulerSide:
             claim = answer if answer.state == "mine" else None
             self._plan.saves[identifier] = Save(key, claim)
 
-    @_briefly
+    @_impatient
     def take_plan(self, freed: Sequence[str]) -> StepPlan:
         """What the workers are to do in this step. `freed`: items that left the engine's cache."""
         for found in self._promised.values():
@@ -385,12 +385,12 @@ class SchedulerSide:
 
     # ---- after a request -----------------------------------------------------------------------
 
-    @_briefly
+    @_impatient
     def after_free(self, request: RequestLike, index: int) -> None:
         """The request is past one of its items."""
         self._forget((request.request_id, request.mm_features[index].identifier))
 
-    @_briefly
+    @_impatient
     def finished(self, request: RequestLike) -> None:
         """The request is over."""
         for feature in request.mm_features:
@@ -407,7 +407,7 @@ class SchedulerSide:
         if held is not None:
             self._revoke(held.tickets)
 
-    @_briefly
+    @_impatient
     def may_announce(self, identifier: str) -> bool:
         """Whether a client may be told that the item need not be sent: it is in the pool, and an
         encode-only instance holds it there for as long as it was configured to."""

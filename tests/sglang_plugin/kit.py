@@ -98,7 +98,9 @@ class MMEncoder:
             raise ConnectionError("nobody is there")
         # SGLang sends its attribute, and not its argument.
         real = mm_data.embedding
-        frame = b"" if real is None else real.contiguous().view(torch.uint8).numpy().tobytes()
+        if real is not None:
+            real = real.cpu().contiguous()
+        frame = b"" if real is None else real.view(torch.uint8).numpy().tobytes()
         self.wire.append(Wired(url or "", copy.deepcopy(mm_data.copy_without_embedding()), frame))
 
     async def _compute_direct_embedding(self, ctx: object, *, keep_on_gpu: bool) -> bool:

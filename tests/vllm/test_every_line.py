@@ -13,7 +13,7 @@ from tests.vllm import every_line
 pytestmark = pytest.mark.watchdog(600)
 
 # The least lines that a step has; fewer: nothing was watched.
-FEWEST = 5
+FEWEST = 3
 
 
 @pytest.mark.parametrize("name", every_line.CASES)
