@@ -32,7 +32,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from shmblocks._state.cache_state import ClaimAnswer
 from shmblocks._state.counters import Counter
@@ -45,6 +45,7 @@ from shmblocks.errors import (
     PoolTimeoutError,
     ShmBlocksError,
 )
+from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
 from shmblocks.pool import BlockPool
 
@@ -118,9 +119,7 @@ class CacheLease:
 
         Valid until `release`; after it this raises `InvalidStateError`.
         """
-        rows = self._lease[FIELD]
-        size = math.prod(self.shape) * self.dtype.itemsize
-        return rows.view(-1)[:size].view(self.dtype).view(self.shape)
+        return self._lease.tensor(self.dtype, self.shape)
 
     @property
     def is_released(self) -> bool:
@@ -184,7 +183,8 @@ class Claim:
     def abandon(self) -> None:
         """Let another one encode it; idempotent."""
         answer, pool = self._answer, self._cache.pool
-        if answer is not None and answer.slot >= 0 and not pool.is_closed:
+        # (In a forked child it is the parent's.)
+        if answer is not None and answer.slot >= 0 and pool.participant == answer.owner:
             pool.end_claim(self.key, answer)
         self._answer = None
 
@@ -228,6 +228,16 @@ class Claim:
 def _abandon_quietly(claim: Claim) -> None:
     with contextlib.suppress(ShmBlocksError):  # closed meanwhile: it has ended
         claim.abandon()
+
+
+class TensorTickets(NamedTuple):
+    """Leases on one tensor that travel: a ticket for each; its dtype by name (`bf16`), its shape,
+    its size."""
+
+    tickets: list[bytes]
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
 
 
 class TensorCache:
@@ -328,9 +338,8 @@ class TensorCache:
     def _fill(self, reservation: Reservation, tensor: torch.Tensor, stream: Stream | None) -> None:
         import torch
 
-        size = tensor.numel() * tensor.dtype.itemsize
         with torch.no_grad(), _on(stream):
-            rows = reservation[FIELD].view(-1)[:size].view(tensor.dtype).view(tensor.shape)
+            rows = reservation.tensor(tensor.dtype, tensor.shape)
             # Without a stream nobody would wait for a copy that goes on behind this call.
             rows.copy_(tensor, non_blocking=stream is not None or rows.is_cuda)
         number = _DTYPES.index(dtype_name(tensor.dtype))
@@ -391,6 +400,23 @@ class TensorCache:
             return None
         return found
 
+    def get_tickets(self, key: bytes, *, leases: int = 1) -> TensorTickets | None:
+        """So many leases on the tensor of a key, as tickets for others to adopt; None: a miss.
+
+        Needs neither torch nor CUDA; see `BlockPool.get_tickets`.
+        """
+        found = self.pool.get_tickets(key, leases=leases)
+        if found is None:
+            return None
+        try:
+            number, shape = _entry_of(found.aux, found.handle)
+            dtype = _DTYPES[number]
+            return TensorTickets(found.tickets, dtype, shape, math.prod(shape) * DTYPES[dtype][0])
+        except BaseException:
+            for ticket in found.tickets:
+                self.pool.revoke(ticket)
+            raise
+
     def adopt(self, ticket: bytes) -> CacheLease:
         """Make the lease that a ticket carries this process's own; see `BlockPool.adopt`."""
         return self._lease_of(self.pool.adopt(ticket))
@@ -399,13 +425,9 @@ class TensorCache:
         import torch
 
         try:
-            mark, number, dims, *shape = _ENTRY.unpack_from(lease.memory("aux"))
-            if mark != _MARK or number >= len(_DTYPES) or dims > MAX_DIMS:
-                raise IncompatibleConfigError(
-                    f"{lease.handle}: expected an entry that a TensorCache has put"
-                )
+            number, shape = _entry_of(lease.memory("aux"), lease.handle)
             dtype: torch.dtype = getattr(torch, DTYPES[_DTYPES[number]][1])
-            return CacheLease(lease, dtype, tuple(shape[:dims]))
+            return CacheLease(lease, dtype, shape)
         except BaseException:
             lease.release()
             raise
@@ -555,6 +577,14 @@ def _nodes_of(pool: BlockPool, nodes: Nodes | Sequence[tuple[str, int] | str]) -
     if isinstance(nodes, str):
         raise TypeError(f"nodes: expected a list of addresses, got the text {nodes!r}")
     return Nodes(pool, nodes, key=key_from_environment()) if nodes else None
+
+
+def _entry_of(aux: bytes | memoryview, handle: BlockHandle) -> tuple[int, tuple[int, ...]]:
+    """The dtype's number and the shape that stand in `aux`."""
+    mark, number, dims, *shape = _ENTRY.unpack_from(aux)
+    if mark != _MARK or number >= len(_DTYPES) or dims > MAX_DIMS:
+        raise IncompatibleConfigError(f"{handle}: expected an entry that a TensorCache has put")
+    return number, tuple(shape[:dims])
 
 
 def _left(started: float, timeout: float | None) -> float:

@@ -46,7 +46,7 @@ from shmblocks._claim_wait import ClaimWaiters
 from shmblocks._os.wait import LONGEST_SPIN, deadline_of, seconds_left
 from shmblocks._state import lifetime
 from shmblocks._state.blocks import LeaseKey
-from shmblocks._state.cache_state import CacheState, ClaimAnswer, Found
+from shmblocks._state.cache_state import CacheState, ClaimAnswer, Found, Ticket
 from shmblocks._state.channel_state import ChannelState
 from shmblocks._state.channels import NAME_BYTES
 from shmblocks._state.info import (
@@ -60,7 +60,7 @@ from shmblocks._state.info import (
     Violation,
     WaiterInfo,
 )
-from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
+from shmblocks._state.layout import MOST_NAMED_READERS, REQUEST_ID_BYTES, UNBOUNDED
 from shmblocks._state.participants import utf8_prefix
 from shmblocks._state.peers import PeerState
 from shmblocks._state.pool_state import AllocRequest, Opened, PoolState, stamp
@@ -74,15 +74,16 @@ from shmblocks.errors import (
     IncompatibleConfigError,
     InvalidStateError,
     KeyExistsError,
+    PoolClosedError,
     PoolExistsError,
     PoolNotFoundError,
-    ShmBlocksError,
+    PoolTimeoutError,
     StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.inspector import remove_dead_pools
-from shmblocks.lease import Lease, LeaseMeans, Reservation
-from shmblocks.tickets import decode_ticket
+from shmblocks.lease import Lease, LeaseMeans, Readers, Reservation
+from shmblocks.tickets import Tickets, decode_ticket, encode_ticket
 from shmblocks.view import AUX, BlockView, FieldTensors, ReservationGuard, count_tokens, fill
 
 if TYPE_CHECKING:
@@ -452,8 +453,8 @@ class BlockPool:
         try:
             handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
             return Reservation(self, handle)
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
@@ -464,8 +465,8 @@ class BlockPool:
         try:
             handle = self.state.reserve(request)
             return None if handle is None else Reservation(self, handle)
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
@@ -478,8 +479,8 @@ class BlockPool:
         deadline = deadline_of(timeout)
         try:
             return Reservation(self, await self._waiters.wait_async(request, deadline))
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
@@ -499,7 +500,7 @@ class BlockPool:
 
         `timeout` > 0 waits so many seconds (None: for ever), first come, first served over all
         processes, then raises `PoolTimeoutError`, which names those who hold the blocks. While
-        somebody waits, calls that don't get None. (`reserve` is the same with an owner.)
+        any process waits, a call with `timeout=0` returns None. (`reserve` is the same, owned.)
         """
         num_tokens = _whole("num_tokens", num_tokens)
         return self._alloc(self.config.blocks_for(num_tokens), num_tokens, req_id, fake, timeout)
@@ -549,8 +550,8 @@ class BlockPool:
             if handle is None and timeout != 0.0:
                 handle = self._waiters.wait(request, deadline)
             return handle
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request)
             raise
@@ -628,16 +629,35 @@ class BlockPool:
     def free_own(self, handle: BlockHandle) -> None:
         """Free a reservation of this process; nothing happens when it is none any more."""
         if self.state.is_mine(handle):
-            # Seen in the middle of a change it can be over already.
+            # The look takes no lock: the reservation may have been freed since.
             with contextlib.suppress(StaleHandleError):
                 self.free(handle)
 
-    def forgo(self, handle: BlockHandle, claims: int = 1) -> None:
+    def forgo(
+        self, handle: BlockHandle, claims: int = 1, *, reader: ParticipantId | None = None
+    ) -> bool:
         """End the claims of announced readers who will not come; with the last one it is free.
 
-        Raises `InvalidStateError` when fewer are still to come.
+        Raises `InvalidStateError` when fewer are still to come. `reader`: end the claim of that
+        participant, who was announced by name (`publish(readers=[...])`, `add_reader`); False: it
+        has none, or has come.
         """
-        self.state.forgo(self._real(handle), _whole("claims", claims))
+        real = self._real(handle)
+        if reader is not None:
+            return self.state.forgo_named(real, reader)
+        self.state.forgo(real, _whole("claims", claims))
+        return True
+
+    def add_reader(self, handle: BlockHandle, reader: ParticipantId) -> None:
+        """Announce published blocks to one more participant, by name, as `publish(readers=[...])`
+        does.
+
+        Whoever calls this must know that the blocks are there meanwhile: it has a lease on them, or
+        a claim. Raises `PeerDiedError` when that participant is not attached any more,
+        `StaleHandleError` when the blocks were freed, `InvalidStateError` when they are not
+        published, `TooManyLeasesError`.
+        """
+        self.state.add_reader(self._real(handle), reader)
 
     def available_blocks(self) -> int:
         """Blocks in no allocation, of this moment."""
@@ -707,7 +727,7 @@ class BlockPool:
         self,
         handle: BlockHandle,
         *,
-        readers: int = 1,
+        readers: Readers = 1,
         num_tokens: int | None = None,
         stream: Stream | None = None,
         key: bytes | None = None,
@@ -719,6 +739,11 @@ class BlockPool:
         this returns to the readers. Unopened for the config's `unclaimed_timeout`, it is freed;
         with `readers=UNBOUNDED` any number may open it, until it is freed.
 
+        `readers` may name who is to read, up to 32 participants (`find_participant`). Each of them,
+        and nobody else, can open it once. A claim ends with the death of the participant that it
+        was announced to, at the next `reap`; else after `unclaimed_timeout`, or with `forgo`.
+        Raises `PeerDiedError` when one of them is not attached any more; nothing is published then.
+
         `stream`: what was enqueued there before is what writes; readers' streams wait for it. This
         returns at once, and the handle may travel at once. In a CUDA pool: torch's current stream.
         In a pool in host memory only when it is given, after `pin`.
@@ -729,13 +754,12 @@ class BlockPool:
         reservation is free then.
         """
         real = self._real(handle)
-        if readers != UNBOUNDED:
-            readers = _whole("readers", readers)
+        readers, named = _readers(readers, key)
         length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
         self._require_capacity(handle.num_blocks, length)
         if stream is None and not self._is_on_gpu:
             if key is None:
-                self.state.publish(real, length, readers)
+                self.state.publish(real, length, readers, named=named)
             else:
                 there = self.cache_state.publish(
                     real, length, readers, key, _seconds("hold", hold), False
@@ -746,7 +770,7 @@ class BlockPool:
             order = self.streams.order(stream)
             order.use.writing.discard(handle.generation)
             if key is None:
-                self.state.publish(real, length, readers, True)
+                self.state.publish(real, length, readers, True, named)
             else:
                 there = self.cache_state.publish(
                     real, length, readers, key, _seconds("hold", hold), True
@@ -946,6 +970,26 @@ class BlockPool:
                 self.state.undo_open(opened.key)
             raise
 
+    def get_tickets(self, key: bytes, *, leases: int = 1) -> Tickets | None:
+        """As many leases as `get` takes, as tickets for those who will read; None: a miss.
+
+        For a scheduler that promises an entry to its workers: it needs neither torch nor CUDA, also
+        in a CUDA pool. Until a ticket is adopted its lease is this process's: `revoke` ends it.
+        """
+        leases = _whole("leases", leases)
+        given: list[Ticket] = []
+        try:
+            given = self.cache_state.get_given(key, leases)
+            if not given:
+                return None
+            handle = given[0].handle
+            aux = bytes(self._open_tensors().aux_bytes(handle.start_block))
+            return Tickets(handle, aux, [encode_ticket(ticket) for ticket in given])
+        except BaseException:
+            for ticket in given:
+                self.cache_state.revoke(ticket)
+            raise
+
     def _lease_of(self, handle: BlockHandle, key: LeaseKey) -> Lease:
         order = None
         if self._is_on_gpu:
@@ -997,9 +1041,14 @@ class BlockPool:
     def end_claim(self, key: bytes, answer: ClaimAnswer | None = None) -> bool:
         """Give up this process's claim on a key; False: it has none.
 
-        `answer`: the claim that was given with it, and no later one of another thread.
+        `answer`: the claim that was given with it, and no later one. An answer may travel: who has
+        it gives the claim up for its owner.
         """
-        return self.cache_state.end_claim(key, 0 if answer is None else answer.since_ns)
+        return self.cache_state.end_claim(key, answer)
+
+    def claimant(self, key: bytes) -> ParticipantId | None:
+        """The living process that has claimed a key; None: nobody encodes it. Claims nothing."""
+        return self.cache_state.claimant(key)
 
     def wait_for_claim(self, answer: ClaimAnswer, timeout: float) -> None:
         """Sleep until the claim of a `busy` answer has ended, in whatever way, `timeout` seconds at
@@ -1039,6 +1088,14 @@ class BlockPool:
     def find_participant(self, role: str) -> ParticipantId | None:
         """A living participant with that role; a role may be an address, of up to 63 bytes."""
         return self.state.find_participant(role)
+
+    def lock_timeout(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """In this context calls of this thread wait for the pool's lock for so many seconds only,
+        and not the config's `lock_timeout`; then `PoolTimeoutError`.
+
+        For threads that must not stand still, whatever another process does. No `await` within it.
+        """
+        return self.state.mutex.patience(_seconds("seconds", seconds))
 
     def is_alive(self, who: ParticipantId) -> bool:
         """Whether that process is attached and lives."""
@@ -1125,6 +1182,20 @@ def _key_exists(there: BlockHandle) -> KeyExistsError:
         f"the key has an entry already, {there}: another process was faster; use that one (`get`)",
         there,
     )
+
+
+def _readers(readers: Readers, key: bytes | None) -> tuple[int, Sequence[ParticipantId]]:
+    """How many readers of no name, and those who have one."""
+    if not isinstance(readers, Sequence):
+        return (readers if readers == UNBOUNDED else _whole("readers", readers)), ()
+    if not 1 <= len(readers) <= MOST_NAMED_READERS:
+        raise ValueError(
+            f"readers: expected 1 to {MOST_NAMED_READERS} participants, got {len(readers)}; "
+            "announce the others with `add_reader`"
+        )
+    if key is not None:
+        raise ValueError("readers: an entry of the cache has no readers by name; give a number")
+    return 0, tuple(readers)
 
 
 def _seconds(what: str, value: float) -> float:

@@ -48,6 +48,8 @@ EXPERIMENTS = [
     "fragmentation",
     "hit_rates",
     "cache_costs",
+    "cache_peers",
+    "cache_processes",
     "nodes",
 ]
 

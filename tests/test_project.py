@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("nodes", "metrics", "traces"),
     ("cache", "sglang", "testing", "transfer"),
+    ("sglang_plugin", "vllm", "vllm_omni"),
     ("doctor",),
     ("cli",),
 )
@@ -148,6 +149,8 @@ PUBLIC: dict[str, set[str]] = {
         "MultimodalInputs",
         "ReqToMetadataBlockAllocator",
     },
+    "shmblocks.vllm": {"ConnectorConfig", "register"},
+    "shmblocks.sglang_plugin": {"load"},
     "shmblocks.testing": {
         "Coverage",
         "Ending",
@@ -401,7 +404,9 @@ def runs(program: Path, version: tuple[int, int]) -> bool:
     return numbers == [str(number) for number in version]
 
 
-@pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/test", "scripts/demo", "scripts/sglang", "scripts/vllm", ".ci/run"]
+)
 def test_a_script_can_be_started_and_parses(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     run_program(["bash", "-n", ROOT / script])
