@@ -58,12 +58,6 @@ def send(scene: Scene) -> Call:
     return lambda: kit.send(sender, encoder, data, URL)
 
 
-def send_to_a_second_rank(scene: Scene) -> Call:
-    sender, encoder, data = an_encoder(scene)
-    kit.send(sender, encoder, data, URL)
-    return lambda: kit.send(sender, encoder, data, URL)
-
-
 def send_in_vain(scene: Scene) -> Call:
     sender, encoder, data = an_encoder(scene)
     encoder.fails = True
@@ -96,16 +90,15 @@ def a_rank(scene: Scene) -> tuple[Receiver, kit.WaitingZmqRequest, kit.Embedding
     return made
 
 
-def extract(scene: Scene) -> Call:
+def extract_and_assemble(scene: Scene) -> Call:
     receiver, request, data = a_rank(scene)
-    return lambda: receiver.extract(_no_bytes, request, data, [])  # type: ignore[arg-type]
 
+    def run() -> None:
+        receiver.extract(_no_bytes, request, data, [])  # type: ignore[arg-type]
+        request.recv_embedding_data = kit.MultiModalEmbeddingData([data.embedding])
+        receiver.has_assembled(request)  # type: ignore[arg-type]
 
-def assemble(scene: Scene) -> Call:
-    receiver, request, data = a_rank(scene)
-    receiver.extract(_no_bytes, request, data, [])  # type: ignore[arg-type]
-    request.recv_embedding_data = kit.MultiModalEmbeddingData([data.embedding])
-    return lambda: receiver.has_assembled(request)  # type: ignore[arg-type]
+    return run
 
 
 def give_back(scene: Scene) -> Call:
@@ -120,12 +113,10 @@ def _no_bytes(*_: object) -> None:
 
 CASES: dict[str, Callable[[Scene], Call]] = {
     operation.__name__: operation
-    for operation in (
-        send, send_to_a_second_rank, send_in_vain, release, extract, assemble, give_back,
-    )
-}  # fmt: skip
+    for operation in (send, send_in_vain, release, extract_and_assemble, give_back)
+}
 # Of these the survivor is the rank: a claim of its own may be there.
-SENDING = ("send", "send_to_a_second_rank", "send_in_vain", "release")
+SENDING = ("send", "send_in_vain", "release")
 
 
 def kill(name: str) -> Coverage:
