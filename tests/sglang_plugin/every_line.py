@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator
 import torch
 
 from shmblocks import BlockHandle, BlockPool, ParticipantId
+from shmblocks.sglang_plugin import encoder, gpu, language
 from shmblocks.sglang_plugin.attachment import role_of
 from shmblocks.sglang_plugin.encoder import HANDLE, Sender
 from shmblocks.sglang_plugin.language import Receiver
 from shmblocks.sglang_plugin.settings import Settings
-from shmblocks.testing import Coverage, Point, assert_survives, kill_at_every_line, within
+from shmblocks.testing import Coverage, Point, Scope, assert_survives, kill_at_every_line, within
 from tests.sglang_plugin import kit
 from tests.support.naming import new_pool_name
 
 URL = "127.0.0.1:5555"
 ROWS = 4
+# Lines of the plug-in. Those of the pool's operations are killed by the pool's own tests.
+SCOPE = Scope([encoder, language, gpu], library=False)
 Call = Callable[[], object]
 
 
@@ -54,24 +57,24 @@ def an_encoder(scene: Scene) -> tuple[Sender, kit.MMEncoder, kit.EmbeddingData]:
 
 
 def send(scene: Scene) -> Call:
-    sender, encoder, data = an_encoder(scene)
-    return lambda: kit.send(sender, encoder, data, URL)
+    sender, target, data = an_encoder(scene)
+    return lambda: kit.send(sender, target, data, URL)
 
 
 def send_in_vain(scene: Scene) -> Call:
-    sender, encoder, data = an_encoder(scene)
-    encoder.fails = True
+    sender, target, data = an_encoder(scene)
+    target.fails = True
 
     def run() -> None:
         with contextlib.suppress(ConnectionError):
-            kit.send(sender, encoder, data, URL)
+            kit.send(sender, target, data, URL)
 
     return run
 
 
 def release(scene: Scene) -> Call:
-    sender, encoder, data = an_encoder(scene)
-    kit.send(sender, encoder, data, URL)
+    sender, target, data = an_encoder(scene)
+    kit.send(sender, target, data, URL)
     return lambda: sender.release(data)
 
 
@@ -125,7 +128,7 @@ def kill(name: str) -> Coverage:
     def verify(scene: Scene, point: Point) -> None:
         _judge(scene, name)
 
-    return kill_at_every_line(scene, CASES[name], verify)
+    return kill_at_every_line(scene, CASES[name], verify, scope=SCOPE)
 
 
 def _judge(scene: Scene, name: str) -> None:
