@@ -200,7 +200,10 @@ def pool_names() -> list[str]:
     """The names of the pools of this node that this user can read, whatever their state."""
     names = []
     for entry in sorted(os.listdir(SHM_DIRECTORY)):
-        with contextlib.suppress(ValueError, PoolNotFoundError, PoolPermissionError):
+        # Incompatible: a directory, or anything else that is no file.
+        with contextlib.suppress(
+            ValueError, PoolNotFoundError, PoolPermissionError, IncompatiblePoolError
+        ):
             name = normal_name(entry)
             with open_existing(name) as file:
                 if is_ours(file.fileno()) and is_pool(file.fileno()):

@@ -314,6 +314,7 @@ def test_what_is_no_file_at_all_is_no_pool_either(
     make(path)
     try:
         assert pool_name not in {summary.name[1:] for summary in list_pools()}
+        assert f"/{pool_name}" not in pool_names()
         with pytest.raises(PoolExistsError):
             pools.create(pool_name)
         with pytest.raises(IncompatiblePoolError):
