@@ -163,8 +163,8 @@ def plot(sizes: list[dict[str, Any]], path: Path) -> None:
             below = [low + high for low, high in zip(below, heights, strict=True)]
         place.set_title(f"{size['bytes'] / 1e6:.2f} MB")
         place.tick_params(axis="x", labelrotation=70)
-    axes[0].set_ylabel("units of two memcpy of the item")
-    axes[0].legend()
+    axes[0].set_ylabel("in units of two memcpy")
+    axes[-1].legend(loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
