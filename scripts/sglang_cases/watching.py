@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from shmblocks import BlockPool, PoolInspector, PoolNotFoundError, remove_pool
 
-
 # Segments that a killed SGLang leaves, with the plug-in and without.
 SGLANGS_OWN = ("sgl_shm_mq_", "sglang_loads_")
 
