@@ -21,10 +21,12 @@ def main() -> int:
     arguments = _arguments()
     cases = _chosen(arguments)
     folder = Path(tempfile.mkdtemp(prefix="sglang-cases-"))
+    before = [name for prefix in watching.SGLANGS_OWN for name in watching.segments(prefix)]
     failed = ["none ran to its end"]
     try:
         failed = [case.__name__ for case in cases if not _holds(case, folder)]
     finally:
+        watching.remove_sglangs(before)
         if not failed or not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if failed:

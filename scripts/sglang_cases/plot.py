@@ -69,6 +69,9 @@ def draw(measured: list[Measured], target: Path) -> None:
             )
         axis.set_xscale("log")
         axis.set_yscale("log")
+        sizes = [each.megabytes for each in rows]
+        axis.set_xticks(sizes, labels=[f"{size:.3g}" for size in sizes])
+        axis.minorticks_off()
         axis.set_title(f"{count} rank{'s' if count > 1 else ''}")
         axis.set_xlabel("embedding, MB")
         axis.grid(visible=True, which="major", alpha=0.3)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from shmblocks import BlockPool, PoolInspector, PoolNotFoundError, remove_pool
+
+# Segments that a killed SGLang leaves, with the plug-in and without.
+SGLANGS_OWN = ("sgl_shm_mq_", "sglang_loads_")
 
 
 class Event(NamedTuple):
@@ -113,6 +117,14 @@ def reap(name: str) -> None:
 def segments(prefix: str) -> list[str]:
     """Names in /dev/shm."""
     return sorted(name for name in os.listdir("/dev/shm") if name.startswith(prefix))
+
+
+def remove_sglangs(before: Sequence[str]) -> None:
+    """Take away what SGLang itself leaves of killed servers, and did not leave `before`."""
+    for prefix in SGLANGS_OWN:
+        for name in segments(prefix):
+            if name not in before:
+                os.unlink(f"/dev/shm/{name}")
 
 
 def remove(name: str) -> None:
