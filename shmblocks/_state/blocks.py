@@ -26,6 +26,7 @@ What it does not do: decide who is dead, wait, or know of processes other than a
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 import msgspec
@@ -135,7 +136,8 @@ class BlockTable:
         self._participants = participants
         self._keys = keys
         self._first_fit = first_fit
-        self._next_lease = 0
+        # [0]: where a free lease slot is looked for first. The compiled core has the same word.
+        self.hints = array("Q", [0])
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -500,7 +502,7 @@ class BlockTable:
         lease = LEASE_HEAD.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0, 0, 0)
         stores = self._moved(start, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, lease))
-        self._next_lease = slot + 1
+        self.hints[0] = slot + 1
         return stores, LeaseKey(slot, record.generation, holder, now_ns)
 
     def find_lease(self, holder: int, opened_ns: int) -> LeaseKey | None:
@@ -562,7 +564,7 @@ class BlockTable:
             stores.append(self._changed(H_SETTLING, +1))
         if lease.pending:
             stores.append(self._changed(H_PENDING, -1))
-        self._next_lease = slot
+        self.hints[0] = slot
         return stores
 
     def lease(self, slot: int) -> LeaseRecord:
@@ -571,7 +573,7 @@ class BlockTable:
         return _new_tuple(LeaseRecord, LEASE_HEAD.unpack_from(self._memory, offset))
 
     def _free_lease(self) -> int:
-        hint = self._next_lease
+        hint = self.hints[0]
         if hint < self._max_leases and self._words[self._layout.lease_word(hint)] == 0:
             return hint
         try:

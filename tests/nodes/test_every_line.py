@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.plugin import SUMMARY
 from tests.nodes import every_line
 
@@ -20,7 +20,7 @@ FEWEST = 20
 def test_a_reader_that_is_killed_at_any_line_costs_neither_node_a_block(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_reader, name)
+    coverage = run_without_core(every_line.kill_reader, name)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
 
@@ -28,6 +28,6 @@ def test_a_reader_that_is_killed_at_any_line_costs_neither_node_a_block(
 def test_a_server_that_is_killed_at_any_line_costs_neither_node_a_block(
     record_property: Callable[[str, object], None],
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_server)
+    coverage = run_without_core(every_line.kill_server)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
