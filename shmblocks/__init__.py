@@ -69,7 +69,7 @@ from shmblocks.errors import (
     UnsupportedPlatformError,
 )
 from shmblocks.handle import BlockHandle
-from shmblocks.inspector import PoolInspector, list_pools, remove_pool
+from shmblocks.inspector import PoolInspector, list_pools, remove_dead_pools, remove_pool
 from shmblocks.keys import Namespace, content_key
 from shmblocks.lease import Lease, Reservation
 from shmblocks.pool import BlockPool
@@ -131,5 +131,6 @@ __all__ = [
     "content_key",
     "list_pools",
     "multimodal_fields",
+    "remove_dead_pools",
     "remove_pool",
 ]

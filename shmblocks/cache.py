@@ -372,36 +372,13 @@ class TensorCache:
         raises `PoolTimeoutError`, which names that process. When it dies, the next one in wait gets
         the claim.
         """
-        started = time.monotonic()
-        found = self.get(key, shape=shape, dtype=dtype)
-        while found is None:
-            answer = self.pool.claim(key)
-            if answer.state == "mine":
-                return Claim(self, key, answer)
-            if answer.state == "ready":
-                ready = self._get_ready(key, shape, dtype)
-                if ready is not None:
-                    return ready
-            left = _left(started, timeout)
-            if left <= 0:
-                raise self._overdue(key, answer, started)
-            if answer.state == "ready":
-                time.sleep(min(left, READY_POLL))
+        wanted = _Wanted(self, key, timeout, shape, dtype)
+        while (found := wanted.attempt()) is None:
+            if wanted.answer.state == "ready":
+                time.sleep(wanted.seconds)
             else:
-                self.pool.wait_for_claim(answer, left)
+                self.pool.wait_for_claim(wanted.answer, wanted.seconds)
         return found
-
-    def _get_ready(
-        self, key: bytes, shape: tuple[int, ...] | None, dtype: torch.dtype | None
-    ) -> CacheLease | Claim | None:
-        """What to do with an entry that is there; None: a stream has not completed it yet."""
-        found = self.get(key, shape=shape, dtype=dtype)
-        if found is not None:
-            return found
-        there = self.pool.find(key)
-        is_other = there is not None and there.is_ready and (shape is not None or dtype is not None)
-        # It has another shape or dtype: encode it here; it cannot be stored.
-        return Claim(self, key, None) if is_other else None
 
     async def get_or_claim_async(
         self,
@@ -414,33 +391,79 @@ class TensorCache:
         """`get_or_claim` that waits in asyncio."""
         import asyncio
 
-        started = time.monotonic()
-        found = self.get(key, shape=shape, dtype=dtype)
-        while found is None:
-            answer = self.pool.claim(key)
-            if answer.state == "mine":
-                return Claim(self, key, answer)
-            if answer.state == "ready":
-                ready = self._get_ready(key, shape, dtype)
-                if ready is not None:
-                    return ready
-            left = _left(started, timeout)
-            if left <= 0:
-                raise self._overdue(key, answer, started)
-            if answer.state == "ready":
-                await asyncio.sleep(min(left, READY_POLL))
+        wanted = _Wanted(self, key, timeout, shape, dtype)
+        while (found := wanted.attempt()) is None:
+            if wanted.answer.state == "ready":
+                await asyncio.sleep(wanted.seconds)
             else:
-                await self.pool.wait_for_claim_async(answer, left)
+                await self.pool.wait_for_claim_async(wanted.answer, wanted.seconds)
         return found
 
-    def _overdue(self, key: bytes, answer: ClaimAnswer, started: float) -> PoolTimeoutError:
-        waited = time.monotonic() - started
-        begin = f"pool {self.pool.name}: waited {waited:.1f} s for key {key.hex()}, which "
+
+class _Wanted:
+    """One `get_or_claim`: what is asked for, and what to wait for between two attempts."""
+
+    def __init__(
+        self,
+        cache: TensorCache,
+        key: bytes,
+        timeout: float | None,
+        shape: tuple[int, ...] | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._cache = cache
+        self._key = key
+        self._timeout = timeout
+        self._shape = shape
+        self._dtype = dtype
+        self._started = time.monotonic()
+        self._is_first = True
+
+    def attempt(self) -> CacheLease | Claim | None:
+        """The tensor, or the claim on it; None: wait for `answer`, at most `seconds`, then again.
+
+        Raises `PoolTimeoutError` when the time is over.
+        """
+        found: CacheLease | Claim | None = None
+        if self._is_first:  # afterwards the claim tells; one request is one lookup
+            self._is_first = False
+            found = self._get()
+        if found is not None:
+            return found
+        self.answer = answer = self._cache.pool.claim(self._key)
+        if answer.state == "mine":
+            return Claim(self._cache, self._key, answer)
+        if answer.state == "ready":
+            found = self._get() or self._claim_in_vain()
+            if found is not None:
+                return found
+        left = _left(self._started, self._timeout)
+        if left <= 0:
+            raise self._overdue()
+        self.seconds = min(left, READY_POLL) if answer.state == "ready" else left
+        return None
+
+    def _get(self) -> CacheLease | None:
+        return self._cache.get(self._key, shape=self._shape, dtype=self._dtype)
+
+    def _claim_in_vain(self) -> Claim | None:
+        """The entry that is there has another shape or dtype: encode it here; it cannot be stored.
+        None: a stream has not completed the entry yet."""
+        there = self._cache.pool.find(self._key)
+        is_any = self._shape is None and self._dtype is None
+        if there is None or not there.is_ready or is_any:
+            return None
+        return Claim(self._cache, self._key, None)
+
+    def _overdue(self) -> PoolTimeoutError:
+        pool, answer = self._cache.pool, self.answer
+        waited = time.monotonic() - self._started
+        begin = f"pool {pool.name}: waited {waited:.1f} s for key {self._key.hex()}, which "
         if answer.owner is None:
             return PoolTimeoutError(f"{begin}its producer's stream has not completed; wait longer")
         age = (time.monotonic_ns() - answer.since_ns) / 1e9
         return PoolTimeoutError(
-            f"{begin}{self.pool.describe(answer.owner)} has claimed {age:.1f} s ago; encode it "
+            f"{begin}{pool.describe(answer.owner)} has claimed {age:.1f} s ago; encode it "
             "here, or wait longer"
         )
 

@@ -26,7 +26,6 @@ What it does not do: carry anything but blocks of its pool and 64 bytes (`Handle
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from shmblocks._os.wait import Sleeper, deadline_of, seconds_left
@@ -272,21 +271,10 @@ class Channel:
 
     # ---- life --------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """End the waits of this process; the pool does it when it closes."""
+    def end_waits(self) -> None:
+        """For the pool, when it has closed: whoever waits here gets its error."""
         self._receiving.close()
         self._sending.close()
-
-    def __enter__(self) -> Channel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{self!r}: send the pool, and call `pool.channel({self.name!r})` there")

@@ -266,6 +266,23 @@ def remove_pool(name: str, force: bool = False) -> None:
             )
 
 
+def remove_dead_pools(prefix: str) -> list[str]:
+    """Remove the pools whose names begin with `prefix` and that no process uses; their names.
+
+    What a supervisor's SIGKILL of all workers has left behind. Pools of other users, and whatever
+    is in use, stay. Raises `ValueError` for an empty prefix: name what is yours.
+    """
+    if not prefix.strip("/"):
+        raise ValueError(f"prefix: expected the beginning of your pools' names, got {prefix!r}")
+    removed = []
+    for name in pool_names():
+        if name.startswith("/" + prefix.removeprefix("/")):
+            with contextlib.suppress(PoolNotFoundError, PoolExistsError):  # gone, or in use
+                remove_pool(name)
+                removed.append(name)
+    return removed
+
+
 @contextlib.contextmanager
 def _opened(name: str) -> Iterator[tuple[int, FileLocks]]:
     with open_existing(name) as file, contextlib.closing(FileLocks(file.fileno())) as locks:

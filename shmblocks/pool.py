@@ -79,6 +79,7 @@ from shmblocks.errors import (
     StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
+from shmblocks.inspector import remove_dead_pools
 from shmblocks.lease import Lease, LeaseMeans, Reservation
 from shmblocks.tickets import decode_ticket
 from shmblocks.view import AUX, BlockView, FieldTensors, ReservationGuard, count_tokens, fill
@@ -220,12 +221,18 @@ class BlockPool:
         role: str = "",
         prefault: Prefault = "background",
         read_only_leases: bool = True,
+        remove_dead: str | None = None,
     ) -> BlockPool:
         """Attach to the pool of that name, or create it; whoever comes first creates.
+
+        `remove_dead`: before that, remove every pool whose name begins with this and that no
+        process uses (`remove_dead_pools`), so that their memory is free for this one.
 
         Raises `IncompatibleConfigError`, which names the difference, when it exists with another
         config.
         """
+        if remove_dead is not None:
+            remove_dead_pools(remove_dead)
         while True:
             try:
                 pool = cls.attach(
@@ -282,7 +289,7 @@ class BlockPool:
         self._waiters.close()
         self._claim_waiters.close()
         for channel in list(self._channels):
-            channel.close()
+            channel.end_waits()
         self._tensors = self._read_means = self._write_means = None
         self.streams.end()
         self._finalizer.detach()

@@ -104,6 +104,7 @@ PUBLIC: dict[str, set[str]] = {
         "content_key",
         "list_pools",
         "multimodal_fields",
+        "remove_dead_pools",
         "remove_pool",
     },
     "shmblocks.nodes": {

@@ -191,7 +191,9 @@ class Sleeper:
         return changed
 
     def close(self) -> None:
-        """End the waits of this process's event loops. Call once nobody can begin another."""
+        """End every wait of this process. Call once the segment is closed: what is tried then
+        raises."""
+        self._futex.drop()
         self._loops.close()
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from shmblocks._state.info import AllocationInfo, ParticipantId, PoolSnapshot
+from shmblocks._state.info import AllocationInfo, CounterValues, ParticipantId, PoolSnapshot
 from shmblocks._words import count_text
 from shmblocks.cli.commands import Answer, Command, add_name, count_argument
 from shmblocks.cli.render import (
@@ -27,6 +27,8 @@ from shmblocks.cli.render import (
     Line,
     Text,
     account,
+    counted_blocks,
+    counted_cache,
     joined,
     line,
     participant_text,
@@ -161,6 +163,7 @@ def _show(snapshot: PoolSnapshot, columns: int, rows: int) -> Document:
         [heading, account(stats)],
         list(_picture_lines(picture, digits)),
         list(_legend(allocations, letters, is_coarse=picture.blocks_per_cell > 1)),
+        list(_counted(stats.counters)),
     )
 
 
@@ -210,6 +213,13 @@ def _legend(
             participant_text(owner_id, owned[0].owner),
             f": {count_text(len(owned), 'allocation')}, {blocks}",
         )
+
+
+def _counted(counters: CounterValues) -> Iterator[Line]:
+    yield line("since it was made, over all processes: ", counted_blocks(counters))
+    cache = counted_cache(counters)
+    if cache:
+        yield line("cache: ", cache)
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
-from shmblocks._state.info import ParticipantId, ParticipantInfo, PoolStats
+from shmblocks._state.info import CounterValues, ParticipantId, ParticipantInfo, PoolStats
 
 # The states of blocks, in the order in which an account lists them.
 BLOCK_STATES = ("free", "reserved", "published", "leased", "draining", "settling")
@@ -205,6 +205,24 @@ def participant_text(who: ParticipantId, info: ParticipantInfo | None) -> Text:
     if info is None:
         return Text(f"participant {who.slot} (gone)", "dim")
     return Text(str(info), "" if info.is_alive else "dead")
+
+
+def counted_blocks(counted: CounterValues) -> str:
+    """What was done with blocks since the pool was made."""
+    return (
+        f"{counted.allocations} allocations, {counted.publishes} publishes, {counted.opens} opens, "
+        f"{counted.releases} releases, {counted.alloc_timeouts} timeouts"
+    )
+
+
+def counted_cache(counted: CounterValues) -> str:
+    """What was done with keys since the pool was made; empty: nothing."""
+    if not (counted.lookups or counted.puts):
+        return ""
+    return (
+        f"{counted.lookups} lookups, {share_text(counted.hits, counted.lookups)} hits; "
+        f"{counted.puts} puts, {counted.evictions} evictions"
+    )
 
 
 def account(stats: PoolStats) -> Line:

@@ -26,11 +26,12 @@ from shmblocks.cli.render import (
     Text,
     account,
     age_text,
+    counted_blocks,
+    counted_cache,
     facts,
     joined,
     line,
     participant_text,
-    share_text,
     state_text,
     table,
 )
@@ -135,25 +136,16 @@ def _device(stats: PoolStats) -> list[tuple[str, Line]]:
 
 
 def _counters(counted: CounterValues) -> list[tuple[str, Line]]:
-    blocks = (
-        f"{counted.allocations} allocations, {counted.publishes} publishes, {counted.opens} opens, "
-        f"{counted.releases} releases, {counted.alloc_timeouts} timeouts"
-    )
     deaths = f"{counted.reaped_blocks} blocks reaped, {counted.lock_takeovers} changes completed"
     rows = [
-        ("blocks", line(blocks)),
+        ("blocks", line(counted_blocks(counted))),
         ("of the dead", line(deaths)),
         ("wait for blocks", line(_durations(counted.alloc_wait))),
         ("publish to open", line(_durations(counted.publish_to_open))),
         ("lock held", line(f"{_durations(counted.lock_held)} (one section in 64 is timed)")),
     ]
-    if not (counted.lookups or counted.puts):
-        return rows
-    cache = (
-        f"{counted.lookups} lookups, {share_text(counted.hits, counted.lookups)} hits; "
-        f"{counted.puts} puts, {counted.evictions} evictions"
-    )
-    return [*rows, ("cache", line(cache))]
+    cache = counted_cache(counted)
+    return [*rows, ("cache", line(cache))] if cache else rows
 
 
 def _durations(histogram: HistogramValues) -> str:

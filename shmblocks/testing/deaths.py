@@ -222,7 +222,14 @@ def _watch(pid: int, pipe: int) -> Iterator[Callable[[int], object]]:
         yield lambda _: poll.poll(1)
         return
     poll.register(watch, select.POLLIN)
+
+    def wait(milliseconds: int) -> None:
+        for descriptor, event in poll.poll(milliseconds):
+            if descriptor == pipe and not event & select.POLLIN:
+                # It has closed the pipe, and takes some time yet to end: only that is waited for.
+                poll.unregister(pipe)
+
     try:
-        yield poll.poll
+        yield wait
     finally:
         os.close(watch)

@@ -24,6 +24,9 @@ from shmblocks.testing import abandon
 from tests.support.children import Channel as Pipe
 from tests.support.children import fork, wait_until
 
+# Seconds in which a thread that is woken has ended, on a busy machine, too.
+SOON = 10.0
+
 
 def take(pool: BlockPool, num_tokens: int = 4) -> BlockHandle:
     handle = pool.alloc(num_tokens)
@@ -222,15 +225,34 @@ def test_closing_the_pool_ends_the_waits_of_this_process(pool: BlockPool) -> Non
 
     def wait() -> None:
         try:
-            channel.receive(timeout=30)
+            channel.receive(timeout=None)
         except PoolClosedError as error:
             errors.append(error)
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     time.sleep(0.05)  # asleep, more often than not; either way it must end
     pool.close()
-    thread.join(30)
+    thread.join(SOON)  # without a time limit of its own, only the close can end it
+    assert len(errors) == 1
+
+
+def test_closing_the_pool_ends_a_send_that_waits_for_capacity(pool: BlockPool) -> None:
+    channel = pool.channel("images", capacity=1, spin=0)
+    send(channel, b"first")
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            send(channel, b"second")
+        except PoolClosedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    time.sleep(0.05)
+    pool.close()
+    thread.join(SOON)
     assert len(errors) == 1
 
 

@@ -18,6 +18,7 @@ from shmblocks import (
     PoolNotFoundError,
     TooManyParticipantsError,
     list_pools,
+    remove_dead_pools,
     remove_pool,
 )
 from shmblocks._os.segment import path_of
@@ -28,6 +29,7 @@ from shmblocks._state import shared_segment as shared_segment_module
 from shmblocks._state.layout import H_VERSION
 from shmblocks._state.participants import Participants
 from shmblocks._state.pool_state import PoolState
+from shmblocks.inspector import pool_names
 from shmblocks.pool import Prefault
 from tests.core import pools
 from tests.core.conftest import require_right
@@ -254,6 +256,25 @@ def test_a_leftover_that_is_locked_for_ever_is_told_after_the_lock_timeout(pool_
     with pytest.raises(PoolExistsError, match="holds the name"):
         pools.create(pool_name, pools.tiny(lock_timeout=0.05))
     locks.close()
+    remove_pool(pool_name)
+
+
+def test_ensure_removes_the_dead_pools_of_a_prefix_and_no_other(pool_name: str) -> None:
+    create_and_abandon(f"{pool_name}-a-1")
+    create_and_abandon(f"{pool_name}-b")
+    with pools.create(f"{pool_name}-a-2") as alive:
+        config = pools.tiny(4)
+        with BlockPool.ensure(f"{pool_name}-a-3", config, remove_dead=f"{pool_name}-a"):
+            names = {name for name in pool_names() if pool_name in name}
+            assert names == {alive.name, f"/{pool_name}-a-3", f"/{pool_name}-b"}
+    assert remove_dead_pools(pool_name) == [f"/{pool_name}-b"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/"])
+def test_an_empty_prefix_removes_nothing(pool_name: str, prefix: str) -> None:
+    create_and_abandon(pool_name)
+    with pytest.raises(ValueError, match="prefix: expected the beginning"):
+        remove_dead_pools(prefix)
     remove_pool(pool_name)
 
 
