@@ -87,7 +87,8 @@ class Channel:
         self.name = name
         self.index = index
         self._state = state
-        self._core = pool.state.core
+        # Streams order what lies on a GPU: that is Python's.
+        self._core = None if pool.config.is_on_gpu else pool.state.core
         self._receiving = Sleeper(
             state.arrivals(index),
             lambda: state.receiver_sleeps(index),
@@ -133,7 +134,7 @@ class Channel:
                     `PoolTimeoutError`; the reservation is the caller's as before
         """
         core = self._core
-        if core is not None and stream is None and not self.pool.config.is_on_gpu:
+        if core is not None and stream is None and (timeout is None or timeout >= 0):
             handle = blocks.handle if isinstance(blocks, Reservation) else blocks
             sent = core.send(self.index + 1, handle, num_tokens, readers, message)
             if sent is not None:
@@ -235,7 +236,8 @@ class Channel:
     def _take_compiled(self, limit: int, leases: list[Lease], deadline: float | None) -> int:
         """As `_take`, by the compiled core if it is there, which spins for a message meanwhile: for
         how many ns. What it takes is in `leases`, also when this is interrupted."""
-        core, means = self._core, self.pool.reading_means()
+        core = self._core
+        means = None if core is None else self.pool.reading_means()
         if core is None or means is None:
             return 0
         spin = self._receiving.budget_ns(deadline)

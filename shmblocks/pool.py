@@ -861,6 +861,9 @@ class BlockPool:
 
     def reading_means(self) -> LeaseMeans | None:
         """What leases of this process need, for the compiled core; None: streams order them."""
+        means = self._read_means
+        if means is not None and self.streams.begun is None:
+            return means
         return None if self._is_on_gpu or self.is_closed else self._means(for_write=False)
 
     def lease_received(self, handle: BlockHandle, opened: Opened, message: bytes) -> Lease:

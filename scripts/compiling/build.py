@@ -17,7 +17,14 @@ FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-shared", "-fvisibility=h
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 # What `scripts/core sanitize` runs: everything that the core does, and nothing that kills.
-TESTS = ("tests/core_twins", "tests/channel/test_channel.py", "tests/queue/test_messages.py")
+TESTS = (
+    "tests/compiled/test_twins.py",
+    "tests/channel/test_channel.py",
+    "tests/core/test_views.py",
+    "tests/core/test_storages.py",
+    "tests/core/test_leases.py",
+    "tests/queue/test_messages.py",
+)
 
 
 def sources() -> list[Path]:
