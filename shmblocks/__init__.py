@@ -13,8 +13,9 @@ things live, from the bottom to the top (a part imports only parts of the lines 
     lease                                       what a process holds, as context managers
     channel                                     blocks from process to process, inside the pool
     pool                                        BlockPool
-    cache  metrics  traces                      TensorCache; Prometheus; OpenTelemetry
-    nodes/  sglang  testing/  transfer/         other machines; SGLang; deaths; encode/language
+    nodes/  metrics  traces                     other machines; Prometheus; OpenTelemetry
+    cache  sglang  testing/  transfer/          TensorCache; SGLang; deaths; encode/language
+    vllm/                                       engines that need no patch
     doctor/                                     what will fail on this machine
     cli/                                        the command line
 """
@@ -29,6 +30,7 @@ from shmblocks._state.info import (
     EntryInfo,
     HistogramValues,
     LeaseInfo,
+    NodePeerInfo,
     ParticipantId,
     ParticipantInfo,
     PoolSnapshot,
@@ -102,6 +104,7 @@ __all__ = [
     "MalformedHandleError",
     "MalformedMessageError",
     "Namespace",
+    "NodePeerInfo",
     "ParticipantId",
     "ParticipantInfo",
     "PeerDiedError",

@@ -30,9 +30,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from shmblocks._state.cache_state import ClaimAnswer
 from shmblocks._state.counters import Counter
@@ -45,6 +45,7 @@ from shmblocks.errors import (
     PoolTimeoutError,
     ShmBlocksError,
 )
+from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
 from shmblocks.pool import BlockPool
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     import torch
 
     from shmblocks.cuda.use import Stream
+    from shmblocks.nodes import Nodes
 
 # A token of a byte pool. 4 KiB: a page, so that a copy-on-write view of an entry is possible.
 ROW_BYTES = 4096
@@ -175,10 +177,16 @@ class Claim:
         self._answer = None
         return is_stored
 
+    @property
+    def is_known(self) -> bool:
+        """Whether others wait for its end, and what is put under it is stored."""
+        return self._answer is not None
+
     def abandon(self) -> None:
         """Let another one encode it; idempotent."""
         answer, pool = self._answer, self._cache.pool
-        if answer is not None and answer.slot >= 0 and not pool.is_closed:
+        # (In a forked child it is the parent's.)
+        if answer is not None and answer.slot >= 0 and pool.participant == answer.owner:
             pool.end_claim(self.key, answer)
         self._answer = None
 
@@ -224,14 +232,32 @@ def _abandon_quietly(claim: Claim) -> None:
         claim.abandon()
 
 
+class TensorTickets(NamedTuple):
+    """Leases on one tensor that travel: a ticket for each; its dtype by name (`bf16`), its shape,
+    its size."""
+
+    tickets: list[bytes]
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
 class TensorCache:
     """A cache of tensors in a byte pool, shared by every process that is attached to it.
 
     Borrows the pool. All methods may be called from any thread.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
-        """`pool`: of a config like `byte_config` makes."""
+    def __init__(
+        self, pool: BlockPool, *, nodes: Nodes | Sequence[tuple[str, int] | str] = ()
+    ) -> None:
+        """`pool`: of a config like `byte_config` makes.
+
+        `nodes`: all nodes that share their caches, as (host, port) or "host:port", this one among
+        them; the key between them is the content of the file that SHMBLOCKS_KEY_FILE names. Or a
+        `shmblocks.nodes.Nodes`, which stays the caller's. What this node has not is then fetched
+        from the key's owner (`Nodes.owner_of`), and becomes an entry here.
+        """
         fields = pool.config.fields
         if len(fields) != 1 or fields[0].name != FIELD or fields[0].dtype != "uint8":
             raise IncompatibleConfigError(
@@ -240,6 +266,16 @@ class TensorCache:
             )
         self.pool = pool
         self._row_bytes = fields[0].token_bytes
+        self._nodes = _nodes_of(pool, nodes) if nodes != () else None
+        self._owns_nodes = self._nodes is not nodes
+
+    def close(self) -> None:
+        """End the connections to other nodes that this made; the pool stays open. Idempotent.
+
+        Call it before the pool is closed. Without `nodes` there is nothing to do.
+        """
+        if self._nodes is not None and self._owns_nodes:
+            self._nodes.close()
 
     # ---- putting -----------------------------------------------------------------------------
 
@@ -326,11 +362,39 @@ class TensorCache:
         """The tensor of a key; None: a miss.
 
         One of another shape or dtype than given (None: any) is a miss, and counted as mismatch.
+        With `nodes` this fetches it, if no other process of this node is at it.
         """
+        lease = self._lease_here(key) or self._fetch(key)
+        return None if lease is None else self.as_expected(lease, shape, dtype)
+
+    def _lease_here(self, key: bytes) -> Lease | None:
         leases = self.pool.get(key)
-        if leases is None:
+        return leases[0] if leases else None
+
+    def get_here(
+        self, key: bytes, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+    ) -> CacheLease | None:
+        """`get` of this node's entries alone."""
+        lease = self._lease_here(key)
+        return None if lease is None else self.as_expected(lease, shape, dtype)
+
+    def _fetch(self, key: bytes) -> Lease | None:
+        """The entry of the key's owner, unless somebody of this node is at it already."""
+        if self._nodes is None:
             return None
-        found = self._lease_of(leases[0])
+        answer = self.pool.claim(key)
+        if answer.state != "mine":
+            return None
+        try:
+            return self._nodes.fetch_key(key)
+        finally:
+            self.pool.end_claim(key, answer)
+
+    def as_expected(
+        self, lease: Lease, shape: tuple[int, ...] | None, dtype: torch.dtype | None
+    ) -> CacheLease | None:
+        """The tensor that a lease is on; None, and no lease, when another one was expected."""
+        found = self._lease_of(lease)
         if (shape is not None and found.shape != tuple(shape)) or (
             dtype is not None and found.dtype != dtype
         ):
@@ -338,6 +402,23 @@ class TensorCache:
             self.pool.cache_state.count(Counter.MISMATCHES)
             return None
         return found
+
+    def get_tickets(self, key: bytes, *, leases: int = 1) -> TensorTickets | None:
+        """So many leases on the tensor of a key, as tickets for others to adopt; None: a miss.
+
+        Needs neither torch nor CUDA; see `BlockPool.get_tickets`.
+        """
+        found = self.pool.get_tickets(key, leases=leases)
+        if found is None:
+            return None
+        try:
+            number, shape = _entry_of(found.aux, found.handle)
+            dtype = _DTYPES[number]
+            return TensorTickets(found.tickets, dtype, shape, math.prod(shape) * DTYPES[dtype][0])
+        except BaseException:
+            for ticket in found.tickets:
+                self.pool.revoke(ticket)
+            raise
 
     def adopt(self, ticket: bytes) -> CacheLease:
         """Make the lease that a ticket carries this process's own; see `BlockPool.adopt`."""
@@ -347,13 +428,9 @@ class TensorCache:
         import torch
 
         try:
-            mark, number, dims, *shape = _ENTRY.unpack_from(lease.memory("aux"))
-            if mark != _MARK or number >= len(_DTYPES) or dims > MAX_DIMS:
-                raise IncompatibleConfigError(
-                    f"{lease.handle}: expected an entry that a TensorCache has put"
-                )
+            number, shape = _entry_of(lease.memory("aux"), lease.handle)
             dtype: torch.dtype = getattr(torch, DTYPES[_DTYPES[number]][1])
-            return CacheLease(lease, dtype, tuple(shape[:dims]))
+            return CacheLease(lease, dtype, shape)
         except BaseException:
             lease.release()
             raise
@@ -370,7 +447,8 @@ class TensorCache:
 
         While another process encodes it, this waits up to `timeout` seconds (None: for ever), then
         raises `PoolTimeoutError`, which names that process. When it dies, the next one in wait gets
-        the claim.
+        the claim. With `nodes` the key's owner is asked under the claim, before it is given: that
+        takes as long as the fetch does, and some seconds at most.
         """
         wanted = _Wanted(self, key, timeout, shape, dtype)
         while (found := wanted.attempt()) is None:
@@ -378,7 +456,14 @@ class TensorCache:
                 time.sleep(wanted.seconds)
             else:
                 self.pool.wait_for_claim(wanted.answer, wanted.seconds)
-        return found
+        if self._nodes is None or not (found.is_claim and found.is_known):
+            return found
+        try:
+            fetched = self._nodes.fetch_key(key)
+        except BaseException:
+            found.abandon()
+            raise
+        return wanted.fetched(found, fetched)
 
     async def get_or_claim_async(
         self,
@@ -397,7 +482,14 @@ class TensorCache:
                 await asyncio.sleep(wanted.seconds)
             else:
                 await self.pool.wait_for_claim_async(wanted.answer, wanted.seconds)
-        return found
+        if self._nodes is None or not (found.is_claim and found.is_known):
+            return found
+        try:
+            fetched = await self._nodes.fetch_key_async(key)
+        except BaseException:
+            found.abandon()
+            raise
+        return wanted.fetched(found, fetched)
 
 
 class _Wanted:
@@ -444,7 +536,7 @@ class _Wanted:
         return None
 
     def _get(self) -> CacheLease | None:
-        return self._cache.get(self._key, shape=self._shape, dtype=self._dtype)
+        return self._cache.get_here(self._key, self._shape, self._dtype)
 
     def _claim_in_vain(self) -> Claim | None:
         """The entry that is there has another shape or dtype: encode it here; it cannot be stored.
@@ -454,6 +546,15 @@ class _Wanted:
         if there is None or not there.is_ready or is_any:
             return None
         return Claim(self._cache, self._key, None)
+
+    def fetched(self, claim: Claim, lease: Lease | None) -> CacheLease | Claim:
+        """What came of asking the key's owner under the claim."""
+        if lease is None:
+            return claim
+        claim.abandon()  # published, so that it has ended
+        found = self._cache.as_expected(lease, self._shape, self._dtype)
+        # Of another shape or dtype: encode it here; it cannot be stored.
+        return Claim(self._cache, self._key, None) if found is None else found
 
     def _overdue(self) -> PoolTimeoutError:
         pool, answer = self._cache.pool, self.answer
@@ -466,6 +567,27 @@ class _Wanted:
             f"{begin}{pool.describe(answer.owner)} has claimed {age:.1f} s ago; encode it "
             "here, or wait longer"
         )
+
+
+def _nodes_of(pool: BlockPool, nodes: Nodes | Sequence[tuple[str, int] | str]) -> Nodes | None:
+    """None: there is no other node."""
+    # Here: who has one node needs no network.
+    from shmblocks.nodes import Nodes
+    from shmblocks.nodes.handshake import key_from_environment
+
+    if isinstance(nodes, Nodes):
+        return nodes
+    if isinstance(nodes, str):
+        raise TypeError(f"nodes: expected a list of addresses, got the text {nodes!r}")
+    return Nodes(pool, nodes, key=key_from_environment()) if nodes else None
+
+
+def _entry_of(aux: bytes | memoryview, handle: BlockHandle) -> tuple[int, tuple[int, ...]]:
+    """The dtype's number and the shape that stand in `aux`."""
+    mark, number, dims, *shape = _ENTRY.unpack_from(aux)
+    if mark != _MARK or number >= len(_DTYPES) or dims > MAX_DIMS:
+        raise IncompatibleConfigError(f"{handle}: expected an entry that a TensorCache has put")
+    return number, tuple(shape[:dims])
 
 
 def _left(started: float, timeout: float | None) -> float:

@@ -85,6 +85,7 @@ _GAUGES = {
     "shmblocks_cache_entries": "Entries of the content cache.",
     "shmblocks_cache_bytes": "Size of the blocks of all entries.",
     "shmblocks_cache_pinned_bytes": "Size of the blocks of entries that cannot be evicted now.",
+    "shmblocks_node_peers": "Readers on other nodes that are connected to the pool's servers.",
 }
 # Name -> (attribute of CounterValues, help).
 _COUNTERS = {
@@ -118,6 +119,23 @@ _COUNTERS = {
         "Claims of the dead that another process took over.",
     ),
     "shmblocks_cache_pending_waits_total": ("waits", "Waits for an entry that another one makes."),
+    "shmblocks_node_reads_total": ("node_reads", "Fetches of other nodes, confirmed by them."),
+    "shmblocks_node_sent_bytes_total": ("node_sent_bytes", "Size of what they fetched."),
+    "shmblocks_node_given_back_total": (
+        "node_given_back",
+        "Fetches of other nodes that were not confirmed; to be fetched again.",
+    ),
+    "shmblocks_node_refusals_total": (
+        "node_refusals",
+        "Fetches of other nodes that were answered with an error.",
+    ),
+    "shmblocks_node_turned_away_total": (
+        "node_turned_away",
+        "Connections that did not prove the key, or were too many.",
+    ),
+    "shmblocks_node_fetches_total": ("node_fetches", "Fetches from other nodes that succeeded."),
+    "shmblocks_node_received_bytes_total": ("node_received_bytes", "Size of what was fetched."),
+    "shmblocks_node_failures_total": ("node_failures", "Fetches from other nodes that failed."),
 }
 _HISTOGRAMS = {
     "shmblocks_alloc_wait_seconds": (
@@ -214,6 +232,7 @@ def _gauges(stats: PoolStats) -> dict[str, float]:
         "shmblocks_cache_entries": stats.entries,
         "shmblocks_cache_bytes": stats.entry_blocks * block,
         "shmblocks_cache_pinned_bytes": stats.pinned_entry_blocks * block,
+        "shmblocks_node_peers": stats.node_peers,
     }
 
 

@@ -46,7 +46,7 @@ from shmblocks._claim_wait import ClaimWaiters
 from shmblocks._os.wait import LONGEST_SPIN, deadline_of, seconds_left
 from shmblocks._state import lifetime
 from shmblocks._state.blocks import LeaseKey
-from shmblocks._state.cache_state import CacheState, ClaimAnswer, Found
+from shmblocks._state.cache_state import CacheState, ClaimAnswer, Found, Ticket
 from shmblocks._state.channel_state import ChannelState
 from shmblocks._state.channels import NAME_BYTES
 from shmblocks._state.info import (
@@ -62,6 +62,7 @@ from shmblocks._state.info import (
 )
 from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
 from shmblocks._state.participants import utf8_prefix
+from shmblocks._state.peers import PeerState
 from shmblocks._state.pool_state import AllocRequest, Opened, PoolState, stamp
 from shmblocks._state.shared_segment import ATTACH_POLL
 from shmblocks.channel import Channel, ReadyToSend, send
@@ -81,7 +82,7 @@ from shmblocks.errors import (
 from shmblocks.handle import BlockHandle
 from shmblocks.inspector import remove_dead_pools
 from shmblocks.lease import Lease, LeaseMeans, Reservation
-from shmblocks.tickets import decode_ticket
+from shmblocks.tickets import Tickets, decode_ticket, encode_ticket
 from shmblocks.view import AUX, BlockView, FieldTensors, ReservationGuard, count_tokens, fill
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class BlockPool:
         self._guard = ReservationGuard(state)
         self._waiters = AllocWaiters(state)
         self.cache_state = CacheState(state)
+        self.peer_state = PeerState(state)
         self._claim_waiters = ClaimWaiters(self.cache_state)
         self.channel_state = ChannelState(state)
         self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
@@ -347,6 +349,22 @@ class BlockPool:
     def is_closed(self) -> bool:
         """Whether this process has left the pool."""
         return self.state.is_closed
+
+    @property
+    def lock_timeout(self) -> float:
+        """Seconds that this pool object waits for the pool's lock before `PoolTimeoutError`.
+
+        The config's, unless it is set: a thread that must never wait long sets less.
+        """
+        return self.state.mutex.timeout
+
+    @lock_timeout.setter
+    def lock_timeout(self, seconds: float) -> None:
+        if not 0 < seconds <= MAX_SECONDS:
+            raise ValueError(
+                f"lock_timeout: expected seconds > 0 and at most {MAX_SECONDS:g}, got {seconds}"
+            )
+        self.state.mutex.timeout = seconds
 
     # ---- the GPU -----------------------------------------------------------------------------
 
@@ -1012,6 +1030,26 @@ class BlockPool:
                 self.state.undo_open(opened.key)
             raise
 
+    def get_tickets(self, key: bytes, *, leases: int = 1) -> Tickets | None:
+        """As many leases as `get` takes, as tickets for those who will read; None: a miss.
+
+        For a scheduler that promises an entry to its workers: it needs neither torch nor CUDA, also
+        in a CUDA pool. Until a ticket is adopted its lease is this process's: `revoke` ends it.
+        """
+        leases = _whole("leases", leases)
+        given: list[Ticket] = []
+        try:
+            given = self.cache_state.get_given(key, leases)
+            if not given:
+                return None
+            handle = given[0].handle
+            aux = bytes(self._open_tensors().aux_bytes(handle.start_block))
+            return Tickets(handle, aux, [encode_ticket(ticket) for ticket in given])
+        except BaseException:
+            for ticket in given:
+                self.cache_state.revoke(ticket)
+            raise
+
     def _lease_of(self, handle: BlockHandle, key: LeaseKey) -> Lease:
         order = None
         if self._is_on_gpu:
@@ -1063,9 +1101,14 @@ class BlockPool:
     def end_claim(self, key: bytes, answer: ClaimAnswer | None = None) -> bool:
         """Give up this process's claim on a key; False: it has none.
 
-        `answer`: the claim that was given with it, and no later one of another thread.
+        `answer`: the claim that was given with it, and no later one. An answer may travel: who has
+        it gives the claim up for its owner.
         """
-        return self.cache_state.end_claim(key, 0 if answer is None else answer.since_ns)
+        return self.cache_state.end_claim(key, answer)
+
+    def claimant(self, key: bytes) -> ParticipantId | None:
+        """The living process that has claimed a key; None: nobody encodes it. Claims nothing."""
+        return self.cache_state.claimant(key)
 
     def wait_for_claim(self, answer: ClaimAnswer, timeout: float) -> None:
         """Sleep until the claim of a `busy` answer has ended, in whatever way, `timeout` seconds at

@@ -6,6 +6,7 @@ Decoding trusts no byte; whether the lease still travels is asked of the pool, u
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from shmblocks._state.cache_state import Ticket
 from shmblocks.errors import MalformedHandleError
@@ -15,6 +16,14 @@ from shmblocks.handle import BlockHandle
 _TICKET = struct.Struct("<4s3I4Q")
 _MARK = b"SBT1"
 TICKET_BYTES = _TICKET.size
+
+
+class Tickets(NamedTuple):
+    """Leases on one entry that travel: its handle, what stands in its `aux`, a ticket for each."""
+
+    handle: BlockHandle
+    aux: bytes
+    tickets: list[bytes]
 
 
 def encode_ticket(ticket: Ticket) -> bytes:

@@ -54,6 +54,9 @@ EXPERIMENTS = [
     "fragmentation",
     "hit_rates",
     "cache_costs",
+    "cache_peers",
+    "cache_processes",
+    "nodes",
 ]
 
 

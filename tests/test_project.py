@@ -42,8 +42,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channel",),
     ("pool",),
     ("__init__",),
-    ("cache", "metrics", "traces"),
-    ("nodes", "sglang", "testing", "transfer"),
+    ("nodes", "metrics", "traces"),
+    ("cache", "sglang", "testing", "transfer"),
+    ("vllm",),
     ("doctor",),
     ("cli",),
 )
@@ -74,6 +75,7 @@ PUBLIC: dict[str, set[str]] = {
         "MalformedHandleError",
         "MalformedMessageError",
         "Namespace",
+        "NodePeerInfo",
         "ParticipantId",
         "ParticipantInfo",
         "PeerDiedError",
@@ -145,6 +147,7 @@ PUBLIC: dict[str, set[str]] = {
         "MultimodalInputs",
         "ReqToMetadataBlockAllocator",
     },
+    "shmblocks.vllm": {"ConnectorConfig", "register"},
     "shmblocks.testing": {
         "Coverage",
         "Ending",
@@ -398,7 +401,7 @@ def runs(program: Path, version: tuple[int, int]) -> bool:
     return numbers == [str(number) for number in version]
 
 
-@pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", ".ci/run"])
+@pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", "scripts/vllm", ".ci/run"])
 def test_a_script_can_be_started_and_parses(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     run_program(["bash", "-n", ROOT / script])

@@ -239,6 +239,11 @@ class CacheState:
     def _get(
         self, stored: bytes, leases: int, tokens: int | None, moment: int
     ) -> list[tuple[BlockHandle, Opened]]:
+        return self._taken(stored, leases, tokens, moment)
+
+    def _taken(
+        self, stored: bytes, leases: int, tokens: int | None, moment: int
+    ) -> list[tuple[BlockHandle, Opened]]:
         self._count(Counter.LOOKUPS)
         start = self._keys.find(stored)
         if start < 0:
@@ -385,21 +390,32 @@ class CacheState:
         return True
 
     @transaction
-    def end_claim(self, key: bytes, since_ns: int = 0) -> bool:
+    def claimant(self, key: bytes) -> ParticipantId | None:
+        """The living process that has claimed a key."""
+        slot = self._claims.find(stored_key(key))
+        if slot < 0:
+            return None
+        owner = ParticipantId.of(self._claims.record(slot).owner)
+        return owner if self._state.participants.is_alive(owner) else None
+
+    @transaction
+    def end_claim(self, key: bytes, answer: ClaimAnswer | None = None) -> bool:
         """Give up this process's claim on a key; False: it has none.
 
-        `since_ns`: the one that was made at that moment, and no later one.
+        `answer`: the claim that was given with it, whoever's it is, and no later one.
         """
         slot = self._claims.find(stored_key(key))
         if slot < 0:
             return False
         claim = self._claims.record(slot)
-        if claim.owner != self._state.participants.me_word:
-            return False
-        if since_ns and claim.since_ns != since_ns:
-            return False
-        self._end_claim(slot)
-        return True
+        if answer is None:
+            is_meant = claim.owner == self._state.participants.me_word
+        else:
+            given = ("mine", claim.owner, claim.since_ns)
+            is_meant = (answer.state, answer.owner and answer.owner.word, answer.since_ns) == given
+        if is_meant:
+            self._end_claim(slot)
+        return is_meant
 
     @transaction
     def is_claimed(self, answer: ClaimAnswer) -> bool:
@@ -427,9 +443,28 @@ class CacheState:
 
     # ---- tickets -----------------------------------------------------------------------------
 
+    def get_given(self, key: bytes, leases: int) -> list[Ticket]:
+        """So many leases on a key's entry that travel already, in one transaction; none: a miss."""
+        moment = stamp()
+        try:
+            return self._get_given(stored_key(key), leases, moment)
+        except BaseException:
+            self._state.undo_opens(moment)
+            raise
+
+    @transaction
+    def _get_given(self, stored: bytes, leases: int, moment: int) -> list[Ticket]:
+        return [
+            Ticket(opened.key.slot, self._given(opened.key), handle)
+            for handle, opened in self._taken(stored, leases, None, moment)
+        ]
+
     @transaction
     def give(self, key: LeaseKey) -> int:
         """Let a lease of this process travel; the number of its ticket."""
+        return self._given(key)
+
+    def _given(self, key: LeaseKey) -> int:
         lease = self._blocks.lease(key.slot)
         if lease.opened_ns != key.opened_ns or lease.holder != key.holder or lease.pending:
             raise InvalidStateError("ticket: the lease has ended; take another one")

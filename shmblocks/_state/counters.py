@@ -38,6 +38,15 @@ class Counter:
     TAKEOVERS: Final = 15
     CLAIM_WAITS: Final = 16
     LOCK_RECOVERIES: Final = 17
+    # Between nodes.
+    NODE_READS: Final = 32
+    NODE_SENT_BYTES: Final = 33
+    NODE_GIVEN_BACK: Final = 34
+    NODE_REFUSALS: Final = 35
+    NODE_TURNED_AWAY: Final = 36
+    NODE_FETCHES: Final = 37
+    NODE_RECEIVED_BYTES: Final = 38
+    NODE_FAILURES: Final = 39
 
 
 class Histogram:
@@ -107,6 +116,14 @@ def counter_values(region: bytes) -> CounterValues:
         skipped=words[Counter.SKIPPED],
         takeovers=words[Counter.TAKEOVERS],
         waits=words[Counter.CLAIM_WAITS],
+        node_reads=words[Counter.NODE_READS],
+        node_sent_bytes=words[Counter.NODE_SENT_BYTES],
+        node_given_back=words[Counter.NODE_GIVEN_BACK],
+        node_refusals=words[Counter.NODE_REFUSALS],
+        node_turned_away=words[Counter.NODE_TURNED_AWAY],
+        node_fetches=words[Counter.NODE_FETCHES],
+        node_received_bytes=words[Counter.NODE_RECEIVED_BYTES],
+        node_failures=words[Counter.NODE_FAILURES],
         alloc_wait=_histogram(words, Histogram.ALLOC_WAIT),
         publish_to_open=_histogram(words, Histogram.PUBLISH_TO_OPEN),
         lock_held=_histogram(words, Histogram.LOCK_HELD),

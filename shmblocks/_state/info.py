@@ -131,6 +131,12 @@ class CounterValues(msgspec.Struct, frozen=True, kw_only=True):
     `releases`: leases that were ended by their holder; `alloc_timeouts`: waits for blocks that
     ended without; `lock_takeovers`: changes that a process left half made (it died, or was
     interrupted) and another one completed. The words of the cache are those of `CacheStats`.
+
+    Between nodes, of the servers of this pool: `node_reads` that readers have confirmed, their
+    `node_sent_bytes`; `node_given_back`: begun, and left to be fetched again; `node_refusals`:
+    questions answered with an error; `node_turned_away`: connections without the key, or too many.
+    Of those who fetch into this pool: `node_fetches`, `node_received_bytes`, `node_failures`.
+
     Histograms: `alloc_wait` from the call to the blocks, of those that had to wait;
     `publish_to_open` for each lease; `lock_held` of one in 64 sections under the pool's lock.
     """
@@ -153,6 +159,14 @@ class CounterValues(msgspec.Struct, frozen=True, kw_only=True):
     skipped: int
     takeovers: int
     waits: int
+    node_reads: int
+    node_sent_bytes: int
+    node_given_back: int
+    node_refusals: int
+    node_turned_away: int
+    node_fetches: int
+    node_received_bytes: int
+    node_failures: int
     alloc_wait: HistogramValues
     publish_to_open: HistogramValues
     lock_held: HistogramValues
@@ -172,6 +186,8 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     `device_openers`: living processes that have it open; `pinned_bytes`: registered with CUDA, over
     all living processes; `pending_leases`, `settling_allocations`: what streams are still to give
     back.
+
+    `node_peers`: readers on other nodes that are connected to the pool's servers.
     """
 
     name: str
@@ -206,6 +222,7 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     pinned_bytes: int = 0
     pending_leases: int = 0
     settling_allocations: int = 0
+    node_peers: int = 0
 
 
 class EntryInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,6 +272,19 @@ class Violation(msgspec.Struct, frozen=True):
     message: str
 
 
+class NodePeerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A reader on another node that is connected to a node server of the pool.
+
+    `server_slot`: the participant that serves it; `fetched`: fetches that it has confirmed.
+    """
+
+    address: str
+    server_slot: int
+    age_seconds: float
+    fetched: int
+    sent_bytes: int
+
+
 class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All that there is to know of a pool, of one and the same moment."""
 
@@ -262,6 +292,7 @@ class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     allocations: list[AllocationInfo]
     participants: list[ParticipantInfo]
     waiters: list[WaiterInfo]
+    peers: list[NodePeerInfo]
 
 
 class ReapReport(msgspec.Struct, frozen=True, kw_only=True):

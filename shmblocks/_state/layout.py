@@ -63,7 +63,7 @@ every layout version, so that any version can tell whether a pool is one, and wh
     129 creator of the CUDA memory          participant words
     130 its GPU's UUID, 2 words             0   incarnation, 0: free
     132 IPC handle, 8 words                 1   pid, as its own pid namespace counts
-                                            2   pid namespace, inode number
+    144 peers of node servers (below)       2   pid namespace, inode number
     lease words                             3   process start time, clock ticks since boot
     0   generation of its allocation,       4   attached, monotonic ns
         0: free                             5   flags (1: created the pool, 2: uses a GPU,
@@ -91,6 +91,11 @@ every layout version, so that any version can tell whether a pool is one, and wh
     4   the message, 64 bytes               25  receivers asleep on arrivals
                                             26  arrivals: counts messages that
                                                 came (futex word)
+
+    peer words (in the header, from word 144 on: 32 rows of 8 words)
+    0   owner, a participant word (a node server), 0: free        2   fetches that were confirmed
+    1   connected since, monotonic ns                             3   bytes that were sent
+    4   address of the reader, 32 bytes, a Pascal string
 
 A *participant word* is `incarnation << 16 | slot`: the slot alone would be wrong once a slot is
 used again.
@@ -135,6 +140,7 @@ H_INDEX_CHANGES = 26
 H_CHANNELS = 30
 H_MESSAGE_SLOTS = 31
 H_DEVICE_STATE = 128
+H_PEERS = 144
 
 IDENTITY = struct.Struct("=5Q")
 # cursor, next generation, free blocks, live: one store of the journal, since they change together.
@@ -210,6 +216,11 @@ WAITER_REQUEST_ID_BYTES = 15
 
 CLAIM = struct.Struct("=2Q32s2Q")
 CLAIM_WORDS = CLAIM.size // WORD
+
+PEER = struct.Struct("=4Q32p")
+PEER_WORDS = PEER.size // WORD
+# Peers that can be seen at once. More: they are served, and not shown.
+PEER_ROWS = 32
 
 CHANNEL_BYTES = 256
 CHANNEL_WORDS = CHANNEL_BYTES // WORD

@@ -27,14 +27,16 @@ from shmblocks._state.info import (
 )
 from shmblocks._state.layout import (
     COUNTER_BYTES,
-    H_DEVICE_STATE,
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,
+    H_PEERS,
     H_PENDING,
     H_SETTLING,
     H_WAITERS,
     LEASE,
     LEASE_HEAD,
+    PEER_ROWS,
+    PEER_WORDS,
     R_HOLD,
     R_REQUEST_ID,
     RECORD,
@@ -45,13 +47,14 @@ from shmblocks._state.layout import (
     Record,
     WaiterRecord,
 )
+from shmblocks._state.peer_rows import peer_infos
 from shmblocks._state.pool_parts import PoolParts
 from shmblocks._state.states import STATES, State
 
 # Lines of a message that names holders; the command line shows all.
 MOST_LINES = 20
 
-_HEADER_WORDS = H_DEVICE_STATE
+_HEADER_WORDS = H_PEERS + PEER_ROWS * PEER_WORDS
 _HEADER = struct.Struct(f"={_HEADER_WORDS}Q")
 
 
@@ -95,6 +98,11 @@ class RawState:
         self.participants = parts.participants.infos()
         self._export = read_export(memory)
         self.parts = parts
+
+    @property
+    def header(self) -> bytes:
+        """The bytes of the header, up to the end of the peers."""
+        return self._header
 
     @property
     def words(self) -> tuple[int, ...]:
@@ -247,6 +255,7 @@ def stats(raw: RawState) -> PoolStats:
         pinned_bytes=sum(info.pinned_bytes for info in users),
         pending_leases=words[H_PENDING],
         settling_allocations=words[H_SETTLING],
+        node_peers=len(peer_infos(raw.header, raw.people(), raw.now_ns)),
     )
 
 
@@ -269,6 +278,7 @@ def snapshot(raw: RawState) -> PoolSnapshot:
         allocations=allocations(raw),
         participants=raw.participants,
         waiters=waiters(raw),
+        peers=peer_infos(raw.header, raw.people(), raw.now_ns),
     )
 
 

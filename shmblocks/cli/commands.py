@@ -25,7 +25,7 @@ from shmblocks.cli.render import (
     state_text,
     table,
 )
-from shmblocks.doctor import CheckResult, run_checks
+from shmblocks.doctor import CHECKS, VLLM_CHECKS, CheckResult, run_checks
 from shmblocks.errors import PoolExistsError, ShmBlocksError
 from shmblocks.inspector import (
     PoolInspector,
@@ -357,8 +357,8 @@ class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):
     checks: list[CheckResult]
 
 
-def _doctor(_: Namespace) -> Answer:
-    checks = list(run_checks())
+def _doctor(arguments: Namespace) -> Answer:
+    checks = list(run_checks(checks=CHECKS + (VLLM_CHECKS if arguments.vllm else ())))
     report = DoctorReport(healthy=all(check.status != "fail" for check in checks), checks=checks)
     width = max((len(check.name) for check in checks), default=0)
     lines = [part for check in checks for part in _check_lines(check, width)]
@@ -385,6 +385,12 @@ def _verdict(report: DoctorReport) -> Line:
     return line(text, Text("see the failures above", "fail"))
 
 
+def _add_doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--vllm", action="store_true", help="also compare the connector with the installed vLLM"
+    )
+
+
 DOCTOR = Command(
     name="doctor",
     summary="says before the start what will fail on this machine",
@@ -395,6 +401,7 @@ DOCTOR = Command(
     ),
     examples=(
         ("shmblocks doctor", "all checks, with advice"),
+        ("shmblocks doctor --vllm", "also: does the connector fit the vLLM here?"),
         (
             "shmblocks doctor --json | jq '.checks[] | select(.status != \"ok\")'",
             "what is not fine",
@@ -402,4 +409,5 @@ DOCTOR = Command(
     ),
     reports=(DoctorReport,),
     run=_doctor,
+    add_arguments=_add_doctor_arguments,
 )

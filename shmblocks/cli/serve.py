@@ -149,10 +149,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not (host and port.isascii() and port.isdigit()):
-        raise ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    from shmblocks.nodes.address import parse_address
+
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 SERVE = Command(

@@ -12,6 +12,7 @@ from shmblocks._state.info import (
     CounterValues,
     HistogramValues,
     LeaseInfo,
+    NodePeerInfo,
     ParticipantInfo,
     PoolSnapshot,
     PoolStats,
@@ -58,6 +59,7 @@ _FIELDS = "name | dtype | shape | >bytes per token"
 _PARTICIPANTS = ">slot | >pid | >pid namespace | role | state | >attached | "
 _ALLOCATIONS = "blocks | >tokens | >generation | state | >age | request | owner | leases"
 _LEASES = "blocks | >generation | kind | >age | holder | "
+_PEERS = "address | served by | >connected | >fetches | >bytes"
 _WAITERS = "> | >blocks | >waits | >last poll | request | who"
 
 
@@ -97,6 +99,22 @@ def _show_pool(report: PoolReport) -> Document:
         table("allocations", _ALLOCATIONS, list(map(_allocation, allocations)), "none"),
         table("leases", _LEASES, leases, "none"),
         table("waiting for blocks, in order of arrival", _WAITERS, waiters, "nobody"),
+        _peers(report.peers),
+    )
+
+
+def _peers(peers: list[NodePeerInfo]) -> Document:
+    """Nothing for a pool that no server has readers for."""
+    return table("peers on other nodes", _PEERS, list(map(_peer, peers)), "none") if peers else []
+
+
+def _peer(info: NodePeerInfo) -> Line:
+    return (
+        Text(info.address),
+        Text(f"slot {info.server_slot}"),
+        Text(age_text(info.age_seconds)),
+        Text(str(info.fetched)),
+        Text(bytes_text(info.sent_bytes)),
     )
 
 
@@ -145,7 +163,28 @@ def _counters(counted: CounterValues) -> list[tuple[str, Line]]:
         ("lock held", line(f"{_durations(counted.lock_held)} (one section in 64 is timed)")),
     ]
     cache = counted_cache(counted)
-    return [*rows, ("cache", line(cache))] if cache else rows
+    if cache:
+        rows.append(("cache", line(cache)))
+    return [*rows, *_nodes(counted)]
+
+
+def _nodes(counted: CounterValues) -> list[tuple[str, Line]]:
+    """What crossed between nodes; nothing for a pool that no other node has to do with."""
+    rows = []
+    if counted.node_reads or counted.node_given_back or counted.node_refusals:
+        served = (
+            f"{counted.node_reads} fetches, {bytes_text(counted.node_sent_bytes)}; "
+            f"{counted.node_given_back} given back, {counted.node_refusals} refused, "
+            f"{counted.node_turned_away} connections turned away"
+        )
+        rows.append(("to other nodes", line(served)))
+    if counted.node_fetches or counted.node_failures:
+        fetched = (
+            f"{counted.node_fetches} fetches, {bytes_text(counted.node_received_bytes)}; "
+            f"{counted.node_failures} failed"
+        )
+        rows.append(("from other nodes", line(fetched)))
+    return rows
 
 
 def _durations(histogram: HistogramValues) -> str:

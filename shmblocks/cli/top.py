@@ -140,6 +140,8 @@ def _show_pool(pool: TopPool, frame: Frame, before: Frame | None, columns: int) 
     ]
     if stats.counters.lookups or stats.entries:
         document.append(line("  ", _cache(stats, earlier)))
+    if stats.node_peers or stats.counters.node_reads or stats.counters.node_fetches:
+        document.append(line("  ", _nodes(stats, earlier, seconds)))
     waiters = pool.snapshot.waiters
     document += [_waiter(number, each) for number, each in enumerate(waiters[:MOST_WAITERS], 1)]
     if len(waiters) > MOST_WAITERS:
@@ -196,6 +198,21 @@ def _cache(stats: PoolStats, before: CounterValues | None) -> str:
         return text
     lately = share_text(now.hits - before.hits, now.lookups - before.lookups)
     return f"{text}, now {lately}"
+
+
+def _nodes(stats: PoolStats, before: CounterValues | None, seconds: float) -> str:
+    """What crosses between nodes: all of it, or each second."""
+    now, per = stats.counters, ""
+    sent, received = now.node_sent_bytes, now.node_received_bytes
+    if before is not None and seconds > 0:
+        per = "/s"
+        sent = int((sent - before.node_sent_bytes) / seconds)
+        received = int((received - before.node_received_bytes) / seconds)
+    return (
+        f"nodes: {count_text(stats.node_peers, 'peer')}, {bytes_text(sent)}{per} out, "
+        f"{bytes_text(received)}{per} in, {now.node_refusals} refused, {now.node_given_back} given "
+        f"back, {now.node_failures} failed"
+    )
 
 
 def _waiter(number: int, info: WaiterInfo) -> Line:

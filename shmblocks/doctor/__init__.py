@@ -5,14 +5,15 @@ software    Python and packages         memory    /dev/shm and the container's l
 kernel      features and limits         logind    will it delete segments at logout?
 cuda        what pools on a GPU need    sharing   a real pool between two processes
 child       runs a check in a process of its own
+vllm        does the connector fit the vLLM that is installed? (asked for with `--vllm`)
 """
 
 from __future__ import annotations
 
-from shmblocks.doctor import cuda, kernel, logind, memory, sharing, software
+from shmblocks.doctor import cuda, kernel, logind, memory, sharing, software, vllm
 from shmblocks.doctor.host import Check, CheckResult, Host, Status
 
-__all__ = ["CHECKS", "Check", "CheckResult", "Host", "Status", "run_checks"]
+__all__ = ["CHECKS", "VLLM_CHECKS", "Check", "CheckResult", "Host", "Status", "run_checks"]
 
 # From what everything stands on to what stands on everything: the first failure is the cause.
 CHECKS: tuple[Check, ...] = (
@@ -39,6 +40,9 @@ CHECKS: tuple[Check, ...] = (
     sharing.pool_shared,
     sharing.leftovers,
 )
+
+# For those who run the connector (`shmblocks.vllm`).
+VLLM_CHECKS: tuple[Check, ...] = (vllm.connector_fits,)
 
 
 def run_checks(

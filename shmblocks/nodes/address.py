@@ -31,9 +31,18 @@ class Endpoint(NamedTuple):
         return ipaddress.ip_address(str(self.address[0]).partition("%")[0]).is_loopback
 
 
-def checked_address(address: Address) -> Address:
-    """`(host, port)` of the right types; ValueError or TypeError for anything else."""
-    host, port = address
+def parse_address(text: str) -> Address:
+    """The address that `address_text` writes; ValueError for any other text."""
+    host, _, port = text.rpartition(":")
+    if not (host and port.isascii() and port.isdigit()):
+        raise ValueError(f"address: expected HOST:PORT, got {text!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def checked_address(address: Address | str) -> Address:
+    """`(host, port)` of the right types, or from "host:port"; ValueError or TypeError for anything
+    else."""
+    host, port = parse_address(address) if isinstance(address, str) else address
     port = operator.index(port)
     if not host or not 0 <= port < 1 << 16:
         raise ValueError(

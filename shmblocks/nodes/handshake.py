@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
+from pathlib import Path
 
 import msgspec
 
@@ -40,6 +42,8 @@ from shmblocks.nodes.stream import ConnectionLostError, Stream
 
 # Shorter keys can be guessed from one recorded handshake.
 MIN_KEY_BYTES = 16
+# Where the key lies, for those who cannot be given it as an argument.
+KEY_FILE_VARIABLE = "SHMBLOCKS_KEY_FILE"
 _CONTEXT = b"shmblocks nodes 1 "
 
 
@@ -59,6 +63,12 @@ def checked_key(key: bytes | None) -> bytes | None:
             "`head -c 32 /dev/urandom > key`"
         )
     return key
+
+
+def key_from_environment() -> bytes | None:
+    """The bytes of the file that SHMBLOCKS_KEY_FILE names; None when it names none."""
+    path = os.environ.get(KEY_FILE_VARIABLE)
+    return checked_key(Path(path).read_bytes()) if path else None
 
 
 def greet(

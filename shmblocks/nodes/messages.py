@@ -4,8 +4,11 @@
               <----  Hello{version, nonce}
     Prove{nonce, mac}  ---->
               <----  Welcome{pools, mac}        or Refused, and the connection ends
-    Fetch{rid, handle, first, num}  ---->
-              <----  Taken{rid, num_tokens, aux}, then the raw rows, field by field, then Sent{rid}
+    Find{rid, key, layout, epoch}  ---->
+              <----  Found{rid, handle}         or Absent{rid, epoch}
+    Fetch{rid, handle, first, num, checked}  ---->
+              <----  Taken{rid, num_tokens, aux}, then the raw rows, field by field, then
+                     Sent{rid, checksum}
     Done{rid, keep_claim}  ---->
     Fetch ...                                   the answer may also be Refused{rid, kind, reason}
     Ping{rid}  ---->
@@ -51,6 +54,7 @@ NONCE_BYTES = 32
 MAC_BYTES = 32
 DIGEST_BYTES = 32
 AUX_BYTES = 64
+KEY_LENGTHS = (16, 32)
 # Letters of a pool's description in a Welcome; the digest decides, this is for the error's text.
 DESCRIPTION_LETTERS = 160
 
@@ -78,8 +82,9 @@ Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_B
 Mac = Annotated[bytes, msgspec.Meta(min_length=MAC_BYTES, max_length=MAC_BYTES)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 AuxBytes = Annotated[bytes, msgspec.Meta(min_length=AUX_BYTES, max_length=AUX_BYTES)]
-# The bytes of BlockHandle.encode(); the server decodes and judges them.
+# The bytes of BlockHandle.encode(); whoever gets them decodes and judges them.
 HandleBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
+Key = Annotated[bytes, msgspec.Meta(max_length=32)]
 
 
 class Message(
@@ -128,13 +133,43 @@ class Ping(Message, frozen=True):
     rid: UInt64
 
 
+class Find(Message, frozen=True):
+    """Reader: what have you published under this key, in a pool of my layout and epoch?"""
+
+    rid: UInt64
+    key: Key
+    layout: Digest
+    epoch: UInt64
+
+    def __post_init__(self) -> None:
+        if len(self.key) not in KEY_LENGTHS:
+            raise ValueError(f"key: expected 16 or 32 bytes, got {len(self.key)}")
+
+
+class Found(Message, frozen=True):
+    """Server: this, a moment ago. Nothing is held; fetch it."""
+
+    rid: UInt64
+    handle: HandleBytes
+
+
+class Absent(Message, frozen=True):
+    """Server: nothing. `epoch`: of my pool of that layout; when it is another one than the
+    reader's, nothing is looked up."""
+
+    rid: UInt64
+    epoch: UInt64
+
+
 class Fetch(Message, frozen=True):
-    """Reader: send me `num_tokens` tokens of the handle, from `first_token` on."""
+    """Reader: send me `num_tokens` tokens of the handle, from `first_token` on; `checked`: with
+    their checksum."""
 
     rid: UInt64
     handle: HandleBytes
     first_token: Tokens
     num_tokens: SomeTokens
+    checked: bool
 
 
 class Taken(Message, frozen=True):
@@ -146,9 +181,13 @@ class Taken(Message, frozen=True):
 
 
 class Sent(Message, frozen=True):
-    """Server: those were the rows, and my lease was open until the last byte had left."""
+    """Server: those were the rows, and my lease was open until the last byte had left.
+
+    `checksum`: of what was asked for, aux and rows (`rows.Checksum`); 0 when it was not asked for.
+    """
 
     rid: UInt64
+    checksum: UInt64
 
 
 class Done(Message, frozen=True):
@@ -166,7 +205,9 @@ class Refused(Message, frozen=True):
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON_BYTES)]
 
 
-AnyMessage = Hello | Prove | Welcome | Ping | Fetch | Taken | Sent | Done | Refused
+AnyMessage = (
+    Hello | Prove | Welcome | Ping | Find | Found | Absent | Fetch | Taken | Sent | Done | Refused
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

@@ -1,8 +1,13 @@
-"""`Nodes`: the launcher's list of other nodes, asked by the pool that a handle is of.
+"""`Nodes`: the launcher's list of nodes, asked by the pool that a handle is of, or by key.
 
-A node says in the handshake which pools it serves. What was learned is kept: a pool's number is
-never used again, so that it is either right, or nobody's any more. A handle of a pool that nobody
-has told of makes all nodes be asked, at the same time, before the fetch's deadline.
+By handle: a node says in the handshake which pools it serves. What was learned is kept: a pool's
+number is never used again, so that it is either right, or nobody's any more. A handle of a pool
+that nobody has told of makes all nodes be asked, at the same time, before the fetch's deadline.
+
+By key: the entry of this node; else the one of the key's owner, which becomes an entry of this
+node; else a miss. The owner is computed from the list (`owners.py`), so that one node is asked,
+whatever their number. One process of this node asks for a key at a time: it claims the key, as an
+encoder does, and the others wait for the end of its claim.
 
 What it does not do: find nodes by itself, watch them, or prefer one.
 """
@@ -11,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import math
 import ssl
 from collections.abc import Iterable
@@ -18,14 +24,46 @@ from types import TracebackType
 from typing import NamedTuple
 
 from shmblocks._os.wait import deadline_of, seconds_left
-from shmblocks.errors import ForeignHandleError, PeerDiedError, PoolTimeoutError, ShmBlocksError
+from shmblocks._state.cache_state import ClaimAnswer
+from shmblocks._state.key_index import stored_key
+from shmblocks.errors import (
+    AuthenticationError,
+    ForeignHandleError,
+    IncompatibleConfigError,
+    IncompatiblePoolError,
+    KeyExistsError,
+    MalformedHandleError,
+    PeerDiedError,
+    PoolTimeoutError,
+    ShmBlocksError,
+)
 from shmblocks.handle import BlockHandle
-from shmblocks.nodes.address import Address, address_text
+from shmblocks.lease import Lease
+from shmblocks.nodes.address import Address, address_text, checked_address
+from shmblocks.nodes.owners import Owners
 from shmblocks.nodes.remote import DEFAULT_TIMEOUT, RemotePool
 from shmblocks.pool import BlockPool
 
+# Seconds that a key may take, if nothing else is said. Shorter: a large entry over a slow network
+# is encoded again. Longer: an owner that stands still holds up whoever asks it first.
+KEY_TIMEOUT = 5.0
+# Seconds that an owner that failed is not asked. Shorter: one that stands still costs more often.
+# Longer: after a restart its keys are misses for longer.
+PAUSE = 10.0
+# What goes wrong with an owner, and not with the own pool.
+_OWNERS = (
+    AuthenticationError,
+    ForeignHandleError,
+    IncompatibleConfigError,
+    IncompatiblePoolError,
+    MalformedHandleError,
+    PeerDiedError,
+    PoolTimeoutError,
+)
 # Nodes that are asked at the same time which pools they serve.
 _ASKED_AT_ONCE = 32
+
+_log = logging.getLogger("shmblocks")
 
 
 class _Answer(NamedTuple):
@@ -45,22 +83,33 @@ class Nodes:
     def __init__(
         self,
         pool: BlockPool,
-        addresses: Iterable[Address],
+        addresses: Iterable[Address | str],
         *,
         key: bytes | None = None,
         connections: int = 2,
         tls: ssl.SSLContext | None = None,
         patience: float = 3.0,
+        checksum: bool = False,
     ) -> None:
         """Connects to nobody yet; the arguments are those of `RemotePool`, `connections` per node.
 
-        The own node may be in the list: it is then asked like the others, and has nothing to give.
+        Each address is (host, port) or "host:port". The own node may be in the list, and must be
+        for keys: all nodes have the same list, in whatever order, written alike.
         """
         self._pool = pool
         self._nodes = tuple(
-            RemotePool(pool, address, key=key, connections=connections, tls=tls, patience=patience)
-            for address in addresses
+            RemotePool(
+                pool,
+                address,
+                key=key,
+                connections=connections,
+                tls=tls,
+                patience=patience,
+                checksum=checksum,
+            )
+            for address in dict.fromkeys(map(checked_address, addresses))
         )
+        self._owners = Owners([node.address for node in self._nodes])
         self._by_pool: dict[int, RemotePool] = {}
 
     @property
@@ -151,6 +200,151 @@ class Nodes:
             timeout=_left(deadline),
         )
 
+    # ---- by key ------------------------------------------------------------------------------
+
+    def owner_of(self, key: bytes) -> Address:
+        """The address of the node that owns a key: where it is to be encoded, so that all find it.
+
+        Raises ValueError when the list is empty.
+        """
+        stored_key(key)  # TypeError, ValueError: not a key
+        if not self._nodes:
+            raise ValueError("addresses: the list of nodes is empty, so that no key has an owner")
+        return self._nodes[self._owners.owner_of(key)].address
+
+    def get(
+        self,
+        key: bytes,
+        *,
+        num_tokens: int | None = None,
+        timeout: float | None = KEY_TIMEOUT,
+        req_id: str | None = None,
+    ) -> Lease | None:
+        """A lease on the entry of a key: of the own pool's, or fetched into it from its owner.
+
+        None: a miss. `num_tokens`: an entry of another length is one, too. While another process of
+        this node fetches or encodes the key, this waits for it; what is not here within `timeout`
+        seconds (None: for ever) is a miss.
+
+        An owner that cannot be asked makes a miss as well: it is logged, and not asked again for
+        some seconds, so that a dead node costs its share of the hits and no time. Raises only what
+        the own pool does.
+        """
+        deadline = deadline_of(timeout)
+        while True:
+            found, answer = self._here(key, num_tokens)
+            if found is not None or answer is None:
+                return found
+            if answer.state == "mine":
+                return self._fetch_claimed(key, answer, num_tokens, deadline, req_id)
+            if seconds_left(deadline) <= 0:
+                return None
+            self._pool.wait_for_claim(answer, seconds_left(deadline))
+
+    async def get_async(
+        self,
+        key: bytes,
+        *,
+        num_tokens: int | None = None,
+        timeout: float | None = KEY_TIMEOUT,
+        req_id: str | None = None,
+    ) -> Lease | None:
+        """`get` for asyncio. Cancelled, it gives its claim back."""
+        deadline = deadline_of(timeout)
+        while True:
+            found, answer = self._here(key, num_tokens)
+            if found is not None or answer is None:
+                return found
+            if answer.state == "mine":
+                try:
+                    return await self.fetch_key_async(
+                        key, num_tokens=num_tokens, timeout=_left(deadline), req_id=req_id
+                    )
+                finally:
+                    self._pool.end_claim(key, answer)
+            if seconds_left(deadline) <= 0:
+                return None
+            await self._pool.wait_for_claim_async(answer, seconds_left(deadline))
+
+    def fetch_key(
+        self,
+        key: bytes,
+        *,
+        num_tokens: int | None = None,
+        timeout: float | None = KEY_TIMEOUT,
+        req_id: str | None = None,
+    ) -> Lease | None:
+        """The part of `get` behind a claim: ask the owner, and enter what it has.
+
+        For a process that has claimed the key, or does without: its claim ends when this gives a
+        lease, and stays when it gives None, so that the key can be encoded under it.
+        """
+        node = self._whom_to_ask(key)
+        if node is None:
+            return None
+        try:
+            return node.fetch_key(key, num_tokens=num_tokens, timeout=timeout, req_id=req_id)
+        except KeyExistsError:
+            return _only(self._pool.get(key, num_tokens=num_tokens))
+        except _OWNERS as error:
+            _log_failure(error)
+            return None
+
+    async def fetch_key_async(
+        self,
+        key: bytes,
+        *,
+        num_tokens: int | None = None,
+        timeout: float | None = KEY_TIMEOUT,
+        req_id: str | None = None,
+    ) -> Lease | None:
+        """`fetch_key` for asyncio."""
+        node = self._whom_to_ask(key)
+        if node is None:
+            return None
+        try:
+            return await node.fetch_key_async(
+                key, num_tokens=num_tokens, timeout=timeout, req_id=req_id
+            )
+        except KeyExistsError:
+            return _only(self._pool.get(key, num_tokens=num_tokens))
+        except _OWNERS as error:
+            _log_failure(error)
+            return None
+
+    def _here(self, key: bytes, num_tokens: int | None) -> tuple[Lease | None, ClaimAnswer | None]:
+        """The own entry, or what came of claiming the key; neither: nothing can come of waiting."""
+        found = _only(self._pool.get(key, num_tokens=num_tokens))
+        if found is not None:
+            return found, None
+        answer = self._pool.claim(key)
+        if answer.state != "ready":
+            return None, answer
+        # It came between the two, or is of another length, or a stream has not completed it.
+        return _only(self._pool.get(key, num_tokens=num_tokens)), None
+
+    def _fetch_claimed(
+        self,
+        key: bytes,
+        answer: ClaimAnswer,
+        num_tokens: int | None,
+        deadline: float | None,
+        req_id: str | None,
+    ) -> Lease | None:
+        try:
+            return self.fetch_key(
+                key, num_tokens=num_tokens, timeout=_left(deadline), req_id=req_id
+            )
+        finally:
+            self._pool.end_claim(key, answer)
+
+    def _whom_to_ask(self, key: bytes) -> RemotePool | None:
+        """A key's owner, if it is another node, and has not failed just now."""
+        if not self._nodes:
+            return None
+        node = self._nodes[self._owners.owner_of(key)]
+        return None if node.is_own or node.seconds_since_failure < PAUSE else node
+
     # ---- whose it is -------------------------------------------------------------------------
 
     def _is_own(self, handle: BlockHandle) -> bool:
@@ -205,6 +399,14 @@ def _nobodys(handle: BlockHandle, answers: list[_Answer]) -> ShmBlocksError:
         f"{handle}: no node that answers serves the pool {handle.pool_id:#x}, and {len(silent)} of "
         f"{len(answers)} do not answer: {reasons}"
     )
+
+
+def _log_failure(error: ShmBlocksError) -> None:
+    _log.warning("%s (a miss; a node that fails is asked again after %g s)", str(error), PAUSE)
+
+
+def _only(leases: list[Lease] | None) -> Lease | None:
+    return leases[0] if leases else None
 
 
 def _left(deadline: float | None) -> float | None:

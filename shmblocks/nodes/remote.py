@@ -25,50 +25,38 @@ What it does not do: try again, look for another node that has the same, or chan
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
-import itertools
 import math
 import operator
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TypeVar
 
-from shmblocks._os.wait import deadline_of, seconds_left
+from shmblocks._state.counters import Counter
+from shmblocks._state.key_index import stored_key
+from shmblocks._state.layout import UNBOUNDED
 from shmblocks.errors import (
     ForeignHandleError,
-    IncompatibleConfigError,
     InvalidStateError,
-    PeerDiedError,
-    PoolClosedError,
-    PoolTimeoutError,
+    KeyExistsError,
     ShmBlocksError,
+    StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease, Reservation
 from shmblocks.nodes.address import Address, address_text, checked_address
+from shmblocks.nodes.attempt import Attempt, in_thread
 from shmblocks.nodes.connections import Connections
+from shmblocks.nodes.conversation import Conversation, Part
 from shmblocks.nodes.dialing import Dialer
-from shmblocks.nodes.handshake import BusyError, checked_key
+from shmblocks.nodes.handshake import checked_key
 from shmblocks.nodes.info import RemotePoolStats
 from shmblocks.nodes.leaving import close_at_exit
 from shmblocks.nodes.messages import (
-    Done,
-    Fetch,
-    Ping,
-    Refused,
-    Sent,
     ServedPool,
-    Taken,
-    describe_layout,
-    error_of,
-    layout_of,
 )
-from shmblocks.nodes.rows import AUX, require_host_pool, rows_of
+from shmblocks.nodes.rows import require_host_pool
 from shmblocks.nodes.stream import (
     ConnectionLostError,
     DeadlinePassedError,
@@ -77,11 +65,13 @@ from shmblocks.nodes.stream import (
 )
 from shmblocks.pool import BlockPool
 
-T = TypeVar("T")
-
 # Seconds that one fetch may take, if nothing else is said. Shorter: a long queue for blocks is
 # called a failure. Longer: a server that stands still is noticed later.
 DEFAULT_TIMEOUT = 30.0
+# Seconds that an entry that was just fetched is not evicted: until it is leased, which takes some
+# microseconds. Shorter: a process that is stopped between the two fetched for nothing. Longer: room
+# that others need.
+HOLD = 1.0
 
 
 class RemotePool:
@@ -100,6 +90,7 @@ class RemotePool:
         connections: int = 2,
         tls: ssl.SSLContext | None = None,
         patience: float = 3.0,
+        checksum: bool = False,
     ) -> None:
         """Connects at the first fetch.
 
@@ -109,21 +100,22 @@ class RemotePool:
         connections  fetches that may be under way at once
         tls          a client's context, for a server that has one
         patience     seconds without any acknowledgement after which the other node is lost
+        checksum     compare a CRC-32 of all rows: for networks whose own checks are not enough. It
+                     costs both nodes more than the transfer does
         """
         self._pool = require_host_pool(pool)
         self._address = checked_address(address)
         self._peer = address_text(self._address)
-        self._layout = layout_of(pool.config)
         if operator.index(connections) < 1:
             raise ValueError(f"connections: expected at least 1, got {connections}")
         patience = checked_patience(patience)
         self._connections = Connections(connections, f"RemotePool of node {self._peer}")
         self._dialer = Dialer(self._address, checked_key(key), tls, patience, self._connections)
-        self._served: dict[int, ServedPool] = {}
-        self._rids = itertools.count(1)
+        self._conversation = Conversation(pool, self._peer, checksum)
         self._fetched = 0
         self._failed = 0
         self._received_bytes = 0
+        self._failed_at = -math.inf
         self._finalizer = close_at_exit(self, self._connections)
 
     # ---- life --------------------------------------------------------------------------------
@@ -137,6 +129,11 @@ class RemotePool:
     def is_closed(self) -> bool:
         """Whether it was closed in this process."""
         return self._connections.is_closed
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the node turned out to be this one: it serves the pool that is fetched into."""
+        return self._pool.pool_id in self._conversation.served
 
     def close(self) -> None:
         """End all connections; fetches of other threads raise. Idempotent."""
@@ -193,10 +190,11 @@ class RemotePool:
         attempt = self._attempt(handle, timeout)
         with attempt, self._slot(attempt):
             attempt.waits_for = f"blocks in pool {self._pool.name}"
-            left = seconds_left(attempt.deadline)
-            seconds = None if left == math.inf else max(left, 0.0)
-            with self._pool.reserve(handle.num_tokens, req_id=req_id, timeout=seconds) as landing:
-                stream = self._receive(attempt, landing, 0, handle.num_tokens, 0)
+            whole = Part(handle, 0, handle.num_tokens, 0)
+            with self._pool.reserve(
+                handle.num_tokens, req_id=req_id, timeout=attempt.seconds_left
+            ) as landing:
+                stream = self._receive(attempt, landing, whole)
                 return self._publish(attempt, stream, landing, readers)
 
     async def fetch_async(
@@ -216,14 +214,13 @@ class RemotePool:
             await self._connections.acquire_async(attempt.deadline)
             try:
                 attempt.waits_for = f"blocks in pool {self._pool.name}"
-                left = seconds_left(attempt.deadline)
-                seconds = None if left == math.inf else max(left, 0.0)
+                whole = Part(handle, 0, handle.num_tokens, 0)
                 landing = await self._pool.reserve_async(
-                    handle.num_tokens, req_id=req_id, timeout=seconds
+                    handle.num_tokens, req_id=req_id, timeout=attempt.seconds_left
                 )
                 with landing:
-                    stream = await _in_thread(
-                        lambda: self._receive(attempt, landing, 0, handle.num_tokens, 0),
+                    stream = await in_thread(
+                        lambda: self._receive(attempt, landing, whole),
                         attempt.cancel,
                         self._connections.drop,
                     )
@@ -261,24 +258,63 @@ class RemotePool:
         # A writer's lease: should somebody free the landing, its blocks are not used again while
         # bytes come in.
         with attempt, self._slot(attempt), self._pool.open_for_write(landing) as lease:
-            stream = self._receive(attempt, lease, first_token, count, offset)
+            part = Part(handle, first_token, count, offset)
+            stream = self._receive(attempt, lease, part)
             self._finish(attempt, stream, count, keep_claim)
+
+    def fetch_key(
+        self,
+        key: bytes,
+        *,
+        num_tokens: int | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        req_id: str | None = None,
+    ) -> Lease | None:
+        """Bring the entry that a cache of the other node has under a key into the own pool's cache.
+
+        A lease on the own, new entry. None: that node has none, one of another length than
+        `num_tokens` (None: any), or its pool is at another epoch; or there is no room here that may
+        be evicted, since a cache never waits for room. A claim of this process on the key ends when
+        it is published; without success it stays.
+
+        Raises `KeyExistsError` when the own cache has got an entry meanwhile, and as `fetch` does.
+        """
+        attempt = self._attempt_key(key, timeout)
+        with attempt, self._slot(attempt):
+            return self._fetch_key(attempt, key, num_tokens, req_id)
+
+    async def fetch_key_async(
+        self,
+        key: bytes,
+        *,
+        num_tokens: int | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        req_id: str | None = None,
+    ) -> Lease | None:
+        """`fetch_key` for asyncio: a thread does it. Cancelled, it closes its connection first."""
+        attempt = self._attempt_key(key, timeout)
+        with attempt:
+            await self._connections.acquire_async(attempt.deadline)
+            try:
+                return await in_thread(
+                    lambda: self._fetch_key(attempt, key, num_tokens, req_id),
+                    attempt.cancel,
+                    _release,
+                )
+            finally:
+                self._connections.release()
 
     def ping(self, timeout: float | None = 5.0) -> float:
         """Seconds of one round trip to the server, over a connection that is open already or new.
 
         Raises as `fetch` does.
         """
-        attempt = _Attempt(self, "ping", deadline_of(timeout), timeout)
+        attempt = Attempt(self, "ping", timeout)
         with attempt, self._slot(attempt):
             stream = self._stream(attempt)
             with self._dropping(attempt, stream):
-                attempt.waits_for = "an answer"
                 began = time.monotonic()
-                question = Ping(next(self._rids))
-                stream.send(question, attempt.deadline)
-                if stream.receive(attempt.deadline, Ping) != question:
-                    raise ConnectionLostError("it answered something that was not asked")
+                self._conversation.ping(attempt, stream)
                 seconds = time.monotonic() - began
             self._connections.keep(stream)
             return seconds
@@ -286,11 +322,71 @@ class RemotePool:
     def served_pools(self, timeout: float | None = 5.0) -> tuple[ServedPool, ...]:
         """The pools that the server serves now. Raises as `fetch` does."""
         self.ping(timeout)
-        return tuple(self._served.values())
+        return tuple(self._conversation.served.values())
+
+    # ---- the parts of a fetch by key ---------------------------------------------------------
+
+    def _attempt_key(self, key: bytes, timeout: float | None) -> Attempt:
+        stored_key(key)  # TypeError, ValueError: not a key
+        return Attempt(self, f"key {key.hex()}", timeout)
+
+    def _fetch_key(
+        self, attempt: Attempt, key: bytes, num_tokens: int | None, req_id: str | None
+    ) -> Lease | None:
+        handle = self._find(attempt, key)
+        if handle is None or num_tokens not in (None, handle.num_tokens):
+            return None
+        landing = self._reserve_entry(handle, req_id)
+        if landing is None:
+            return None
+        with landing:
+            try:
+                stream = self._receive(attempt, landing, Part(handle, 0, handle.num_tokens, 0))
+            except (StaleHandleError, InvalidStateError):
+                return None  # evicted, or dropped, since it was found
+            return self._enter(attempt, stream, landing, key)
+
+    def _find(self, attempt: Attempt, key: bytes) -> BlockHandle | None:
+        """The handle of the key's entry over there."""
+        stream = self._stream(attempt)
+        with self._dropping(attempt, stream):
+            found = self._conversation.why_no_entry() or self._conversation.find(
+                attempt, stream, key
+            )
+        self._connections.keep(stream)
+        if isinstance(found, ShmBlocksError):
+            raise found
+        return found
+
+    def _reserve_entry(self, handle: BlockHandle, req_id: str | None) -> Reservation | None:
+        """Blocks for an entry, evicting others; the length is the other node's word."""
+        config = self._pool.config
+        if config.blocks_for(handle.num_tokens) > config.total_blocks:
+            return None
+        return self._pool.reserve_now(handle.num_tokens, req_id=req_id)
+
+    def _enter(
+        self, attempt: Attempt, stream: Stream, landing: Reservation, key: bytes
+    ) -> Lease | None:
+        """Publish what has come under its key, and tell the other node."""
+        try:
+            local = landing.publish(readers=UNBOUNDED, key=key, hold=HOLD)
+        except KeyExistsError:
+            # It came whole, so that the connection is fine.
+            self._finish(attempt, stream, landing.handle.num_tokens, keep_claim=False)
+            raise
+        except BaseException:
+            self._connections.drop(stream)
+            raise
+        self._finish(attempt, stream, local.num_tokens, keep_claim=False)
+        try:
+            return self._pool.open(local)
+        except StaleHandleError:
+            return None  # dropped, by somebody who drops entries
 
     # ---- the parts of a fetch ----------------------------------------------------------------
 
-    def _attempt(self, handle: BlockHandle, timeout: float | None) -> _Attempt:
+    def _attempt(self, handle: BlockHandle, timeout: float | None) -> Attempt:
         if not isinstance(handle, BlockHandle):
             raise TypeError(f"handle: expected BlockHandle, got {type(handle).__name__}")
         if handle.is_fake:
@@ -299,17 +395,17 @@ class RemotePool:
             raise ForeignHandleError(
                 f"{handle}: it is of this node's own pool {self._pool.name}: open it there"
             )
-        return _Attempt(self, str(handle), deadline_of(timeout), timeout, handle)
+        return Attempt(self, str(handle), timeout)
 
     @contextlib.contextmanager
-    def _slot(self, attempt: _Attempt) -> Iterator[None]:
+    def _slot(self, attempt: Attempt) -> Iterator[None]:
         self._connections.acquire(attempt.deadline)
         try:
             yield
         finally:
             self._connections.release()
 
-    def _stream(self, attempt: _Attempt) -> Stream:
+    def _stream(self, attempt: Attempt) -> Stream:
         """A connection that nobody else uses."""
         attempt.waits_for = "a connection"
         stream = self._connections.take_idle()
@@ -320,11 +416,11 @@ class RemotePool:
                 self._connections.watch(stream)
 
             stream, pools = self._dialer.dial(attempt.deadline, use)
-            self._served = {pool.pool_id: pool for pool in pools}
+            self._conversation.served = {pool.pool_id: pool for pool in pools}
         return stream
 
     @contextlib.contextmanager
-    def _dropping(self, attempt: _Attempt, stream: Stream) -> Iterator[None]:
+    def _dropping(self, attempt: Attempt, stream: Stream) -> Iterator[None]:
         """Close the connection when the block does not come to its end."""
         try:
             attempt.use(stream)
@@ -335,19 +431,16 @@ class RemotePool:
 
     def _receive(
         self,
-        attempt: _Attempt,
+        attempt: Attempt,
         landing: Reservation | Lease,
-        first_token: int,
-        num_tokens: int,
-        offset: int,
+        part: Part,
     ) -> Stream:
         """Ask, and receive into the landing; the connection, which waits for `Done`."""
         stream = self._stream(attempt)
         try:
             attempt.use(stream)
-            handle = attempt.handle
-            refusal = self._why_not(handle) or self._ask(
-                attempt, stream, handle, landing, first_token, num_tokens, offset
+            refusal = self._conversation.why_not(part.handle) or self._conversation.fetch(
+                attempt, stream, landing, part
             )
         except BaseException:
             self._connections.drop(stream)
@@ -357,57 +450,8 @@ class RemotePool:
             raise refusal
         return stream
 
-    def _why_not(self, handle: BlockHandle) -> ShmBlocksError | None:
-        """What the handshake already tells about a handle."""
-        pool = self._served.get(handle.pool_id)
-        if pool is None:
-            names = ", ".join(f"{each.name} ({each.pool_id:#x})" for each in self._served.values())
-            return ForeignHandleError(
-                f"{handle}: node {self._peer} does not serve the pool {handle.pool_id:#x}, but "
-                f"{names or 'none'}: it is another node's, or the pool was created anew since"
-            )
-        if pool.layout != self._layout:
-            return IncompatibleConfigError(
-                f"{handle}: pool {pool.name} of node {self._peer} has {pool.description}; pool "
-                f"{self._pool.name} of this node has {describe_layout(self._pool.config)}: create "
-                "both with the same fields and block size"
-            )
-        return None
-
-    def _ask(
-        self,
-        attempt: _Attempt,
-        stream: Stream,
-        handle: BlockHandle,
-        landing: Reservation | Lease,
-        first_token: int,
-        num_tokens: int,
-        offset: int,
-    ) -> ShmBlocksError | None:
-        """Everything up to `Sent`; the error of a refusal, after which the connection is fine."""
-        deadline = attempt.deadline
-        rid = attempt.rid = next(self._rids)
-        attempt.waits_for = "an answer"
-        stream.send(Fetch(rid, handle.encode(), first_token, num_tokens), deadline)
-        taken = stream.receive(deadline, Taken, Refused)
-        if taken.rid != rid:
-            raise ConnectionLostError("it answered something that was not asked")
-        if isinstance(taken, Refused):
-            return error_of(taken, f"{handle}: node {self._peer}")
-        if taken.num_tokens != handle.num_tokens:
-            raise ConnectionLostError(
-                f"it has {taken.num_tokens} tokens under a handle of {handle.num_tokens}"
-            )
-        attempt.waits_for = "its rows"
-        for rows in rows_of(self._pool.config, landing, offset, num_tokens):
-            stream.receive_into(rows, deadline)
-        if stream.receive(deadline, Sent).rid != rid:
-            raise ConnectionLostError("it answered something that was not asked")
-        landing.memory(AUX)[:] = taken.aux
-        return None
-
     def _publish(
-        self, attempt: _Attempt, stream: Stream, landing: Reservation, readers: int
+        self, attempt: Attempt, stream: Stream, landing: Reservation, readers: int
     ) -> BlockHandle:
         """Publish what has come, and tell the other node."""
         try:
@@ -423,10 +467,10 @@ class RemotePool:
             raise
         return local
 
-    def _finish(self, attempt: _Attempt, stream: Stream, num_tokens: int, keep_claim: bool) -> None:
+    def _finish(self, attempt: Attempt, stream: Stream, num_tokens: int, keep_claim: bool) -> None:
         """Everything is here: say so, and count. A connection that is lost now is no failure."""
         try:
-            stream.send(Done(attempt.rid, keep_claim), attempt.deadline)
+            self._conversation.done(attempt, stream, keep_claim)
         except (ConnectionLostError, DeadlinePassedError):
             self._connections.drop(stream)
         except BaseException:
@@ -434,88 +478,24 @@ class RemotePool:
             raise
         else:
             self._connections.keep(stream)
+        num_bytes = num_tokens * self._pool.config.token_bytes
         self._fetched += 1
-        self._received_bytes += num_tokens * self._pool.config.token_bytes
+        self._received_bytes += num_bytes
+        with contextlib.suppress(ShmBlocksError):
+            self._pool.peer_state.fetched(num_bytes)
 
-    def note_failure(self) -> None:
+    def note_failure(self, *, is_the_nodes: bool) -> None:
         """For the attempts of this reader."""
         self._failed += 1
-
-
-class _Attempt:
-    """One fetch: until when, what it waits for just now, and what its failure is called.
-
-    As a context manager it turns what goes wrong on the wire into the library's errors.
-    """
-
-    def __init__(
-        self,
-        remote: RemotePool,
-        what: str,
-        deadline: float | None,
-        timeout: float | None,
-        handle: BlockHandle | None = None,
-    ) -> None:
-        self._remote = remote
-        self._what = what
-        self._handle = handle
-        self._timeout = timeout
-        self.deadline = deadline
-        self.waits_for = "another fetch to end (`connections` are in use)"
-        self.rid = 0
-        self._stream: Stream | None = None
-        self._is_cancelled = False
+        with contextlib.suppress(ShmBlocksError):
+            self._pool.peer_state.count(Counter.NODE_FAILURES)
+        if is_the_nodes:
+            self._failed_at = time.monotonic()
 
     @property
-    def handle(self) -> BlockHandle:
-        """What is fetched."""
-        if self._handle is None:
-            raise InvalidStateError(f"{self._what}: fetches nothing")
-        return self._handle
-
-    def use(self, stream: Stream) -> None:
-        """From now on a cancellation aborts this connection."""
-        self._stream = stream
-        if self._is_cancelled:
-            stream.abort()
-
-    def cancel(self) -> None:
-        """From another thread: end soon."""
-        self._is_cancelled = True
-        # Not waited for any longer, wherever it is.
-        self.deadline = 0.0
-        if self._stream is not None:
-            self._stream.abort()
-
-    def __enter__(self) -> _Attempt:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            return
-        self._remote.note_failure()
-        told = self._told(error)
-        if told is not None:
-            raise told from error
-
-    def _told(self, error: BaseException) -> ShmBlocksError | None:
-        node = f"{self._what}: node {address_text(self._remote.address)}"
-        if isinstance(error, DeadlinePassedError):
-            return PoolTimeoutError(
-                f"{node}: not here within {self._timeout:g} s; it waited for {self.waits_for}"
-            )
-        if isinstance(error, BusyError):
-            return PoolTimeoutError(f"{node}: not here within {self._timeout or 0:g} s; {error}")
-        if isinstance(error, ConnectionLostError):
-            if self._remote.is_closed:
-                return PoolClosedError(f"{node}: the RemotePool was closed in this process")
-            return PeerDiedError(f"{node}: lost while waiting for {self.waits_for}: {error}")
-        return None
+    def seconds_since_failure(self) -> float:
+        """Since the node last failed, as opposed to what it was asked for; infinite: it has not."""
+        return time.monotonic() - self._failed_at
 
 
 def _require_part(what: str, first: int, count: int, handle: BlockHandle) -> None:
@@ -527,36 +507,6 @@ def _require_part(what: str, first: int, count: int, handle: BlockHandle) -> Non
         )
 
 
-async def _in_thread(
-    body: Callable[[], T], cancel: Callable[[], None], undo: Callable[[T], None]
-) -> T:
-    """`body()` in a thread of its own; cancelled, it is told to end, and waited for.
-
-    `undo` gets the result of a body that had come to its end just before it was cancelled.
-    """
-    ending: concurrent.futures.Future[T] = concurrent.futures.Future()
-    ending.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            result = body()
-        except BaseException as error:  # noqa: BLE001 - raised in the coroutine, whatever it is
-            ending.set_exception(error)
-        else:
-            ending.set_result(result)
-
-    threading.Thread(target=run, name="shmblocks-fetch", daemon=True).start()
-    waiting = asyncio.wrap_future(ending)
-    try:
-        await asyncio.wait({waiting})
-    except BaseException:
-        while not waiting.done():
-            # Again and again: it may just be on its way from one connection to the next. Cancelled
-            # once more meanwhile, it still waits: nothing may be received after it has ended.
-            cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({waiting}, timeout=0.02)
-        if waiting.exception() is None:
-            undo(waiting.result())
-        raise
-    return waiting.result()
+def _release(lease: Lease | None) -> None:
+    if lease is not None:
+        lease.release()

@@ -5,6 +5,8 @@ Lengths come from the pool's own config and from how many tokens were asked for.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -12,6 +14,10 @@ from shmblocks.config import PoolConfig
 from shmblocks.pool import BlockPool
 
 AUX = "aux"
+# Bytes that are summed and then sent, or received and then summed. Smaller: more system calls.
+# Larger: they have left the processor's cache when they are used the second time.
+CHECKED_SLICE = 1 << 20
+_ASKED = struct.Struct("<2Q")
 
 
 class HasMemory(Protocol):
@@ -27,6 +33,26 @@ def rows_of(
     for field in config.fields:
         start = first_token * field.token_bytes
         yield owner.memory(field.name)[start : start + num_tokens * field.token_bytes]
+
+
+class Checksum:
+    """CRC-32 of a part of an allocation: of what was asked for, `aux`, and the rows.
+
+    What was asked for is in it, so that a question that was changed on its way shows, too.
+    """
+
+    def __init__(self, handle: bytes, first_token: int, num_tokens: int, aux: bytes) -> None:
+        self.value = zlib.crc32(handle + _ASKED.pack(first_token, num_tokens) + aux)
+
+    def add(self, rows: memoryview) -> None:
+        """The next rows."""
+        self.value = zlib.crc32(rows, self.value)
+
+
+def sliced(rows: memoryview) -> Iterator[memoryview]:
+    """Parts to sum one after the other."""
+    for start in range(0, len(rows), CHECKED_SLICE):
+        yield rows[start : start + CHECKED_SLICE]
 
 
 def require_host_pool(pool: BlockPool) -> BlockPool:

@@ -53,6 +53,7 @@ _ABORTED = "ended by this process"
 
 M = TypeVar("M", bound=Message)
 N = TypeVar("N", bound=Message)
+K = TypeVar("K", bound=Message)
 T = TypeVar("T")
 
 
@@ -107,6 +108,11 @@ class Stream:
 
     @overload
     def receive(self, deadline: float | None, expected: type[M], other: type[N], /) -> M | N: ...
+
+    @overload
+    def receive(
+        self, deadline: float | None, expected: type[M], other: type[N], third: type[K], /
+    ) -> M | N | K: ...
 
     def receive(self, deadline: float | None, *expected: type[Message]) -> Message:
         """The next message, which must be one of the expected."""

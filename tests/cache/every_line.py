@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shmblocks import BlockPool, KeyExistsError, Lease
+from shmblocks._state.cache_state import ClaimAnswer
 from shmblocks.testing import (
     Coverage,
     Point,
@@ -46,6 +47,8 @@ class Scene:
         self.ticket = b""
         # Leases that `mine` gave away, and knows the tickets of.
         self.given = 0
+        # A claim of the survivor that `mine` may end.
+        self.answer: ClaimAnswer | None = None
         for key in THERE:
             kit.put(pool, key, 2)
 
@@ -187,6 +190,17 @@ def give_a_ticket(scene: Scene) -> Call:
     return lease.ticket
 
 
+@case(THERE)
+def get_two_tickets(scene: Scene) -> Call:
+    pool = scene.joined()
+
+    def get() -> None:
+        given = pool.get_tickets(THERE[1], leases=2)
+        scene.given = 0 if given is None else 2
+
+    return get
+
+
 @case(THERE, setup=given, leases=(0, 1))
 def adopt(scene: Scene) -> Call:
     pool = scene.joined()
@@ -250,6 +264,13 @@ def drop_what_is_leased(scene: Scene) -> Call:
     return lambda: pool.drop(THERE[0])
 
 
+@case(THERE)
+def end_the_claim_of_another(scene: Scene) -> Call:
+    pool = scene.joined()
+    scene.answer = answer = scene.survivor.claim(NEW)
+    return lambda: (pool.claimant(NEW), pool.end_claim(NEW, answer))
+
+
 @case(*([key for at, key in enumerate(THERE) if mask >> at & 1] for mask in range(8)))
 def drop_all(scene: Scene) -> Call:
     return scene.joined().drop_all
@@ -274,6 +295,8 @@ def _judge(scene: Scene, case: Case) -> None:
     assert_clean(pool, "after a reap")
     there = [key for key in KEYS if pool.find(key) is not None]
     assert there in case.allowed, f"{there} is none of {case.allowed}"
+    if scene.answer is not None:
+        pool.end_claim(NEW, scene.answer)
     stats = pool.cache_stats()
     assert stats.entries == len(there)
     assert stats.claims == 0

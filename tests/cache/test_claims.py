@@ -89,6 +89,24 @@ def test_with_its_answer_a_later_claim_of_another_thread_is_left_alone(pool: Blo
     assert pool.end_claim(kit.key("a"), second)
 
 
+def test_an_answer_that_has_travelled_ends_the_claim_of_its_owner(pool: BlockPool) -> None:
+    with attach(pool.name) as scheduler:
+        answer = scheduler.claim(kit.key("a"))
+        assert pool.claimant(kit.key("a")) == scheduler.participant
+        assert pool.end_claim(kit.key("a"), answer)
+        assert pool.claimant(kit.key("a")) is None
+        assert not pool.end_claim(kit.key("a"), answer)
+
+
+def test_the_answer_of_one_who_was_told_to_wait_ends_nothing(pool: BlockPool) -> None:
+    pool.claim(kit.key("a"))
+    with attach(pool.name) as other:
+        busy = other.claim(kit.key("a"))
+        assert not other.end_claim(kit.key("a"), busy)
+    assert pool.claimant(kit.key("a")) == pool.participant
+    assert pool.end_claim(kit.key("a"))
+
+
 def test_a_claim_ends_when_its_owner_leaves(pool: BlockPool) -> None:
     with attach(pool.name) as other:
         assert state(other) == "mine"

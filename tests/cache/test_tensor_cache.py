@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from shmblocks import (
+    UNBOUNDED,
     BlockPool,
     IncompatibleConfigError,
     InvalidStateError,
@@ -21,7 +22,7 @@ from shmblocks import (
 from shmblocks.cache import CacheLease, Claim, TensorCache, byte_config
 from shmblocks.config import DTYPES
 from tests.cache import kit
-from tests.support.children import Channel, run_in_child, spawn, wait_until
+from tests.support.children import Channel, run_in_child, run_in_fork, spawn, wait_until
 
 KEY = kit.key("a")
 BLOCK = 64 * 1024
@@ -50,6 +51,33 @@ def got(cache: TensorCache, key: bytes = KEY) -> torch.Tensor:
 
 def number(value: int, size: int = 16) -> torch.Tensor:
     return torch.full((size,), value, dtype=torch.int32)
+
+
+def test_tickets_say_what_tensor_they_are_for(cache: TensorCache) -> None:
+    cache.put(KEY, torch.zeros(5, 3, dtype=torch.bfloat16))
+    found = cache.get_tickets(KEY, leases=2)
+    assert found is not None
+    assert (found.dtype, found.shape, found.num_bytes) == ("bf16", (5, 3), 30)
+    with cache.adopt(found.tickets[0]) as lease:
+        assert (lease.dtype, tuple(lease.tensor.shape)) == (torch.bfloat16, (5, 3))
+    assert cache.pool.revoke(found.tickets[1])
+    assert cache.get_tickets(kit.key("b")) is None
+
+
+def test_tickets_of_what_no_tensor_cache_has_put_are_refused(cache: TensorCache) -> None:
+    with cache.pool.reserve(1) as reservation:
+        reservation.publish(readers=UNBOUNDED, key=KEY)
+    with pytest.raises(IncompatibleConfigError, match="TensorCache has put"):
+        cache.get_tickets(KEY, leases=2)
+    assert cache.pool.stats().leases == 0
+
+
+def test_a_forked_child_does_not_abandon_the_claim_of_its_parent(cache: TensorCache) -> None:
+    with cache.get_or_claim(KEY) as claim:
+        assert isinstance(claim, Claim)
+        run_in_fork(claim.abandon)
+        assert cache.pool.claimant(KEY) == cache.pool.participant
+    assert cache.pool.claimant(KEY) is None
 
 
 # ---- what is kept --------------------------------------------------------------------------------

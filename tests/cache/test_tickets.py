@@ -74,6 +74,50 @@ def test_a_ticket_is_good_for_one_lease(pool: BlockPool) -> None:
         pool.adopt(ticket)
 
 
+def test_tickets_for_several_readers_are_taken_at_once(pool: BlockPool) -> None:
+    handle = kit.put(pool, "a")
+    given = pool.get_tickets(kit.key("a"), leases=3)
+    assert given is not None
+    assert given.handle == handle
+    assert len(set(given.tickets)) == 3
+    assert pool.stats().leases == 3
+    with attach(pool.name) as other:
+        adopted = [other.adopt(ticket) for ticket in given.tickets[:2]]
+        assert pool.revoke(given.tickets[2])
+        assert not pool.revoke(given.tickets[0])
+        for lease in adopted:
+            lease.release()
+    stats = pool.cache_stats()
+    assert (stats.lookups, stats.hits, pool.stats().leases) == (1, 1, 0)
+
+
+def test_tickets_of_a_key_that_is_not_there_are_a_miss(pool: BlockPool) -> None:
+    assert pool.get_tickets(kit.key("a")) is None
+    assert pool.cache_stats().misses == 1
+
+
+def test_an_entry_is_not_evicted_while_a_ticket_of_it_travels(pool: BlockPool) -> None:
+    kit.put(pool, "a", 20)
+    given = pool.get_tickets(kit.key("a"))
+    assert given is not None
+    assert pool.alloc(20 * kit.BLOCK_SIZE) is None
+    assert pool.revoke(given.tickets[0])
+    handle = pool.alloc(20 * kit.BLOCK_SIZE)
+    assert handle is not None
+    pool.free(handle)
+
+
+def test_tickets_come_back_when_their_giver_leaves(pool: BlockPool) -> None:
+    kit.put(pool, "a")
+    with attach(pool.name) as other:
+        given = other.get_tickets(kit.key("a"), leases=2)
+        assert given is not None
+        assert pool.stats().leases == 2
+    assert pool.stats().leases == 0
+    with pytest.raises(StaleHandleError):
+        pool.adopt(given.tickets[0])
+
+
 def test_an_adopted_lease_may_travel_on(pool: BlockPool) -> None:
     first = lease_of(pool).ticket()
     second = pool.adopt(first).ticket()

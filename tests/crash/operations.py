@@ -632,6 +632,29 @@ def claim_after_the_dead(scene: Scene) -> Callable[[], object]:
     return lambda: pool.claim(KEY)
 
 
+# ---- peers of node servers -------------------------------------------------------------------
+
+
+@case()
+def connect_a_peer(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: pool.peer_state.connect("10.0.0.1:7400")
+
+
+@case()
+def disconnect_two_peers(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    rows = [pool.peer_state.connect(f"10.0.0.{number}:7400") for number in (1, 2)]
+    return lambda: [pool.peer_state.disconnect(row) for row in rows]
+
+
+@case()
+def count_a_fetch(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    row = pool.peer_state.connect("10.0.0.1:7400")
+    return lambda: (pool.peer_state.served(row, 10), pool.peer_state.fetched(10))
+
+
 @contextlib.contextmanager
 def full_of_entries() -> Iterator[Scene]:
     with survivor() as scene:

@@ -13,15 +13,26 @@ from collections.abc import Callable, Iterator
 
 import shmblocks.nodes
 from shmblocks import BlockHandle, BlockPool, PeerDiedError, State
-from shmblocks.nodes import NodeServer, RemotePool
-from shmblocks.nodes.server import Service
+from shmblocks.nodes import Nodes, NodeServer, RemotePool
+from shmblocks.nodes.service import Service
 from shmblocks.nodes.stream import plain_stream
 from shmblocks.testing import Coverage, Point, Scope, assert_survives, kill_at_every_line
-from tests.nodes.kit import KEY, LONG, Published, config, holds_leases, publish, read
+from tests.nodes.kit import (
+    KEY,
+    LONG,
+    Published,
+    config,
+    content_of,
+    holds_leases,
+    publish,
+    publish_entry,
+    read,
+)
 from tests.support.children import wait_until
 from tests.support.naming import new_pool_name
 
 TOKENS = 9
+ENTRY = b"the key of 16 B."
 
 Call = Callable[[], object]
 
@@ -38,6 +49,8 @@ class Scene:
         # Of the survivor that fetches.
         self.has_fetched = False
         self.local: BlockHandle | None = None
+        # By key.
+        self.entry: Published | None = None
 
 
 @contextlib.contextmanager
@@ -60,10 +73,10 @@ def a_server() -> Iterator[Scene]:
         yield scene
 
 
-def _remote(scene: Scene) -> tuple[BlockPool, RemotePool]:
+def _remote(scene: Scene, *, checksum: bool = False) -> tuple[BlockPool, RemotePool]:
     assert scene.server is not None
     pool = BlockPool.attach(scene.here.name, role="victim", prefault="off")
-    return pool, RemotePool(pool, scene.server.address, key=KEY)
+    return pool, RemotePool(pool, scene.server.address, key=KEY, checksum=checksum)
 
 
 def fetch(scene: Scene) -> Call:
@@ -87,6 +100,12 @@ def fetch_into(scene: Scene) -> Call:
     return lambda: remote.fetch_into(scene.published.handle, landing.handle, timeout=LONG)
 
 
+def fetch_with_a_checksum(scene: Scene) -> Call:
+    _, remote = _remote(scene, checksum=True)
+    remote.ping(LONG)
+    return lambda: remote.fetch(scene.published.handle, timeout=LONG)
+
+
 def close(scene: Scene) -> Call:
     _, remote = _remote(scene)
     remote.ping(LONG)
@@ -94,7 +113,14 @@ def close(scene: Scene) -> Call:
 
 
 READERS = {
-    each.__name__: each for each in (fetch, fetch_over_an_idle_connection, fetch_into, close)
+    each.__name__: each
+    for each in (
+        fetch,
+        fetch_over_an_idle_connection,
+        fetch_with_a_checksum,
+        fetch_into,
+        close,
+    )
 }
 
 
@@ -126,6 +152,69 @@ def _judge_reader(scene: Scene, _: Point) -> None:
     assert scene.here.available_blocks() == scene.here.config.total_blocks
 
 
+# ---- the reader dies, by key -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def an_owner() -> Iterator[Scene]:
+    """The survivor has an entry, and serves it."""
+    with a_server() as scene:
+        scene.entry = publish_entry(scene.there, ENTRY, TOKENS, random.Random(2))
+        yield scene
+
+
+def get(scene: Scene) -> Call:
+    """Claims the key, finds its owner, connects, finds, fetches, enters, leases."""
+    assert scene.server is not None
+    pool = BlockPool.attach(scene.here.name, role="victim", prefault="off")
+    nodes = Nodes(pool, [scene.server.address], key=KEY)
+    return lambda: nodes.get(ENTRY, timeout=LONG)
+
+
+def get_what_nobody_has(scene: Scene) -> Call:
+    assert scene.server is not None
+    pool = BlockPool.attach(scene.here.name, role="victim", prefault="off")
+    nodes = Nodes(pool, [scene.server.address], key=KEY)
+    return lambda: nodes.get(bytes(16), timeout=LONG)
+
+
+GETTERS = {each.__name__: each for each in (get, get_what_nobody_has)}
+
+
+def kill_getter(name: str) -> Coverage:
+    return kill_at_every_line(an_owner, GETTERS[name], _judge_getter, scope=_scope())
+
+
+def _judge_getter(scene: Scene, _: Point) -> None:
+    """The owner keeps its entry; here is the same entry, whole and free to be evicted, or none; and
+    the claim of the dead is the next one's."""
+    server, entry = scene.server, scene.entry
+    assert server is not None
+    assert entry is not None
+    wait_until(lambda: not server.stats().peers, "the server has noticed the death", LONG)
+    assert not holds_leases(scene.there)
+    assert_survives(scene.there)
+    assert_survives(scene.here)
+    _assert_entry(scene.there, entry)
+    if scene.here.find(ENTRY) is None:
+        assert scene.here.claim(ENTRY).state == "mine"
+        scene.here.end_claim(ENTRY)
+    else:
+        _assert_entry(scene.here, entry)
+    assert scene.here.claim(bytes(16)).state == "mine"
+    scene.here.end_claim(bytes(16))
+    assert scene.here.cache_stats().claims == 0
+    scene.here.drop_all()
+    assert scene.here.available_blocks() == scene.here.config.total_blocks
+
+
+def _assert_entry(pool: BlockPool, entry: Published) -> None:
+    leases = pool.get(ENTRY)
+    assert leases is not None
+    with leases[0] as lease:
+        assert content_of(lease) == entry.content
+
+
 # ---- the server dies ---------------------------------------------------------------------------
 
 
@@ -135,6 +224,48 @@ def a_listener() -> Iterator[Scene]:
     with two_survivors() as scene, socket.create_server(("127.0.0.1", 0)) as listener:
         scene.listener = listener
         yield scene
+
+
+@contextlib.contextmanager
+def an_owner_that_dies() -> Iterator[Scene]:
+    """The survivor gets by key, from a process that takes its connection."""
+    with a_listener() as scene:
+        scene.entry = publish_entry(scene.there, ENTRY, TOKENS, random.Random(2))
+        yield scene
+
+
+def get_once(scene: Scene) -> None:
+    """In the parent, while the child serves."""
+    if scene.has_fetched:
+        return
+    scene.has_fetched = True
+    assert scene.listener is not None
+    assert scene.entry is not None
+    with Nodes(scene.here, [scene.listener.getsockname()], key=KEY) as nodes:
+        lease = nodes.get(ENTRY, timeout=LONG)
+        if lease is not None:
+            with lease:
+                assert content_of(lease) == scene.entry.content
+        else:
+            assert nodes.nodes[0].stats().failed == 1
+
+
+def kill_owner() -> Coverage:
+    return kill_at_every_line(
+        an_owner_that_dies, serve, _judge_owner, scope=_scope(), meanwhile=get_once
+    )
+
+
+def _judge_owner(scene: Scene, _: Point) -> None:
+    """The survivor has the whole of it, or a miss; the entry of the dead server's pool stays."""
+    get_once(scene)
+    assert scene.entry is not None
+    assert_survives(scene.there)
+    _assert_entry(scene.there, scene.entry)
+    assert scene.here.cache_stats().claims == 0
+    scene.here.drop_all()
+    assert_survives(scene.here)
+    assert scene.here.available_blocks() == scene.here.config.total_blocks
 
 
 def serve(scene: Scene) -> Call:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
+from shmblocks import UNBOUNDED, BlockHandle, BlockPool, Field, PoolConfig, ShmBlocksError
+from shmblocks.lease import Lease, Reservation
 from shmblocks.nodes import NodeServer, RemotePool
 from tests.support.children import wait_until
 from tests.support.naming import new_pool_name
@@ -68,20 +69,37 @@ class Published(NamedTuple):
 def publish(pool: BlockPool, num_tokens: int, rng: random.Random, *, readers: int = 1) -> Published:
     """Random bytes in every field, and in aux."""
     with pool.reserve(num_tokens, timeout=0.0) as reservation:
-        content: Content = {}
-        for name in ("aux", *reservation):
-            memory = reservation.memory(name)
-            data = rng.randbytes(len(memory))
-            # Bytes of a bool are 0 and 1.
-            content[name] = bytes(byte & 1 for byte in data) if name == "flags" else data
-            memory[:] = content[name]
+        content = fill(reservation, rng)
         return Published(reservation.publish(readers=readers), content)
+
+
+def publish_entry(pool: BlockPool, key: bytes, num_tokens: int, rng: random.Random) -> Published:
+    """The same, as an entry of the cache."""
+    with pool.reserve(num_tokens, timeout=0.0) as reservation:
+        content = fill(reservation, rng)
+        return Published(reservation.publish(readers=UNBOUNDED, key=key), content)
+
+
+def fill(reservation: Reservation, rng: random.Random) -> Content:
+    """Random bytes in every field, and in aux."""
+    content: Content = {}
+    for name in ("aux", *reservation):
+        memory = reservation.memory(name)
+        data = rng.randbytes(len(memory))
+        # Bytes of a bool are 0 and 1.
+        content[name] = bytes(byte & 1 for byte in data) if name == "flags" else data
+        memory[:] = content[name]
+    return content
+
+
+def content_of(lease: Lease) -> Content:
+    return {name: bytes(lease.memory(name)) for name in ("aux", *lease)}
 
 
 def read(pool: BlockPool, handle: BlockHandle) -> Content:
     """One reader's lease, and what it reads."""
     with pool.open(handle) as lease:
-        return {name: bytes(lease.memory(name)) for name in ("aux", *lease)}
+        return content_of(lease)
 
 
 def assert_arrived(pool: BlockPool, local: BlockHandle, published: Published) -> None:
@@ -152,6 +170,27 @@ def two_nodes(
         ) as remote,
     ):
         yield Pair(here, there, server, remote)
+
+
+class Fetching:
+    """A fetch in a thread of the test, and what came of it."""
+
+    def __init__(self, remote: RemotePool, handle: BlockHandle, timeout: float = LONG) -> None:
+        self.local: BlockHandle | None = None
+        self.error: ShmBlocksError | None = None
+        self._thread = threading.Thread(target=self._run, args=(remote, handle, timeout))
+        self._thread.start()
+
+    def _run(self, remote: RemotePool, handle: BlockHandle, timeout: float) -> None:
+        try:
+            self.local = remote.fetch(handle, timeout=timeout)
+        except ShmBlocksError as error:
+            # Its type and text: its frames would keep the pool's mapping.
+            self.error = type(error)(str(error))
+
+    def wait(self) -> Fetching:
+        self._thread.join()
+        return self
 
 
 # ---- a network that misbehaves -----------------------------------------------------------------

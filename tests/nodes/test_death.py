@@ -6,11 +6,10 @@ And not one byte that comes late into blocks that are used again.
 from __future__ import annotations
 
 import random
-import threading
 
 import pytest
 
-from shmblocks import BlockHandle, PeerDiedError, PoolTimeoutError, ShmBlocksError
+from shmblocks import BlockHandle, PeerDiedError, PoolTimeoutError
 from shmblocks.nodes import RemotePool
 from shmblocks.testing import assert_survives, remember
 from tests.nodes import nodes_in_processes as processes
@@ -19,6 +18,7 @@ from tests.nodes.kit import (
     LARGE,
     LARGE_TOKENS,
     LONG,
+    Fetching,
     Proxy,
     assert_arrived,
     assert_fetchable,
@@ -33,27 +33,6 @@ from tests.support.children import spawn, wait_until
 
 PATIENCE = 1.0
 TOTAL_BYTES = LARGE_TOKENS * 4096
-
-
-class Fetching:
-    """A fetch in a thread of the test, and what came of it."""
-
-    def __init__(self, remote: RemotePool, handle: BlockHandle, timeout: float = LONG) -> None:
-        self.local: BlockHandle | None = None
-        self.error: ShmBlocksError | None = None
-        self._thread = threading.Thread(target=self._run, args=(remote, handle, timeout))
-        self._thread.start()
-
-    def _run(self, remote: RemotePool, handle: BlockHandle, timeout: float) -> None:
-        try:
-            self.local = remote.fetch(handle, timeout=timeout)
-        except ShmBlocksError as error:
-            # Its type and text: its frames would keep the pool's mapping.
-            self.error = type(error)(str(error))
-
-    def wait(self) -> Fetching:
-        self._thread.join()
-        return self
 
 
 def server_address(channel_says: object) -> tuple[str, int]:

@@ -30,6 +30,7 @@ from tests.nodes.kit import (
     LARGE,
     LARGE_TOKENS,
     LONG,
+    Fetching,
     Pair,
     Proxy,
     assert_arrived,
@@ -419,20 +420,11 @@ def test_closing_a_reader_ends_its_fetches(rng: random.Random) -> None:
     with two_nodes(LARGE) as pair, Proxy(pair.server.address) as proxy:
         published = publish(pair.there, LARGE_TOKENS, rng)
         proxy.stall_after(100_000)
-        errors: list[BaseException] = []
-
-        def fetch(remote: RemotePool) -> None:
-            try:
-                remote.fetch(published.handle, timeout=LONG)
-            except PoolClosedError as error:
-                errors.append(error)
-
         with RemotePool(pair.here, proxy.address, key=KEY) as remote:
-            fetching = threading.Thread(target=fetch, args=(remote,))
-            fetching.start()
+            fetching = Fetching(remote, published.handle)
             assert proxy.has_stalled.wait(LONG)
-        fetching.join()
-        assert len(errors) == 1
+        fetching.wait()
+        assert isinstance(fetching.error, PoolClosedError)
         assert_nothing_held(pair.here)
         assert_fetchable(pair.there, published)
 

@@ -23,9 +23,12 @@ from shmblocks.nodes import RemotePool
 from shmblocks.nodes.messages import (
     MAX_MESSAGE_BYTES,
     MAX_POOLS,
+    Absent,
     AnyMessage,
     Done,
     Fetch,
+    Find,
+    Found,
     Hello,
     Message,
     Ping,
@@ -39,7 +42,7 @@ from shmblocks.nodes.messages import (
     frame_length,
     refused,
 )
-from shmblocks.nodes.server import Service
+from shmblocks.nodes.service import Service
 from shmblocks.nodes.stream import Stream
 from tests.nodes.kit import (
     BLOCKS,
@@ -49,6 +52,7 @@ from tests.nodes.kit import (
     Published,
     config,
     publish,
+    publish_entry,
     read,
     two_nodes,
     two_pools,
@@ -56,6 +60,7 @@ from tests.nodes.kit import (
 
 MUTATIONS = int(os.environ.get("SHMBLOCKS_NODES_MUTATIONS", "5000"))
 TOKENS = 5
+ENTRY = b"the key of 16 B."
 # More than are ever fetched here.
 READERS = 1 << 20
 
@@ -66,9 +71,12 @@ LARGEST: list[Message] = [
     Prove(bytes(32), bytes(32)),
     Welcome((LARGEST_POOL,) * MAX_POOLS, bytes(32)),
     Ping((1 << 64) - 1),
-    Fetch((1 << 64) - 1, HANDLE.encode(), (1 << 44) - 1, (1 << 44) - 1),
+    Find((1 << 64) - 1, bytes(32), bytes(32), (1 << 64) - 1),
+    Found((1 << 64) - 1, HANDLE.encode()),
+    Absent((1 << 64) - 1, (1 << 64) - 1),
+    Fetch((1 << 64) - 1, HANDLE.encode(), (1 << 44) - 1, (1 << 44) - 1, True),
     Taken((1 << 64) - 1, (1 << 44) - 1, bytes(64)),
-    Sent((1 << 64) - 1),
+    Sent((1 << 64) - 1, (1 << 64) - 1),
     Done((1 << 64) - 1, True),
     refused((1 << 64) - 1, 64 * "k", 5000 * "\N{SNOWMAN}"),
 ]
@@ -102,13 +110,21 @@ def _same_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "token_bytes", bytes)
 
 
+class Saying(Stream):
+    """It has said everything before it was asked."""
+
+    @property
+    def is_quiet(self) -> bool:
+        return True
+
+
 def stream_that_says(data: bytes, keep: list[socket.socket]) -> Stream:
     """A connection whose other end has said this and no more."""
     ours, theirs = socket.socketpair()
     theirs.sendall(data)
     theirs.shutdown(socket.SHUT_WR)
     keep.append(theirs)
-    return Stream(ours, "somebody")
+    return Saying(ours, "somebody")
 
 
 def let_go(kept: list[socket.socket]) -> None:
@@ -135,6 +151,7 @@ def record(pair_of: Callable[[Proxy], None], target: tuple[str, int]) -> bytes:
 def test_a_server_survives_every_changed_conversation(rng: random.Random) -> None:
     with two_nodes() as pair:
         published = publish(pair.there, TOKENS, rng, readers=READERS)
+        publish_entry(pair.there, ENTRY, TOKENS, rng)
 
         def converse(proxy: Proxy) -> None:
             with RemotePool(pair.here, proxy.address, key=KEY) as remote:
@@ -145,12 +162,16 @@ def test_a_server_survives_every_changed_conversation(rng: random.Random) -> Non
                         published.handle, landing.handle, num_tokens=3, keep_claim=True
                     )
                 remote.ping()
+                lease = remote.fetch_key(ENTRY, timeout=LONG)
+                assert lease is not None
+                lease.release()
+                assert remote.fetch_key(bytes(16), timeout=LONG) is None
 
         said = record(converse, pair.server.address)
         service = Service([pair.there], KEY, None, LONG, 4)
         kept: list[socket.socket] = []
         service.serve(stream_that_says(said, kept))
-        assert service.stats("").fetched == 2, "unchanged it is understood"
+        assert service.stats("").fetched == 3, "unchanged it is understood"
         for _ in range(MUTATIONS):
             service.serve(stream_that_says(changed(said, rng), kept))
             let_go(kept)
@@ -158,11 +179,13 @@ def test_a_server_survives_every_changed_conversation(rng: random.Random) -> Non
         stats = service.stats("")
         assert stats.peers == ()
         assert stats.strangers > 0
-        assert stats.fetched > 2
-        assert [info.leases for info in pair.there.allocations()] == [[]]
+        assert stats.fetched > 3
+        assert [info.leases for info in pair.there.allocations()] == [[], []]
         assert read(pair.there, published.handle) == published.content
         assert pair.there.check() == []
         pair.there.free(published.handle)
+        pair.there.drop_all()
+        pair.here.drop_all()
 
 
 class _Answers:
@@ -175,11 +198,28 @@ class _Answers:
 
     def fetch(self, said: bytes) -> BlockHandle | None:
         """The fetched handle, or None after an error of the library."""
+        return self._ask(said, lambda remote: remote.fetch(self._published.handle, timeout=LONG))
+
+    def get(self, said: bytes) -> BlockHandle | None:
+        """The handle of the entry that came by key, or None after an error or a miss."""
+
+        def get(remote: RemotePool) -> BlockHandle | None:
+            lease = remote.fetch_key(ENTRY, timeout=LONG)
+            if lease is None:
+                return None
+            with lease:
+                return lease.handle
+
+        return self._ask(said, get)
+
+    def _ask(
+        self, said: bytes, question: Callable[[RemotePool], BlockHandle | None]
+    ) -> BlockHandle | None:
         with RemotePool(self._here, ("127.0.0.1", 1), key=KEY) as remote:
             stream = stream_that_says(said, self._kept)
             vars(remote._dialer)["_connected"] = lambda _, use: use(stream) or stream
             try:
-                return remote.fetch(self._published.handle, timeout=LONG)
+                return question(remote)
             except ShmBlocksError:
                 return None
             finally:
@@ -188,22 +228,28 @@ class _Answers:
 
 
 @contextlib.contextmanager
-def recorded_answers(rng: random.Random) -> Iterator[tuple[BlockPool, _Answers, bytes]]:
+def recorded_answers(
+    rng: random.Random, question: Callable[[RemotePool, BlockHandle], None]
+) -> Iterator[tuple[BlockPool, _Answers, bytes]]:
     """The own pool, a server that repeats itself, and what it says."""
     with two_pools() as (here, there):
         published = publish(there, TOKENS, rng, readers=READERS)
+        publish_entry(there, ENTRY, TOKENS, rng)
         # A reader's half of the conversation is the same each time, and so is the server's.
         service = Service([there], KEY, None, LONG, 4)
         ours, theirs = socket.socketpair()
-        said = _server_half(here, service, published, ours, theirs)
+        said = _server_half(
+            here, service, lambda remote: question(remote, published.handle), ours, theirs
+        )
         yield here, _Answers(here, published), said
         there.free(published.handle)
+        there.drop_all()
 
 
 def _server_half(
     here: BlockPool,
     service: Service,
-    published: Published,
+    question: Callable[[RemotePool], None],
     ours: socket.socket,
     theirs: socket.socket,
 ) -> bytes:
@@ -222,32 +268,58 @@ def _server_half(
     with RemotePool(here, ("127.0.0.1", 1), key=KEY) as remote:
         stream = Recording(ours, "the server")
         vars(remote._dialer)["_connected"] = lambda _, use: use(stream) or stream
-        here.free(remote.fetch(published.handle, timeout=LONG))
+        question(remote)
     serving.join()
     return bytes(heard)
+
+
+def _fetch(remote: RemotePool, handle: BlockHandle) -> None:
+    remote._pool.free(remote.fetch(handle, timeout=LONG))
+
+
+def _get(remote: RemotePool, _: BlockHandle) -> None:
+    lease = remote.fetch_key(ENTRY, timeout=LONG)
+    assert lease is not None
+    lease.release()
+    remote._pool.drop_all()
 
 
 @pytest.mark.usefixtures("_same_nonces")
 @pytest.mark.watchdog(600)
 def test_a_reader_survives_every_changed_answer(rng: random.Random) -> None:
-    with recorded_answers(rng) as (here, server, said):
-        fetch_changed(here, server, said, rng)
+    with recorded_answers(rng, _fetch) as (here, server, said):
+        ask_changed(here, server.fetch, here.free, said, rng)
 
 
-def fetch_changed(here: BlockPool, server: _Answers, said: bytes, rng: random.Random) -> None:
-    unchanged = server.fetch(said)
+@pytest.mark.usefixtures("_same_nonces")
+@pytest.mark.watchdog(600)
+def test_a_reader_by_key_survives_every_changed_answer(rng: random.Random) -> None:
+    with recorded_answers(rng, _get) as (here, server, said):
+        ask_changed(here, server.get, lambda _: here.drop(ENTRY), said, rng)
+
+
+def ask_changed(
+    here: BlockPool,
+    ask: Callable[[bytes], BlockHandle | None],
+    free: Callable[[BlockHandle], object],
+    said: bytes,
+    rng: random.Random,
+) -> None:
+    unchanged = ask(said)
     assert unchanged is not None
-    here.free(unchanged)
+    free(unchanged)
     rows = TOKENS * here.config.token_bytes
     outcomes = {True: 0, False: 0}
     for _ in range(MUTATIONS):
         data = changed(said, rng)
-        local = server.fetch(data)
+        local = ask(data)
         outcomes[local is not None] += 1
         if local is not None:
             # Only what has no check of its own (rows, aux) can have changed, and it is as long.
             assert local.num_tokens == TOKENS
             assert sum(map(len, read(here, local).values())) == rows + 64
+            if here.available_blocks() != BLOCKS:
+                free(local)
         if here.available_blocks() != BLOCKS:
             raise AssertionError(f"{here.allocations()} after {data!r}")
     assert outcomes[False] > 0

@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 
+import msgspec
 import pytest
 
 from shmblocks import (
@@ -19,12 +20,13 @@ from shmblocks import (
     ShmBlocksError,
 )
 from shmblocks.nodes import NodeServer, RemotePool
-from shmblocks.nodes.messages import Hello, Welcome, encode, served
+from shmblocks.nodes.messages import Fetch, Hello, Message, Sent, Welcome, encode, served
 from tests.nodes.kit import (
     KEY,
     LARGE,
     LARGE_TOKENS,
     LONG,
+    Fetching,
     Pair,
     Proxy,
     assert_arrived,
@@ -150,6 +152,47 @@ def test_garbled_messages_are_told_and_cost_only_that_fetch(pair: Pair, rng: ran
 # ---- slow readers ------------------------------------------------------------------------------
 
 
+def test_with_a_checksum_every_garbled_byte_is_told(pair: Pair, rng: random.Random) -> None:
+    """Rows and aux have no other check where there is no TLS."""
+    total = answer_bytes(pair, rng)
+    published = publish(pair.there, TOKENS, rng)
+    rows = TOKENS * pair.here.config.token_bytes
+    # The last of these is the last byte of the rows: behind it stands `Sent`.
+    behind = len(encode(Sent(1, 1 << 31)))
+    for at in sorted(rng.sample(range(total - rows - behind - 64, total - 5), 40)):
+        with (
+            Proxy(pair.server.address, garble(at)) as proxy,
+            RemotePool(pair.here, proxy.address, key=KEY, checksum=True) as remote,
+            pytest.raises(ShmBlocksError),
+        ):
+            remote.fetch(published.handle, timeout=2.0)
+        assert_nothing_held(pair.here)
+    with RemotePool(pair.here, pair.server.address, key=KEY, checksum=True) as remote:
+        assert_arrived(pair.here, remote.fetch(published.handle, timeout=LONG), published)
+
+
+def test_a_question_that_was_garbled_shows_in_the_checksum(pair: Pair, rng: random.Random) -> None:
+    """The other node sends another part than was asked for."""
+    published = publish(pair.there, TOKENS, rng)
+    with (
+        RemotePool(pair.here, pair.server.address, key=KEY, checksum=True) as remote,
+        pair.here.reserve(4) as landing,
+    ):
+        remote.ping()
+        stream = remote._connections._idle[0]
+        send = stream.send
+
+        def send_changed(message: Message, deadline: float | None, more: bool = False) -> None:
+            if isinstance(message, Fetch):
+                message = msgspec.structs.replace(message, first_token=message.first_token + 1)
+            send(message, deadline, more)
+
+        vars(stream)["send"] = send_changed
+        with pytest.raises(PeerDiedError, match="checksum"):
+            remote.fetch_into(published.handle, landing.handle, num_tokens=4, timeout=LONG)
+    assert_fetchable(pair.there, published)
+
+
 def test_a_reader_that_stands_still_loses_its_connection_and_its_lease_is_given_back(
     rng: random.Random,
 ) -> None:
@@ -157,22 +200,13 @@ def test_a_reader_that_stands_still_loses_its_connection_and_its_lease_is_given_
         published = publish(pair.there, LARGE_TOKENS, rng)
         proxy.stall_after(200_000)
         with RemotePool(pair.here, proxy.address, key=KEY) as remote:
-            errors: list[BaseException] = []
-
-            def fetch() -> None:
-                try:
-                    remote.fetch(published.handle, timeout=LONG)
-                except ShmBlocksError as error:
-                    errors.append(error)
-
-            fetching = threading.Thread(target=fetch)
-            fetching.start()
+            fetching = Fetching(remote, published.handle)
             assert proxy.has_stalled.wait(LONG)
             wait_until(lambda: pair.server.stats().given_back, "the server has had enough", LONG)
             assert_fetchable(pair.there, published)
             proxy.go_on()
-            fetching.join()
-            assert [type(error) for error in errors] == [PeerDiedError]
+            fetching.wait()
+            assert isinstance(fetching.error, PeerDiedError)
         assert_nothing_held(pair.here)
 
 
@@ -286,23 +320,14 @@ def test_closing_a_server_ends_a_fetch_and_gives_its_lease_back(rng: random.Rand
     with two_nodes(LARGE) as pair, Proxy(pair.server.address) as proxy:
         published = publish(pair.there, LARGE_TOKENS, rng)
         proxy.stall_after(100_000)
-        errors: list[BaseException] = []
-
-        def fetch(remote: RemotePool) -> None:
-            try:
-                remote.fetch(published.handle, timeout=LONG)
-            except ShmBlocksError as error:
-                errors.append(error)
-
         with RemotePool(pair.here, proxy.address, key=KEY) as remote:
-            fetching = threading.Thread(target=fetch, args=(remote,))
-            fetching.start()
+            fetching = Fetching(remote, published.handle)
             assert proxy.has_stalled.wait(LONG)
             pair.server.close()
             assert_fetchable(pair.there, published)
             proxy.go_on()
-            fetching.join()
-        assert [type(error) for error in errors] == [PeerDiedError]
+            fetching.wait()
+        assert isinstance(fetching.error, PeerDiedError)
         assert_nothing_held(pair.here)
 
 
@@ -316,23 +341,14 @@ def test_a_pool_that_is_closed_under_its_server_gives_no_bytes_of_others(
     ):
         published = publish(pair.there, LARGE_TOKENS, rng)
         proxy.stall_after(100_000)
-        errors: list[BaseException] = []
-
-        def fetch(remote: RemotePool) -> None:
-            try:
-                remote.fetch(published.handle, timeout=LONG)
-            except ShmBlocksError as error:
-                errors.append(error)
-
         with RemotePool(pair.here, proxy.address, key=KEY) as remote:
-            fetching = threading.Thread(target=fetch, args=(remote,))
-            fetching.start()
+            fetching = Fetching(remote, published.handle)
             assert proxy.has_stalled.wait(LONG)
             # The leases of that participant end here, and the blocks are used again.
             pair.there.close()
             publish(witness, LARGE_TOKENS, rng)
             publish(witness, LARGE_TOKENS, rng)
             proxy.go_on()
-            fetching.join()
-        assert [type(error) for error in errors] == [PeerDiedError]
+            fetching.wait()
+        assert isinstance(fetching.error, PeerDiedError)
         assert_nothing_held(pair.here)

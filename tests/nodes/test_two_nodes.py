@@ -8,8 +8,9 @@ from typing import NamedTuple, cast
 
 import pytest
 
+from _two_nodes import Node, two_nodes, why_not
 from tests.nodes import namespaces
-from tests.nodes.namespaces import Node, Program
+from tests.nodes.namespaces import Program, python
 from tests.nodes.node_program import CONFIG
 from tests.support.children import wait_until
 
@@ -39,9 +40,9 @@ def ask(program: Program, *words: object) -> object:
 @contextlib.contextmanager
 def two_programs() -> Iterator[Two]:
     with (
-        namespaces.two_nodes() as (first, second),
-        first.python(MODULE) as publisher,
-        second.python(MODULE) as reader,
+        two_nodes() as (first, second),
+        python(first, MODULE) as publisher,
+        python(second, MODULE) as reader,
     ):
         assert ask(publisher, "create", PATIENCE) == ask(reader, "create", PATIENCE) == "/node"
         yield Two(first, second, publisher, reader)
@@ -49,7 +50,7 @@ def two_programs() -> Iterator[Two]:
 
 @pytest.fixture(autouse=True)
 def _two_nodes() -> None:
-    if reason := namespaces.why_not():
+    if reason := why_not():
         pytest.skip(reason)
 
 

@@ -14,6 +14,10 @@ from benchmarks.report import Experiment
 from benchmarks.settings import HIDDEN
 
 GIB = 1 << 30
+# Ray is the last: its daemons are neighbours that nobody else has.
+CACHES = ("shmblocks", "safetensors in /dev/shm", "Redis, Unix socket", "Ray object store")
+# Those that every machine has.
+QUICK_NODES = ("memcpy", "raw TCP", "raw TCP, MSG_WAITALL", "shmblocks.nodes")
 
 # Name -> arguments of the module's function of that name: for numbers, and to show that it works.
 EXPERIMENTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
@@ -28,6 +32,9 @@ EXPERIMENTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "fragmentation": ((512, 60), (256, 2)),
     "hit_rates": ((1_000, 6_000, 1), (40, 100, 1)),
     "cache_costs": (((100, 1_000, 10_000, 100_000), 3_000), ((20, 200), 20)),
+    "cache_peers": (((64, 2_000, 16_384), 60, CACHES), ((64,), 2, CACHES[:2])),
+    "cache_processes": (((1, 2, 4, 8, 16), 2.0, 30), ((1, 2), 0.05, 1)),
+    "nodes": (((64, 1_984, 16_384, 34_880), 30), ((2, 64), 2, QUICK_NODES)),
 }
 
 

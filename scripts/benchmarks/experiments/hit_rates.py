@@ -8,6 +8,11 @@ The ideal keeps the most recently used items that fit its *bytes*: it knows no b
 and no fragmentation. A cache of consecutive blocks loses against it by all three, and may win where
 least recently used is not the best order to evict in (a cyclic trace: there it is the worst).
 
+Between the two stands a *paged* cache: least recently used over blocks that need not be in a row.
+It rounds to blocks and knows no fragmentation, so that what it is ahead of the pool by is the most
+that moving entries together could win. How often moving alone would have made room without an
+eviction (enough blocks were free, but not in a row) is counted, too.
+
     sizes    64 to 16,384 tokens of 7,168 bytes (3,584 x bf16), lognormal with a median of 800
     zipf     popularity of item n: 1 / n**s, in random order
     cyclic   all items in turn, again and again
@@ -82,11 +87,16 @@ def _zipf(items: int, requests: int, exponent: float, chooser: random.Random) ->
 
 def ideal(trace: Trace, capacity: int) -> Rate:
     """Least recently used of so many bytes, wherever they lie."""
+    return _rate(trace, _least_recently_used(trace.requests, trace.sizes, capacity))
+
+
+def _least_recently_used(requests: list[int], sizes: dict[int, int], capacity: int) -> list[bool]:
+    """Which requests are hits."""
     there: OrderedDict[int, int] = OrderedDict()
     used = 0
     hits = []
-    for item in trace.requests:
-        size = trace.sizes[item]
+    for item in requests:
+        size = sizes[item]
         hits.append(item in there)
         if item in there:
             there.move_to_end(item)
@@ -95,10 +105,24 @@ def ideal(trace: Trace, capacity: int) -> Rate:
                 used -= there.popitem(last=False)[1]
             there[item] = size
             used += size
-    return _rate(trace, hits)
+    return hits
 
 
-def cached(trace: Trace, capacity: int, allocation: Allocation) -> Rate:
+def paged(trace: Trace, capacity: int) -> Rate:
+    """Least recently used of so many bytes, in blocks that may lie anywhere."""
+    rounded = {item: -(-size // BLOCK_BYTES) * BLOCK_BYTES for item, size in trace.sizes.items()}
+    return _rate(trace, _least_recently_used(trace.requests, rounded, capacity))
+
+
+class Cached(NamedTuple):
+    """What the pool's own code came to."""
+
+    rate: Rate
+    # Of the misses: those for which enough blocks were free, but not in a row.
+    scattered: float
+
+
+def cached(trace: Trace, capacity: int, allocation: Allocation) -> Cached:
     """The pool's own code."""
     blocks = capacity // BLOCK_BYTES
     config = PoolConfig(
@@ -106,6 +130,7 @@ def cached(trace: Trace, capacity: int, allocation: Allocation) -> Rate:
     )
     name = f"bench-hits-{secrets.token_hex(4)}"
     hits = []
+    misses = scattered = 0
     with BlockPool.create(name, config, prefault="off") as pool:
         for item in trace.requests:
             key = content_key(b"trace", str(item))
@@ -114,11 +139,14 @@ def cached(trace: Trace, capacity: int, allocation: Allocation) -> Rate:
             size = -(-trace.sizes[item] // BLOCK_BYTES)
             if is_hit or size > blocks:
                 continue
+            stats = pool.stats()
+            misses += 1
+            scattered += stats.free_blocks >= size > stats.largest_free_run
             reservation = pool.reserve_now(size)
             if reservation is not None:
                 with reservation:
                     reservation.publish(readers=UNBOUNDED, key=key)
-    return _rate(trace, hits)
+    return Cached(_rate(trace, hits), scattered / max(misses, 1))
 
 
 def _rate(trace: Trace, hits: list[bool]) -> Rate:
@@ -137,11 +165,13 @@ def hit_rates(items: int, requests: int, seed: int) -> Experiment:
         whole = sum(trace.sizes[item] for item in range(items))
         for share, part in SHARES.items():
             capacity = int(whole * part) // BLOCK_BYTES * BLOCK_BYTES
-            best = ideal(trace, capacity)
-            row = [name, share, f"{best.items:.1%}", f"{best.bytes:.1%}"]
+            best, in_pages = ideal(trace, capacity), paged(trace, capacity)
+            row = [name, share]
+            row += [f"{part:.1%}" for part in (*best, *in_pages)]
             for policy in POLICIES:
-                rate = cached(trace, capacity, policy)
-                row += [f"{rate.items:.1%}", f"{rate.bytes:.1%}"]
+                rate, scattered = cached(trace, capacity, policy)
+                row += [f"{part:.1%}" for part in (*rate, scattered)]
+                numbers[f"{name} {share} {policy} scattered"] = scattered
                 for what, got, most in zip(("items", "bytes"), rate, best, strict=True):
                     key = f"{policy}, {what}: least part of the ideal's"
                     numbers[f"{name} {share} {policy} {what}"] = got
@@ -152,9 +182,14 @@ def hit_rates(items: int, requests: int, seed: int) -> Experiment:
         name="hit_rates",
         title=f"Hit rates of {requests:,} requests for {items:,} images, items and bytes",
         note="Sizes lognormal, 64 to 16,384 tokens; a pool of that part of the bytes of all items; "
-        "the ideal is a least-recently-used cache over bytes, without blocks and fragmentation. "
+        "the ideal is a least-recently-used cache over bytes, without blocks and fragmentation; "
+        "paged: over blocks that need not be in a row; scattered: the misses for which enough "
+        "blocks were free, but not in a row. "
         + "; ".join(f"{key}: {value:.1%}" for key, value in worst.items()),
-        header=["trace", "pool", "ideal", "", *itertools.chain(*((p, "") for p in POLICIES))],
+        header=[
+            *("trace", "pool", "ideal", "", "paged", ""),
+            *itertools.chain(*((policy, "", "scattered") for policy in POLICIES)),
+        ],
         rows=rows,
         numbers={**numbers, **worst},
     )

@@ -1,0 +1,8 @@
+"""Real vLLM engines on the connector, on a CPU: `scripts/vllm`.
+
+models   two tiny models with random weights, made on the spot
+photos   what they are asked about
+actor    one engine in a process of its own       engines  starts, asks and kills them
+cases    what must hold, offline                  serving  `vllm serve`, and a router before it
+compare  beside vLLM's own connectors             plot     draws that
+"""

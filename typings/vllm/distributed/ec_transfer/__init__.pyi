@@ -1,0 +1,3 @@
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase
+
+def get_ec_transfer() -> ECConnectorBase: ...

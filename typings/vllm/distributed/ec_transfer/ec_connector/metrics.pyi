@@ -1,0 +1,23 @@
+from typing import Any
+
+from vllm.config import VllmConfig
+
+class ECConnectorStats:
+    data: dict[str, Any]
+    def __init__(self, data: dict[str, Any] = ...) -> None: ...
+    def reset(self) -> None: ...
+    def aggregate(self, other: ECConnectorStats) -> ECConnectorStats: ...
+    def reduce(self) -> dict[str, int | float]: ...
+    def is_empty(self) -> bool: ...
+
+class ECConnectorPromMetrics:
+    _counter_cls: Any
+    per_engine_labelvalues: dict[int, list[object]]
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None: ...
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None: ...

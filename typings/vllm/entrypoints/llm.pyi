@@ -1,0 +1,9 @@
+from collections.abc import Sequence
+from typing import Any
+
+class LLM:
+    llm_engine: Any
+    def __init__(self, model: str, **arguments: object) -> None: ...
+    def generate(
+        self, prompts: Sequence[Any], sampling_params: Sequence[Any], *, use_tqdm: bool = ...
+    ) -> list[Any]: ...

@@ -1,0 +1,6 @@
+class Platform:
+    device_type: str
+    def is_cpu(self) -> bool: ...
+    def is_cuda_alike(self) -> bool: ...
+
+current_platform: Platform

@@ -1,0 +1,2 @@
+class SchedulerOutput:
+    free_encoder_mm_hashes: list[str]
