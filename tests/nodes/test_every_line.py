@@ -37,7 +37,7 @@ def test_a_server_that_is_killed_at_any_line_costs_neither_node_a_block(
 def test_one_who_is_killed_at_any_line_of_a_get_by_key_leaves_no_claim_and_no_half_entry(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_getter, name)
+    coverage = run_without_core(every_line.kill_getter, name)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
 
@@ -45,6 +45,6 @@ def test_one_who_is_killed_at_any_line_of_a_get_by_key_leaves_no_claim_and_no_ha
 def test_an_owner_that_is_killed_at_any_line_makes_a_miss_or_a_whole_entry(
     record_property: Callable[[str, object], None],
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_owner)
+    coverage = run_without_core(every_line.kill_owner)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
