@@ -7,6 +7,7 @@ A test compares the file with `text()`: whoever changes the layout runs this aga
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from shmblocks._os import filelock, futex
@@ -50,7 +51,10 @@ def text() -> str:
     names["READS"], names["WRITES"] = blocks.READS, blocks.WRITES
     names["ENTER"], names["LEAVE"] = filelock.ENTER, filelock.LEAVE
     names["LONGEST_SLEEP_NS"] = int(futex.LONGEST_SLEEP * 1e9)
-    lines = [f"#define {name} {_literal(value)}" for name, value in sorted(names.items())]
+    used = _words_of_the_sources()
+    lines = [
+        f"#define {name} {_literal(value)}" for name, value in sorted(names.items()) if name in used
+    ]
     return "\n".join(
         (
             "/* Written by scripts/compiling/header.py from shmblocks/_state/layout.py and its",
@@ -64,6 +68,12 @@ def text() -> str:
             "",
         )
     )
+
+
+def _words_of_the_sources() -> set[str]:
+    """What the C speaks of: a constant that it does not use is none of its business."""
+    sources = [path for path in HEADER.parent.glob("*.[ch]") if path != HEADER]
+    return set(re.findall(r"\w+", "".join(path.read_text() for path in sources)))
 
 
 def _constants(owner: type, prefix: str) -> dict[str, int]:
