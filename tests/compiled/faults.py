@@ -4,8 +4,8 @@ The operations, scenes and judges are those of the suites that kill at every lin
 `kill_at_every_store` in place of `kill_at_every_line`. Run in a fresh interpreter with the build
 that dies where it is told to (`SHMBLOCKS_CORE=faults`).
 
-The survivor goes on with the core, or, with `by_python`, without it: what one implementation left
-half made, the other completes.
+The survivor goes on with the core at every other point, and without it at the others: what one
+implementation left half made, the other completes.
 """
 
 from __future__ import annotations
@@ -33,19 +33,12 @@ SUITES = {
 }
 
 
-def kill(suite: str, name: str, by_python: bool) -> Coverage:
+def kill(suite: str, name: str) -> Coverage:
     """Kill one case of a suite at every store of the core."""
     module = importlib.import_module(SUITES[suite])
-    killing = functools.partial(_kill_at_every_store, by_python)
-    with mock.patch.object(module, "kill_at_every_line", killing):
+    with mock.patch.object(module, "kill_at_every_line", _kill_at_every_store):
         coverage: Coverage = module.kill(name)
     return coverage
-
-
-def cases(suite: str) -> list[str]:
-    """The names of a suite's cases."""
-    module = importlib.import_module(SUITES[suite].replace("judge", "operations"))
-    return list(module.CASES)
 
 
 def _faults() -> ModuleType:
@@ -53,7 +46,6 @@ def _faults() -> ModuleType:
 
 
 def _kill_at_every_store(
-    by_python: bool,
     setup: Setup[S],
     operation: Operation[S],
     verify: Verify[S],
@@ -69,7 +61,7 @@ def _kill_at_every_store(
             ending = run_forked(functools.partial(_child, operation, scene, at))
             assert ending.was_killed == (at <= count), (at, count, ending)
             point = Point(at, "shmblocks/_core", at, "store", 0)
-            if by_python:
+            if at % 2:
                 _leave_to_python()
             verify(scene, point if at <= count else end_point(at))
         if at <= count:
