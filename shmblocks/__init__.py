@@ -15,7 +15,7 @@ things live, from the bottom to the top (a part imports only parts of the lines 
     pool                                        BlockPool
     nodes/  metrics  traces                     other machines; Prometheus; OpenTelemetry
     cache  sglang  testing/  transfer/          TensorCache; SGLang; deaths; encode/language
-    vllm/                                       engines that need no patch
+    sglang_plugin/  vllm/  vllm_omni            engines that need no patch
     doctor/                                     what will fail on this machine
     cli/                                        the command line
 """

@@ -119,9 +119,7 @@ class CacheLease:
 
         Valid until `release`; after it this raises `InvalidStateError`.
         """
-        rows = self._lease[FIELD]
-        size = math.prod(self.shape) * self.dtype.itemsize
-        return rows.view(-1)[:size].view(self.dtype).view(self.shape)
+        return self._lease.tensor(self.dtype, self.shape)
 
     @property
     def is_released(self) -> bool:
@@ -340,9 +338,8 @@ class TensorCache:
     def _fill(self, reservation: Reservation, tensor: torch.Tensor, stream: Stream | None) -> None:
         import torch
 
-        size = tensor.numel() * tensor.dtype.itemsize
         with torch.no_grad(), _on(stream):
-            rows = reservation[FIELD].view(-1)[:size].view(tensor.dtype).view(tensor.shape)
+            rows = reservation.tensor(tensor.dtype, tensor.shape)
             # Without a stream nobody would wait for a copy that goes on behind this call.
             rows.copy_(tensor, non_blocking=stream is not None or rows.is_cuda)
         number = _DTYPES.index(dtype_name(tensor.dtype))

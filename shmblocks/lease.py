@@ -10,28 +10,35 @@ Contract
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from shmblocks import _core
 from shmblocks._state.blocks import LeaseKey
 from shmblocks._state.cache_state import CacheState, Ticket
+from shmblocks._state.info import ParticipantId
 from shmblocks._state.mutex import is_inside
 from shmblocks._state.pool_state import PoolState
 from shmblocks.cuda.order import StreamOrder
 from shmblocks.errors import InvalidStateError, ShmBlocksError
 from shmblocks.handle import BlockHandle
 from shmblocks.tickets import encode_ticket
-from shmblocks.view import BlockView, FieldTensors, LeaseGuard
+from shmblocks.view import BlockView, FieldTensors, HostMemory, LeaseGuard, bytes_as_tensor
 
 if TYPE_CHECKING:
     import torch
 
     from shmblocks.cuda.use import Order, Stream
+
+
+# How many readers are announced, or which.
+Readers = int | Sequence[ParticipantId]
 
 
 class _Owner(Mapping[str, "torch.Tensor"]):
@@ -66,6 +73,11 @@ class _Owner(Mapping[str, "torch.Tensor"]):
     def memory(self, name: str) -> memoryview:
         """The bytes of a field's rows, in place; see `BlockView.memory`."""
         return self.view.memory(name)
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """In a byte pool (`byte_config`): the first bytes of the blocks as a contiguous tensor of
+        that dtype and shape, in place. ValueError when it does not fit."""
+        return bytes_as_tensor(self.view, dtype, shape)
 
     def __copy__(self) -> NoReturn:
         raise TypeError(f"{self!r}: it is owned and cannot be copied; {self._instead}")
@@ -176,6 +188,60 @@ class Lease(_Owner):
             _end(self._state, key, order)
         self._is_over()
 
+    def end_with(self, owner: object) -> None:
+        """Release the lease when `owner` is collected, if it was not released before.
+
+        For engines that keep a tensor of it in an object of theirs. The lease is kept until then;
+        `owner` must allow weak references.
+        """
+        self._guard.require(self.handle)
+        finalizer = weakref.finalize(owner, _end_with_owner, self)
+        # At the end of the process the pool is left, which gives back everything.
+        finalizer.atexit = False
+
+    def private(self, name: str) -> torch.Tensor:
+        """The rows of a field as this process's own, copy-on-write: it may write to them, and
+        nobody else sees it. No byte is copied before.
+
+        The lease goes over to the tensor's memory and ends with it; here it is over. Raises
+        `InvalidStateError` for a CUDA pool, a lease on a stream, and one that has ended.
+        """
+        self._guard.require(self.handle)
+        state, key = self._state, self._key
+        if self._order is not None or state.config.is_on_gpu or key is None:
+            raise InvalidStateError(
+                f"{self.handle}: private memory needs a pool in host memory, and a lease without a "
+                "stream; clone the tensor instead"
+            )
+        rows, mapping = self._private_rows(name)
+        means = LeaseMeans(state, self._streams, self._tensors)
+        heir: Lease | None = None
+        try:
+            heir = Lease(self.handle, key, means, self._owner, None, True)
+            self._is_over()
+            heir.end_with(mapping)
+            return rows
+        except BaseException:
+            # Nobody has the tensor: the lease is to be released here.
+            if heir is not None:
+                heir.disown()
+            self._key = key
+            self._guard.is_open = True
+            raise
+
+    def _private_rows(self, name: str) -> tuple[torch.Tensor, mmap.mmap]:
+        """The rows of a field in a mapping of their own, and that mapping, which the tensor holds;
+        a lease has to last as long."""
+        state, handle = self._state, self.handle
+        first = handle.start_block * state.config.block_size
+        row_bytes = self._tensors.field(name).token_bytes
+        begin = state.layout.fields[name] + first * row_bytes
+        start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        length = begin + handle.num_tokens * row_bytes - start
+        mapping = state.segment.private_mapping(start, length)
+        fields = FieldTensors(state.config, state.layout, HostMemory(mapping, start))
+        return fields.rows(name, first, handle.num_tokens), mapping
+
     def give_back(self) -> None:
         """End the claim as if it had never been opened: its reader is still to come. Idempotent.
 
@@ -232,18 +298,27 @@ class Lease(_Owner):
         self.release()
 
     def __del__(self) -> None:
+        if self._end_if_held():
+            warnings.warn(f"{self.handle}: lease was not released", ResourceWarning, stacklevel=2)
+
+    def _end_if_held(self) -> bool:
+        """For the collector: end the claim, from a thread if need be; False: it had ended."""
         key = getattr(self, "_key", None)
         if key is None or sys.is_finalizing():
-            return
+            return False
         state = self._state
-        self._guard.is_open = False
+        self._is_over()
         if state.is_closed or key.holder != state.participants.me_word:
-            return  # given back already; in a forked child: it is the parent's
+            return False  # given back already; in a forked child: it is the parent's
         _end_dropped(state, key, self._order)
-        warnings.warn(f"{self.handle}: lease was not released", ResourceWarning, stacklevel=2)
+        return True
 
     def __repr__(self) -> str:
         return f"Lease({self.handle}, {'released' if self.is_released else 'open'})"
+
+
+def _end_with_owner(lease: Lease) -> None:
+    lease._end_if_held()
 
 
 def _end(state: PoolState, key: LeaseKey, order: Order | None) -> None:
@@ -302,7 +377,7 @@ class Reserves(Protocol):
         self,
         handle: BlockHandle,
         *,
-        readers: int = 1,
+        readers: Readers = 1,
         num_tokens: int | None = None,
         stream: Stream | None = None,
         key: bytes | None = None,
@@ -362,7 +437,7 @@ class Reservation(_Owner):
     def publish(
         self,
         *,
-        readers: int = 1,
+        readers: Readers = 1,
         num_tokens: int | None = None,
         stream: Stream | None = None,
         key: bytes | None = None,

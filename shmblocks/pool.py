@@ -60,7 +60,7 @@ from shmblocks._state.info import (
     Violation,
     WaiterInfo,
 )
-from shmblocks._state.layout import REQUEST_ID_BYTES, UNBOUNDED
+from shmblocks._state.layout import MOST_NAMED_READERS, REQUEST_ID_BYTES, UNBOUNDED
 from shmblocks._state.participants import utf8_prefix
 from shmblocks._state.peers import PeerState
 from shmblocks._state.pool_state import AllocRequest, Opened, PoolState, stamp
@@ -81,7 +81,7 @@ from shmblocks.errors import (
 )
 from shmblocks.handle import BlockHandle
 from shmblocks.inspector import remove_dead_pools
-from shmblocks.lease import Lease, LeaseMeans, Reservation
+from shmblocks.lease import Lease, LeaseMeans, Readers, Reservation
 from shmblocks.tickets import Tickets, decode_ticket, encode_ticket
 from shmblocks.view import AUX, BlockView, FieldTensors, ReservationGuard, count_tokens, fill
 
@@ -349,22 +349,6 @@ class BlockPool:
     def is_closed(self) -> bool:
         """Whether this process has left the pool."""
         return self.state.is_closed
-
-    @property
-    def lock_timeout(self) -> float:
-        """Seconds that this pool object waits for the pool's lock before `PoolTimeoutError`.
-
-        The config's, unless it is set: a thread that must never wait long sets less.
-        """
-        return self.state.mutex.timeout
-
-    @lock_timeout.setter
-    def lock_timeout(self, seconds: float) -> None:
-        if not 0 < seconds <= MAX_SECONDS:
-            raise ValueError(
-                f"lock_timeout: expected seconds > 0 and at most {MAX_SECONDS:g}, got {seconds}"
-            )
-        self.state.mutex.timeout = seconds
 
     # ---- the GPU -----------------------------------------------------------------------------
 
@@ -677,12 +661,31 @@ class BlockPool:
             with contextlib.suppress(StaleHandleError):
                 self.free(handle)
 
-    def forgo(self, handle: BlockHandle, claims: int = 1) -> None:
+    def forgo(
+        self, handle: BlockHandle, claims: int = 1, *, reader: ParticipantId | None = None
+    ) -> bool:
         """End the claims of announced readers who will not come; with the last one it is free.
 
-        Raises `InvalidStateError` when fewer are still to come.
+        Raises `InvalidStateError` when fewer are still to come. `reader`: end the claim of that
+        participant, who was announced by name (`publish(readers=[...])`, `add_reader`); False: it
+        has none, or has come.
         """
-        self.state.forgo(self._real(handle), _whole("claims", claims))
+        real = self._real(handle)
+        if reader is not None:
+            return self.state.forgo_named(real, reader)
+        self.state.forgo(real, _whole("claims", claims))
+        return True
+
+    def add_reader(self, handle: BlockHandle, reader: ParticipantId) -> None:
+        """Announce published blocks to one more participant, by name, as `publish(readers=[...])`
+        does.
+
+        Whoever calls this must know that the blocks are there meanwhile: it has a lease on them, or
+        a claim. Raises `PeerDiedError` when that participant is not attached any more,
+        `StaleHandleError` when the blocks were freed, `InvalidStateError` when they are not
+        published, `TooManyLeasesError`.
+        """
+        self.state.add_reader(self._real(handle), reader)
 
     def available_blocks(self) -> int:
         """Blocks in no allocation, of this moment."""
@@ -757,7 +760,7 @@ class BlockPool:
         self,
         handle: BlockHandle,
         *,
-        readers: int = 1,
+        readers: Readers = 1,
         num_tokens: int | None = None,
         stream: Stream | None = None,
         key: bytes | None = None,
@@ -769,6 +772,11 @@ class BlockPool:
         this returns to the readers. Unopened for the config's `unclaimed_timeout`, it is freed;
         with `readers=UNBOUNDED` any number may open it, until it is freed.
 
+        `readers` may name who is to read, up to 32 participants (`find_participant`). Each of them,
+        and nobody else, can open it once. A claim ends with the death of the participant that it
+        was announced to, at the next `reap`; else after `unclaimed_timeout`, or with `forgo`.
+        Raises `PeerDiedError` when one of them is not attached any more; nothing is published then.
+
         `stream`: what was enqueued there before is what writes; readers' streams wait for it. This
         returns at once, and the handle may travel at once. In a CUDA pool: torch's current stream.
         In a pool in host memory only when it is given, after `pin`.
@@ -779,13 +787,12 @@ class BlockPool:
         reservation is free then.
         """
         real = self._real(handle)
-        if readers != UNBOUNDED:
-            readers = _whole("readers", readers)
+        readers, named = _readers(readers, key)
         length = handle.num_tokens if num_tokens is None else _whole("num_tokens", num_tokens)
         self._require_capacity(handle.num_blocks, length)
         if stream is None and not self._is_on_gpu:
             if key is None:
-                self.state.publish(real, length, readers)
+                self.state.publish(real, length, readers, named=named)
             else:
                 there = self.cache_state.publish(
                     real, length, readers, key, _seconds("hold", hold), False
@@ -796,7 +803,7 @@ class BlockPool:
             order = self.streams.order(stream)
             order.use.writing.discard(handle.generation)
             if key is None:
-                self.state.publish(real, length, readers, True)
+                self.state.publish(real, length, readers, True, named)
             else:
                 there = self.cache_state.publish(
                     real, length, readers, key, _seconds("hold", hold), True
@@ -1149,6 +1156,14 @@ class BlockPool:
         """A living participant with that role; a role may be an address, of up to 63 bytes."""
         return self.state.find_participant(role)
 
+    def lock_timeout(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """In this context calls of this thread wait for the pool's lock for so many seconds only,
+        and not the config's `lock_timeout`; then `PoolTimeoutError`.
+
+        For threads that must not stand still, whatever another process does. No `await` within it.
+        """
+        return self.state.mutex.patience(_seconds("seconds", seconds))
+
     def is_alive(self, who: ParticipantId) -> bool:
         """Whether that process is attached and lives."""
         return self.state.is_alive(who)
@@ -1234,6 +1249,20 @@ def _key_exists(there: BlockHandle) -> KeyExistsError:
         f"the key has an entry already, {there}: another process was faster; use that one (`get`)",
         there,
     )
+
+
+def _readers(readers: Readers, key: bytes | None) -> tuple[int, Sequence[ParticipantId]]:
+    """How many readers of no name, and those who have one."""
+    if not isinstance(readers, Sequence):
+        return (readers if readers == UNBOUNDED else _whole("readers", readers)), ()
+    if not 1 <= len(readers) <= MOST_NAMED_READERS:
+        raise ValueError(
+            f"readers: expected 1 to {MOST_NAMED_READERS} participants, got {len(readers)}; "
+            "announce the others with `add_reader`"
+        )
+    if key is not None:
+        raise ValueError("readers: an entry of the cache has no readers by name; give a number")
+    return 0, tuple(readers)
 
 
 def _seconds(what: str, value: float) -> float:

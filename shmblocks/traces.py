@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from shmblocks._state.layout import TRACE_BYTES
 from shmblocks.errors import StaleHandleError
 from shmblocks.handle import BlockHandle
-from shmblocks.lease import Lease, Reservation
+from shmblocks.lease import Lease, Readers, Reservation
 from shmblocks.pool import BlockPool
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class TracedPool(BlockPool):
         self,
         handle: BlockHandle,
         *,
-        readers: int = 1,
+        readers: Readers = 1,
         num_tokens: int | None = None,
         stream: Stream | None = None,
         key: bytes | None = None,

@@ -18,8 +18,9 @@ that writes, instead of a silent change of what other readers see.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from shmblocks import _core
@@ -351,6 +352,30 @@ class BlockView(Mapping[str, "torch.Tensor"]):
 
     def __repr__(self) -> str:
         return f"BlockView({self.handle}, fields={', '.join(self._tensors.names)})"
+
+
+def bytes_as_tensor(
+    fields: Mapping[str, torch.Tensor], dtype: torch.dtype, shape: Sequence[int]
+) -> torch.Tensor:
+    """The first bytes of the one field of a byte pool as a contiguous tensor; no copy."""
+    names = list(fields)
+    rows = fields[names[0]] if len(names) == 1 else None
+    if rows is None or rows.element_size() != 1 or rows.dim() != 2:
+        raise InvalidStateError(
+            "expected a byte pool, of one field of bytes (`byte_config`), got the fields "
+            f"{', '.join(names) or '(none)'}"
+        )
+    return rows_as_tensor(rows, dtype, shape)
+
+
+def rows_as_tensor(rows: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The first bytes of rows of bytes, `[n, bytes]`, as a contiguous tensor; no copy."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > rows.numel():
+        raise ValueError(
+            f"shape: expected at most {rows.numel()} bytes, {list(shape)} of {dtype} are {size}"
+        )
+    return rows.view(-1)[:size].view(dtype).view(tuple(shape))
 
 
 def fill(view: BlockView, tensors: Mapping[str, torch.Tensor], num_tokens: int) -> None:

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("nodes", "metrics", "traces"),
     ("cache", "sglang", "testing", "transfer"),
-    ("vllm",),
+    ("sglang_plugin", "vllm", "vllm_omni"),
     ("doctor",),
     ("cli",),
 )
@@ -148,6 +148,7 @@ PUBLIC: dict[str, set[str]] = {
         "ReqToMetadataBlockAllocator",
     },
     "shmblocks.vllm": {"ConnectorConfig", "register"},
+    "shmblocks.sglang_plugin": {"load"},
     "shmblocks.testing": {
         "Coverage",
         "Ending",
@@ -401,7 +402,9 @@ def runs(program: Path, version: tuple[int, int]) -> bool:
     return numbers == [str(number) for number in version]
 
 
-@pytest.mark.parametrize("script", ["scripts/test", "scripts/demo", "scripts/vllm", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/test", "scripts/demo", "scripts/sglang", "scripts/vllm", ".ci/run"]
+)
 def test_a_script_can_be_started_and_parses(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     run_program(["bash", "-n", ROOT / script])

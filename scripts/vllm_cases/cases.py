@@ -17,9 +17,10 @@ from shmblocks.vllm import ConnectorConfig
 from vllm_cases import photos
 from vllm_cases.engines import CaseError, Engine, leftovers, transfer
 
-# Seconds from an encoder's death to the answer of the one who waited for it, beyond what an answer
-# of that engine takes anyhow on this machine at this moment. A wait that runs into its timeout
-# would take 20 s here.
+# Seconds from the end of a killed encoder's process to the answer of the one who waited for it,
+# beyond what an answer of that engine takes anyhow on this machine at this moment. A wait that runs
+# into its timeout would take 20 s here. (After SIGKILL the kernel first frees the process's memory,
+# then its locks: on a busy machine half a second in which nobody can see that it is dead.)
 AFTER_A_DEATH = 0.5
 POOL_BYTES = 8 << 20
 # The engine's own encoder cache: 128 embeddings are two photographs.
@@ -151,15 +152,18 @@ def encoder_killed_while_a_consumer_waits(bench: Bench) -> None:
         consumer.until("waits")
         killed = time.monotonic()
         producer.kill()
+        ended = time.monotonic()
         answers = consumer.result()["answers"]
-        took = time.monotonic() - killed
+        answered = time.monotonic()
         print(
-            f"    answer {took:.3f} s after the kill; an ordinary one: {ordinary:.3f} s", flush=True
+            f"    answer {answered - killed:.3f} s after SIGKILL, {answered - ended:.3f} s after "
+            f"the process had ended; an ordinary one takes {ordinary:.3f} s",
+            flush=True,
         )
         bench.equal(consumer, ["china"], [answers[0]["tokens"]])
         expect("encoded itself", consumer.counted("hits", "misses"), {"hits": 0, "misses": 3})
-        if took > AFTER_A_DEATH + ordinary:
-            raise CaseError(f"the answer came {took:.3f} s after the kill")
+        if answered - ended > AFTER_A_DEATH + ordinary:
+            raise CaseError(f"the answer came {answered - ended:.3f} s after the encoder's end")
 
 
 def consumer_killed_with_leases(bench: Bench) -> None:

@@ -58,6 +58,7 @@
 #define RECORD_HEAD_WORDS 9
 #define RECORD_WORDS 32
 #define REQUEST_ID_BYTES 63
+#define R_ANNOUNCED 23
 #define R_CHAIN 16
 #define R_CREATED_NS 7
 #define R_GENERATION 1

@@ -109,7 +109,9 @@ static PyObject *open_one(Core *c, const Handle *h, PyObject *handle, const Clai
     Change ch = { .how_many = 0 };
     word record[BODY_WORDS], now = now_ns();
     Key key = { 0, h->generation, c->s.me, now };
-    if (!find_exact(c, h, record) || !can_open(record) || (key.slot = free_lease(c)) == NOWHERE)
+    /* A claim that was announced to us by name is Python's to find. */
+    if (!find_exact(c, h, record) || !can_open(record) || get(record_at(c, h->start) + R_ANNOUNCED)
+        || (key.slot = free_lease(c)) == NOWHERE)
         return NULL;
     PyObject *lease = lease_new(c, claims, handle, &key, NULL, 0, made);
     if (!lease)

@@ -21,13 +21,17 @@ Stream order (what GPUs still do after the CPU went on):
 - `ready` and `acknowledged` are compared for equality, so a late write from an earlier generation
   never matches.
 
+Readers by name: a claim that is announced to one participant is a lease of that participant from
+the start, which it has not taken up yet. So it ends with its holder, as every lease does, and
+nobody else can take it.
+
 What it does not do: decide who is dead, wait, or know of processes other than as numbers.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -52,6 +56,7 @@ from shmblocks._state.layout import (
     LEASE_CHANNEL,
     LEASE_HEAD,
     LEASE_WORDS,
+    R_ANNOUNCED,
     R_CREATED,
     R_LIVE_INDEX,
     R_REQUEST_ID,
@@ -79,6 +84,9 @@ from shmblocks.handle import BlockHandle
 
 READS = 1
 WRITES = 2
+# Announced to its holder alone, who has not come yet; and one who has come.
+ANNOUNCED = 3
+TAKEN = 4
 
 # Blocks searched before the whole bitmap. Smaller: the whole is read more often. Larger: each
 # search handles longer integers (4,096 bits: 1 us).
@@ -359,24 +367,38 @@ class BlockTable:
         until_ns: int,
         *,
         on_stream: bool = False,
+        named: Sequence[int] = (),
     ) -> list[Store]:
         """The stores that make a reservation readable by `readers` leases, unclaimed after
         `until_ns`; the caller commits them, maybe with others.
 
-        `on_stream`: a stream will say when it is ready.
+        `on_stream`: a stream will say when it is ready. `named`: participant words of readers who
+        have a claim of their own beside those.
         """
         state = transition(record.state, Event.PUBLISH, 0, readers)
+        leases = record.leases
+        stores = []
+        if named:
+            leases = len(named)
+            state = transition(state, Event.OPEN, leases, readers)
+            stores = self._announced(start, record.generation, named, now_ns)
         if not on_stream:
             # Before the commit, and no part of it: nobody reads it before the state says so.
             self._words[self._layout.ready_word(start)] = record.generation
         head = RECORD_HEAD.pack(
             state, record.generation, record.num_blocks, num_tokens, record.owner,
-            readers, record.leases, record.created_ns, now_ns,
+            readers, leases, record.created_ns, now_ns,
         )  # fmt: skip
-        stores = [(self._records + start * RECORD.size, head)]
-        if readers < UNBOUNDED and not 0 < self._words[H_UNCLAIMED] <= until_ns:
-            stores.append(_word(H_UNCLAIMED, until_ns))
+        stores.append((self._records + start * RECORD.size, head))
+        if named or readers < UNBOUNDED:
+            stores += self._unclaimed_after(until_ns)
         return stores
+
+    def _unclaimed_after(self, until_ns: int) -> list[Store]:
+        """The store that says when something may be reclaimed, if that is not noted already."""
+        if 0 < self._words[H_UNCLAIMED] <= until_ns:
+            return []
+        return [_word(H_UNCLAIMED, until_ns)]
 
     def note_unclaimed(self, earliest_ns: int) -> None:
         """Set when published blocks may be reclaimed at the earliest (0: none are there)."""
@@ -405,8 +427,13 @@ class BlockTable:
         self._free(start, record._replace(published_ns=now_ns), in_flight=True)
 
     def _free(self, start: int, record: Record, in_flight: bool) -> None:
-        state = transition(record.state, Event.FREE, record.leases, 0, in_flight)
-        stores = self._moved(start, record, state, record.leases, 0)
+        # Those who have not come cannot come any more.
+        ended = self._announced_ended(start, record.generation)
+        leases = record.leases - len(ended)
+        state = transition(record.state, Event.FREE, leases, 0, in_flight)
+        stores = self._moved(start, record, state, leases, 0)
+        if ended:
+            stores += [*ended, self._count_announced(start, -len(ended))]
         if state == _SETTLING:
             stores.append(self._changed(H_SETTLING, +1))
         self._journal.commit(stores)
@@ -508,7 +535,7 @@ class BlockTable:
     def find_lease(self, holder: int, opened_ns: int) -> LeaseKey | None:
         """The lease that a process opened at that moment."""
         for slot, lease in self.leases():
-            if lease.holder == holder and lease.opened_ns == opened_ns:
+            if (lease.holder, lease.opened_ns) == (holder, opened_ns) and lease.kind != ANNOUNCED:
                 return LeaseKey(slot, lease.generation, holder, opened_ns)
         return None
 
@@ -550,6 +577,8 @@ class BlockTable:
         record = self.record(lease.start_block)
         if record.generation != lease.generation or not record.leases:
             raise _damaged(f"lease {slot} is of an allocation that does not count it")
+        if unread and lease.kind == TAKEN and record.state == _LEASED:
+            return self._announced_again(slot, lease)
         leases = record.leases - 1
         readers_left = record.readers_left
         if unread and lease.kind == READS and readers_left < UNBOUNDED:
@@ -564,6 +593,8 @@ class BlockTable:
             stores.append(self._changed(H_SETTLING, +1))
         if lease.pending:
             stores.append(self._changed(H_PENDING, -1))
+        if lease.kind == ANNOUNCED:
+            stores.append(self._count_announced(lease.start_block, -1))
         self.hints[0] = slot
         return stores
 
@@ -579,10 +610,87 @@ class BlockTable:
         try:
             return self._lease_generations().index(0)
         except ValueError:
-            raise TooManyLeasesError(
-                f"all {self._max_leases} leases are open; release some, or create the pool with a "
-                "larger PoolConfig(max_leases=...)"
-            ) from None
+            raise self._too_many() from None
+
+    def _free_leases(self, count: int) -> list[int]:
+        free = [slot for slot, used in enumerate(self._lease_generations()) if not used][:count]
+        if len(free) < count:
+            raise self._too_many()
+        return free
+
+    def _too_many(self) -> TooManyLeasesError:
+        return TooManyLeasesError(
+            f"all {self._max_leases} leases are open; release some, or create the pool with a "
+            "larger PoolConfig(max_leases=...)"
+        )
+
+    # ---- readers by name ---------------------------------------------------------------------
+
+    def announced(self, start: int) -> int:
+        """How many readers were announced by name and have not come."""
+        count: int = self._words[self._layout.record_word(start) + R_ANNOUNCED]
+        return count
+
+    def find_announced(self, start: int, generation: int, holder: int) -> int:
+        """The slot of a claim that is announced to that participant, or -1."""
+        if self.announced(start):
+            for slot, lease in self.leases():
+                if (lease.kind, lease.generation, lease.holder) == (ANNOUNCED, generation, holder):
+                    return slot
+        return -1
+
+    def add_reader(self, start: int, record: Record, holder: int, now_ns: int, until: int) -> None:
+        """Announce published blocks to one more participant."""
+        leases = record.leases + 1
+        state = transition(record.state, Event.OPEN, leases, record.readers_left)
+        stores = self._announced(start, record.generation, [holder], now_ns)
+        stores += self._moved(start, record, state, leases, record.readers_left)
+        self._journal.commit(stores + self._unclaimed_after(until))
+
+    def take_up(self, slot: int, now_ns: int) -> LeaseKey:
+        """The holder of an announced claim has come."""
+        lease = self.lease(slot)._replace(kind=TAKEN, opened_ns=now_ns)
+        start = lease.start_block
+        self._journal.commit([self._lease_store(slot, lease), self._count_announced(start, -1)])
+        return LeaseKey(slot, lease.generation, lease.holder, now_ns)
+
+    def _announced(
+        self, start: int, generation: int, holders: Sequence[int], now_ns: int
+    ) -> list[Store]:
+        """The stores of a claim for each holder."""
+        slots = self._free_leases(len(holders))
+        stores = [
+            self._lease_store(
+                slot, LeaseRecord(generation, start, holder, ANNOUNCED, now_ns, 0, 0, 0, 0, 0)
+            )
+            for slot, holder in zip(slots, holders, strict=True)
+        ]
+        self.hints[0] = slots[-1] + 1
+        return [*stores, self._count_announced(start, len(holders))]
+
+    def _announced_again(self, slot: int, lease: LeaseRecord) -> list[Store]:
+        """The stores after which its holder is still to come."""
+        again = self._lease_store(slot, lease._replace(kind=ANNOUNCED))
+        count = self._count_announced(lease.start_block, 1)
+        # Due at once: the reap that follows finds when it is overdue, and notes that.
+        return [again, count, *self._unclaimed_after(lease.opened_ns)]
+
+    def _announced_ended(self, start: int, generation: int) -> list[Store]:
+        """The stores that end what is announced by name; the count is the caller's."""
+        if not self.announced(start):
+            return []
+        return [
+            (self._layout.leases + slot * LEASE.size, _ZERO)
+            for slot, lease in self.leases()
+            if lease.kind == ANNOUNCED and lease.generation == generation
+        ]
+
+    def _count_announced(self, start: int, by: int) -> Store:
+        index = self._layout.record_word(start) + R_ANNOUNCED
+        return _word(index, max(0, self._words[index] + by))
+
+    def _lease_store(self, slot: int, lease: LeaseRecord) -> Store:
+        return (self._layout.leases + slot * LEASE.size, LEASE_HEAD.pack(*lease))
 
     # ---- stores ------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from shmblocks._os.futex import Futex
-from shmblocks._state.blocks import READS, LeaseKey
+from shmblocks._state.blocks import READS, WRITES, LeaseKey
 from shmblocks._state.counters import Counter
 from shmblocks._state.info import CacheStats, EntryInfo, ParticipantId
 from shmblocks._state.key_index import stored_key
@@ -468,7 +468,7 @@ class CacheState:
         lease = self._blocks.lease(key.slot)
         if lease.opened_ns != key.opened_ns or lease.holder != key.holder or lease.pending:
             raise InvalidStateError("ticket: the lease has ended; take another one")
-        if lease.kind != READS:
+        if lease.kind == WRITES:
             raise InvalidStateError("ticket: expected a reader's lease, this is a writer's")
         number = secrets.randbits(63) | 1
         self._rewrite(key.slot, lease.holder, lease.opened_ns, number)

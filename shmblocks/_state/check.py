@@ -7,6 +7,7 @@ what is wrong instead of failing at it, and keep nobody waiting.
 from __future__ import annotations
 
 from shmblocks._state.bitmap import longest_zeros
+from shmblocks._state.blocks import ANNOUNCED
 from shmblocks._state.info import ParticipantId, Violation
 from shmblocks._state.layout import (
     H_CURSOR,
@@ -155,10 +156,13 @@ def _check_leases(raw: RawState, live: list[Allocation]) -> list[Violation]:
     """Invariant 3 for leases: each belongs to a living allocation that counts it."""
     violations = []
     counts: dict[int, int] = {}
+    announced: dict[int, int] = {}
     records = {allocation.start_block: allocation.record for allocation in live}
     people = raw.people()
     for slot, lease in raw.leases():
         counts[lease.start_block] = counts.get(lease.start_block, 0) + 1
+        if lease.kind == ANNOUNCED:
+            announced[lease.start_block] = announced.get(lease.start_block, 0) + 1
         record = records.get(lease.start_block)
         if record is None or record.generation != lease.generation:
             violations.append(
@@ -175,6 +179,17 @@ def _check_leases(raw: RawState, live: list[Allocation]) -> list[Violation]:
             violations.append(
                 Violation(3, f"{_name(allocation)} counts {counted} leases, {there} are open")
             )
+        expected = announced.get(allocation.start_block, 0)
+        if expected != allocation.announced:
+            violations.append(
+                Violation(
+                    3,
+                    f"{_name(allocation)} counts {allocation.announced} readers by name who have "
+                    f"not come, there are {expected}",
+                )
+            )
+        if expected and not raw.words[H_UNCLAIMED]:
+            violations.append(Violation(3, f"{_name(allocation)} waits for a reader without end"))
     return violations
 
 

@@ -64,12 +64,13 @@ class ParticipantInfo(msgspec.Struct, frozen=True, kw_only=True):
 class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One open lease; `holder` is None when nothing is recorded of its process any more.
 
+    `kind` is `announced` when it is its holder's alone, which has not opened it yet.
     `is_pending`: it was released on a stream that has not got there yet.
     """
 
     holder_id: ParticipantId
     holder: ParticipantInfo | None
-    kind: Literal["reads", "writes"]
+    kind: Literal["reads", "writes", "announced"]
     age_seconds: float
     is_pending: bool = False
 

@@ -47,7 +47,7 @@ every layout version, so that any version can tell whether a pool is one, and wh
     21  unclaimed: earliest time at which   18  used: last hit, monotonic ns (a hint)
         published blocks may be             19  hits (a hint)
         reclaimed, monotonic ns, 0: none    20  trace: W3C trace id 2 words, span id
-    22  pending: leases that were released  23  (free)
+    22  pending: leases that were released  23  announced: leases of kind 3 on it
         on a stream that has not got there  24  request id, 64 bytes, a Pascal string
     23  settling: allocations given back
         while their owner's stream works    waiter words
@@ -70,8 +70,9 @@ every layout version, so that any version can tell whether a pool is one, and wh
     1   start block                             4: has the pool's CUDA memory, 8: compiled core)
     2   holder, a participant word          6   wake word: counts how often its waiters were
     3   kind (1 reads, 2 writes,                woken (futex word)
-        3 announced to its holder alone)    7   bytes of the segment registered with CUDA
-    4   opened, monotonic ns                8   role, 64 bytes, a Pascal string
+        3 announced to its holder alone,    7   bytes of the segment registered with CUDA
+        4 that, and it has come: reads)
+    4   opened, or announced, monotonic ns  8   role, 64 bytes, a Pascal string
     5   acknowledged: generation,
         written in stream order             claim words
     6   pending: 1 when released, until     0   owner, a participant word, 0: free
@@ -176,6 +177,7 @@ R_USED = 18
 R_HITS = 19
 R_TRACE = 20
 TRACE_BYTES = 24
+R_ANNOUNCED = 23
 R_REQUEST_ID = 24
 # In `ready`: the owner died before it was ready. Bit 62, since a stream compares by the sign of a
 # 64-bit difference: with bit 63 set it would wait on.
@@ -188,6 +190,9 @@ KEY_BYTES = 32
 # `readers left` of an allocation that any number of readers may open; only `free` or eviction ends
 # it. Larger than any number of readers that can be announced, smaller than half a word.
 UNBOUNDED = 1 << 48
+# Readers that one publish may name. All of them are one commit, which must fit the journal
+# (96 bytes each). Larger: a larger journal.
+MOST_NAMED_READERS = 32
 
 LEASE = struct.Struct("=10Q64s2Q")
 # What is written when a lease is opened; the rest is the message of a channel.

@@ -36,6 +36,7 @@ no frame runs the transaction that the token belongs to (`_is_abandoned`) and gi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import random
@@ -132,6 +133,8 @@ class Mutex:
         self._locks = locks
         self._what = what
         self.timeout = timeout
+        # Seconds that single threads wait instead, by their idents.
+        self._patience: dict[int, float] = {}
         self.inside: dict[int, _Token] = {}
         # When the section began that is being timed, monotonic ns; 0: the one inside is not timed.
         self.timed_since_ns = 0
@@ -172,7 +175,8 @@ class Mutex:
     def wait(self, token: _Token, describe_holder: Callable[[], str]) -> None:
         """Take the lock that another thread or process holds."""
         self._refuse_nesting(token)
-        deadline = time.monotonic() + self.timeout
+        timeout = self._patience.get(token[0], self.timeout)
+        deadline = time.monotonic() + timeout
         sleep = FIRST_SLEEP
         attempt = 0
         while not (self.inside.setdefault(0, token) is token and self.try_file()):
@@ -184,10 +188,24 @@ class Mutex:
             if attempt == SPIN_ATTEMPTS:
                 self._refuse_waiting_for_oneself(token)
             if time.monotonic() >= deadline:
-                raise self._timed_out(describe_holder())
+                raise self._timed_out(timeout, describe_holder())
             # Without the random part two waiters that started together would meet at each attempt.
             time.sleep(sleep * (0.5 + random.random()))
             sleep = min(sleep * 2, LONGEST_SLEEP)
+
+    @contextlib.contextmanager
+    def patience(self, seconds: float) -> Iterator[None]:
+        """In this context this thread waits for the lock so many seconds at most."""
+        ident = _get_ident()
+        before = self._patience.get(ident)
+        try:
+            self._patience[ident] = seconds
+            yield
+        finally:
+            if before is None:
+                self._patience.pop(ident, None)
+            else:
+                self._patience[ident] = before
 
     def damaged(self, error: struct.error) -> DamagedPoolError:
         """A number read from the segment led to one that fits no word."""
@@ -200,9 +218,9 @@ class Mutex:
         """The error of a call after the segment was closed in this process."""
         return PoolClosedError(f"{self._what}: {self.why_closed}")
 
-    def _timed_out(self, holder: str) -> PoolTimeoutError:
+    def _timed_out(self, timeout: float, holder: str) -> PoolTimeoutError:
         return PoolTimeoutError(
-            f"{self._what}: could not acquire the lock within {self.timeout:g} s. Last holder: "
+            f"{self._what}: could not acquire the lock within {timeout:g} s. Last holder: "
             f"{holder}, alive but not progressing (stopped?). Send it SIGCONT, or kill it"
         )
 

@@ -21,7 +21,7 @@ import functools
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -78,6 +78,7 @@ from shmblocks.config import PoolConfig
 from shmblocks.errors import (
     DamagedPoolError,
     InvalidStateError,
+    PeerDiedError,
     PoolClosedError,
     ShmBlocksError,
     StaleHandleError,
@@ -381,25 +382,91 @@ class PoolState(PoolParts):
         return BlockHandle(start, num_blocks, num_tokens, handle.generation, handle.pool_id)
 
     def publish(
-        self, handle: BlockHandle, num_tokens: int, readers: int, on_stream: bool = False
+        self,
+        handle: BlockHandle,
+        num_tokens: int,
+        readers: int,
+        on_stream: bool = False,
+        named: Sequence[ParticipantId] = (),
     ) -> None:
-        """Make a reservation readable; `on_stream`: a stream will say when it is ready."""
+        """Make a reservation readable; `on_stream`: a stream will say when it is ready; `named`:
+        readers with a claim of their own."""
         core = self.core
-        if core is None or on_stream or not core.publish(handle, num_tokens, readers):
-            self._publish(handle, num_tokens, readers, on_stream)
+        if core is None or on_stream or named or not core.publish(handle, num_tokens, readers):
+            self._publish(handle, num_tokens, readers, on_stream, named)
 
     @transaction
-    def _publish(self, handle: BlockHandle, num_tokens: int, readers: int, on_stream: bool) -> None:
+    def _publish(
+        self,
+        handle: BlockHandle,
+        num_tokens: int,
+        readers: int,
+        on_stream: bool,
+        named: Sequence[ParticipantId],
+    ) -> None:
+        for who in named:
+            self._require_living(who)
         record = self.blocks.find_exact(handle)
         self.refuse_writers(handle, record)
-        now = time.monotonic_ns()
-        until = now + self.unclaimed_ns
-        self.journal.commit(
-            self.blocks.published(
-                handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
-            )
-        )
+        try:
+            self._commit_publish(handle, record, num_tokens, readers, on_stream, named)
+        except TooManyLeasesError:
+            if not self._collect() and not self._reap().leases:
+                raise
+            record = self.blocks.find_exact(handle)
+            self._commit_publish(handle, record, num_tokens, readers, on_stream, named)
         self._words[self._publishes] += 1
+
+    def _commit_publish(
+        self,
+        handle: BlockHandle,
+        record: Record,
+        num_tokens: int,
+        readers: int,
+        on_stream: bool,
+        named: Sequence[ParticipantId],
+    ) -> None:
+        now = time.monotonic_ns()
+        stores = self.blocks.published(
+            handle.start_block,
+            record,
+            num_tokens,
+            readers,
+            now,
+            now + self.unclaimed_ns,
+            on_stream=on_stream,
+            named=[who.word for who in named],
+        )
+        self.journal.commit(stores)
+
+    def _require_living(self, who: ParticipantId) -> None:
+        if not self.participants.is_alive(who):
+            raise PeerDiedError(
+                f"{self.participants.describe(who)}: it has exited or left the pool, so that it "
+                "cannot be a reader; announce to a living one (`find_participant`)"
+            )
+
+    @transaction
+    def add_reader(self, handle: BlockHandle, who: ParticipantId) -> None:
+        """Announce published blocks to one more participant."""
+        self._require_living(who)
+        record = self.blocks.find_exact(handle)
+        self._require_published(handle, record)
+        start, until = handle.start_block, time.monotonic_ns() + self.unclaimed_ns
+        try:
+            self.blocks.add_reader(start, record, who.word, time.monotonic_ns(), until)
+        except TooManyLeasesError:
+            if not self._collect() and not self._reap().leases:
+                raise
+            record = self.blocks.find_exact(handle)
+            self.blocks.add_reader(start, record, who.word, time.monotonic_ns(), until)
+
+    def _require_published(self, handle: BlockHandle, record: Record) -> None:
+        self._refuse_freed(handle, record)
+        if record.state not in (_PUBLISHED, _LEASED):
+            raise InvalidStateError(
+                f"{handle}: expected published blocks, they are {STATES[record.state]}"
+            )
 
     @transaction
     def note_trace(self, handle: BlockHandle, context: bytes) -> None:
@@ -460,11 +527,7 @@ class PoolState(PoolParts):
     def forgo(self, handle: BlockHandle, claims: int) -> None:
         """So many announced readers will not come."""
         record = self.blocks.find_exact(handle)
-        self._refuse_freed(handle, record)
-        if record.state not in (_PUBLISHED, _LEASED):
-            raise InvalidStateError(
-                f"{handle}: expected published blocks, they are {STATES[record.state]}"
-            )
+        self._require_published(handle, record)
         if record.readers_left >= UNBOUNDED or claims > record.readers_left:
             raise InvalidStateError(
                 f"{handle}: expected at most the {record.readers_left} reader(s) that are still to "
@@ -474,6 +537,17 @@ class PoolState(PoolParts):
             )
         self.blocks.forgo(handle.start_block, record, claims)
         self.wake_head()
+
+    @transaction
+    def forgo_named(self, handle: BlockHandle, who: ParticipantId) -> bool:
+        """That participant will not come; False: it has no claim of its own, or has come."""
+        record = self.blocks.find_exact(handle)
+        slot = self.blocks.find_announced(handle.start_block, record.generation, who.word)
+        if slot < 0:
+            return False
+        self.blocks.release(slot, self.blocks.lease(slot))
+        self.wake_head()
+        return True
 
     @transaction
     def available_blocks(self) -> int:
@@ -554,9 +628,14 @@ class PoolState(PoolParts):
         ready = record.ready
         if ready & FAILED:
             raise self.blocks.died(handle)
+        if kind == READS and self.blocks.announced(handle.start_block):
+            key = self._take_up(handle, record, moment)
+            if key is not None:
+                return Opened(key, ready == handle.generation)
         if not record.readers_left and kind == READS and record.state == _LEASED:
             raise InvalidStateError(
-                f"{handle}: every reader that `publish(readers=...)` announced is there already"
+                f"{handle}: every reader that `publish(readers=...)` announced is there already, "
+                "or it was announced to others by name"
             )
         stores, key = self.lease_stores(handle.start_block, record, kind, moment)
         self.journal.commit(stores)
@@ -564,6 +643,17 @@ class PoolState(PoolParts):
             self._words[self._opens] += 1
             self.counters.observe(Histogram.PUBLISH_TO_OPEN, moment - record.published_ns)
         return Opened(key, kind == WRITES or ready == handle.generation)
+
+    def _take_up(self, handle: BlockHandle, record: Record, moment: int) -> LeaseKey | None:
+        """In a transaction: the lease of this process that was announced to it, if one was."""
+        me = self.participants.me_word
+        slot = self.blocks.find_announced(handle.start_block, record.generation, me)
+        if slot < 0:
+            return None
+        key = self.blocks.take_up(slot, moment)
+        self._words[self._opens] += 1
+        self.counters.observe(Histogram.PUBLISH_TO_OPEN, moment - record.published_ns)
+        return key
 
     def lease_stores(
         self, start: int, record: Record, kind: int, moment: int

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from shmblocks._state.blocks import BlockTable
+from shmblocks._state.blocks import ANNOUNCED, BlockTable
 from shmblocks._state.info import ParticipantId, ReapReport
 from shmblocks._state.layout import FAILED, UNBOUNDED, LeaseRecord, Record
 from shmblocks._state.participants import Participants
@@ -69,6 +69,10 @@ def reclaim(
         elif 0 < readers_left < UNBOUNDED:
             moment = published_ns + patience
             earliest = min(earliest, moment) if earliest else moment
+    overdue, next_due = _end_overdue(blocks, now - patience)
+    unclaimed += overdue
+    if next_due:
+        earliest = min(earliest, next_due + patience) if earliest else next_due + patience
     if blocks.unclaimed_ns != earliest:
         blocks.note_unclaimed(earliest)
     return ReapReport(
@@ -77,6 +81,22 @@ def reclaim(
         unclaimed=unclaimed,
         blocks=blocks.free_blocks - free_before,
     )
+
+
+def _end_overdue(blocks: BlockTable, before: int) -> tuple[int, int]:
+    """End what was announced by name before that moment and not taken up; how many allocations
+    that freed, and the oldest announcement that stays (0: none does)."""
+    freed = oldest = 0
+    for slot, lease in list(blocks.leases()):
+        if lease.kind != ANNOUNCED:
+            continue
+        if lease.opened_ns <= before:
+            free = blocks.free_blocks
+            blocks.release(slot, lease)
+            freed += blocks.free_blocks > free
+        else:
+            oldest = min(oldest, lease.opened_ns) if oldest else lease.opened_ns
+    return freed, oldest
 
 
 def _end_unfinished(blocks: BlockTable, start: int, record: Record) -> None:

@@ -12,7 +12,7 @@ import struct
 import time
 from typing import Literal, NamedTuple
 
-from shmblocks._state.blocks import READS
+from shmblocks._state.blocks import ANNOUNCED, READS, TAKEN, WRITES
 from shmblocks._state.counters import counter_values
 from shmblocks._state.device import CREATOR_LEFT, read_export
 from shmblocks._state.info import (
@@ -37,6 +37,7 @@ from shmblocks._state.layout import (
     LEASE_HEAD,
     PEER_ROWS,
     PEER_WORDS,
+    R_ANNOUNCED,
     R_HOLD,
     R_REQUEST_ID,
     RECORD,
@@ -54,6 +55,13 @@ from shmblocks._state.states import STATES, State
 # Lines of a message that names holders; the command line shows all.
 MOST_LINES = 20
 
+_LEASE_KINDS: dict[int, Literal["reads", "writes", "announced"]] = {
+    READS: "reads",
+    WRITES: "writes",
+    ANNOUNCED: "announced",
+    TAKEN: "reads",
+}
+
 _HEADER_WORDS = H_PEERS + PEER_ROWS * PEER_WORDS
 _HEADER = struct.Struct(f"={_HEADER_WORDS}Q")
 
@@ -65,6 +73,7 @@ class Allocation(NamedTuple):
     record: Record
     req_id: str
     hold_ns: int
+    announced: int
 
     def is_evictable(self, now_ns: int) -> bool:
         """Of an entry of the cache: whether an allocation may take its blocks; as `eviction.py`."""
@@ -121,7 +130,8 @@ class RawState:
             text = data[R_REQUEST_ID * WORD :]
             req_id = text[1 : 1 + min(text[0], 63)].decode("utf-8", "replace")
             (hold_ns,) = WORD_STRUCT.unpack_from(data, R_HOLD * WORD)
-            found.append(Allocation(start, record, req_id, hold_ns))
+            (announced,) = WORD_STRUCT.unpack_from(data, R_ANNOUNCED * WORD)
+            found.append(Allocation(start, record, req_id, hold_ns, announced))
         return found
 
     def leases(self) -> list[tuple[int, LeaseRecord]]:
@@ -160,7 +170,7 @@ def allocations(raw: RawState) -> list[AllocationInfo]:
         info = LeaseInfo(
             holder_id=holder,
             holder=people.get(holder),
-            kind="reads" if lease.kind == READS else "writes",
+            kind=_LEASE_KINDS.get(lease.kind, "writes"),
             age_seconds=max(0, raw.now_ns - lease.opened_ns) / 1e9,
             is_pending=bool(lease.pending),
         )

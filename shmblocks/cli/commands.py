@@ -25,7 +25,7 @@ from shmblocks.cli.render import (
     state_text,
     table,
 )
-from shmblocks.doctor import CHECKS, VLLM_CHECKS, CheckResult, run_checks
+from shmblocks.doctor import CHECKS, SGLANG_CHECKS, VLLM_CHECKS, CheckResult, run_checks
 from shmblocks.errors import PoolExistsError, ShmBlocksError
 from shmblocks.inspector import (
     PoolInspector,
@@ -358,7 +358,10 @@ class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _doctor(arguments: Namespace) -> Answer:
-    checks = list(run_checks(checks=CHECKS + (VLLM_CHECKS if arguments.vllm else ())))
+    asked = CHECKS
+    asked += VLLM_CHECKS if arguments.vllm else ()
+    asked += SGLANG_CHECKS if arguments.sglang else ()
+    checks = list(run_checks(checks=asked))
     report = DoctorReport(healthy=all(check.status != "fail" for check in checks), checks=checks)
     width = max((len(check.name) for check in checks), default=0)
     lines = [part for check in checks for part in _check_lines(check, width)]
@@ -389,6 +392,11 @@ def _add_doctor_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--vllm", action="store_true", help="also compare the connector with the installed vLLM"
     )
+    parser.add_argument(
+        "--sglang",
+        action="store_true",
+        help="also what the plug-in for SGLang needs",
+    )
 
 
 DOCTOR = Command(
@@ -406,6 +414,7 @@ DOCTOR = Command(
             "shmblocks doctor --json | jq '.checks[] | select(.status != \"ok\")'",
             "what is not fine",
         ),
+        ("shmblocks doctor --sglang", "and the plug-in for SGLang"),
     ),
     reports=(DoctorReport,),
     run=_doctor,

@@ -4,16 +4,29 @@ host        the machine that is checked, and what a check's result is
 software    Python and packages         memory    /dev/shm and the container's limits
 kernel      features and limits         logind    will it delete segments at logout?
 cuda        what pools on a GPU need    sharing   a real pool between two processes
+sglang      what the plug-in needs; asked for alone
 child       runs a check in a process of its own
 vllm        does the connector fit the vLLM that is installed? (asked for with `--vllm`)
 """
 
 from __future__ import annotations
 
-from shmblocks.doctor import cuda, kernel, logind, memory, sharing, software, vllm
+from shmblocks.doctor import cuda, kernel, logind, memory, sglang, sharing, software, vllm
 from shmblocks.doctor.host import Check, CheckResult, Host, Status
 
-__all__ = ["CHECKS", "VLLM_CHECKS", "Check", "CheckResult", "Host", "Status", "run_checks"]
+__all__ = [
+    "CHECKS",
+    "SGLANG_CHECKS",
+    "VLLM_CHECKS",
+    "Check",
+    "CheckResult",
+    "Host",
+    "Status",
+    "run_checks",
+]
+
+# For those who run the plug-in (`shmblocks.sglang_plugin`).
+SGLANG_CHECKS = sglang.SGLANG_CHECKS
 
 # From what everything stands on to what stands on everything: the first failure is the cause.
 CHECKS: tuple[Check, ...] = (

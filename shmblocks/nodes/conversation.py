@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from shmblocks.errors import ForeignHandleError, IncompatibleConfigError, ShmBlocksError
 from shmblocks.handle import BlockHandle
-from shmblocks.lease import Lease, Reservation
 from shmblocks.nodes.attempt import Attempt
 from shmblocks.nodes.messages import (
     Absent,
@@ -34,7 +33,7 @@ from shmblocks.nodes.messages import (
     error_of,
     layout_of,
 )
-from shmblocks.nodes.rows import AUX, Checksum, rows_of, sliced
+from shmblocks.nodes.rows import AUX, Checksum, HasMemory, rows_of, sliced
 from shmblocks.nodes.stream import ConnectionLostError, Stream
 from shmblocks.pool import BlockPool
 
@@ -141,7 +140,7 @@ class Conversation:
         self,
         attempt: Attempt,
         stream: Stream,
-        landing: Reservation | Lease,
+        landing: HasMemory,
         part: Part,
     ) -> ShmBlocksError | None:
         """Everything up to `Sent`; the error of a refusal, after which the connection is fine."""

@@ -90,6 +90,7 @@ class Nodes:
         tls: ssl.SSLContext | None = None,
         patience: float = 3.0,
         checksum: bool = False,
+        host: BlockPool | None = None,
     ) -> None:
         """Connects to nobody yet; the arguments are those of `RemotePool`, `connections` per node.
 
@@ -106,6 +107,7 @@ class Nodes:
                 tls=tls,
                 patience=patience,
                 checksum=checksum,
+                host=host,
             )
             for address in dict.fromkeys(map(checked_address, addresses))
         )

@@ -44,7 +44,7 @@ from shmblocks.errors import (
     StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
-from shmblocks.lease import Lease, Reservation
+from shmblocks.lease import Lease
 from shmblocks.nodes.address import Address, address_text, checked_address
 from shmblocks.nodes.attempt import Attempt, in_thread
 from shmblocks.nodes.connections import Connections
@@ -52,11 +52,12 @@ from shmblocks.nodes.conversation import Conversation, Part
 from shmblocks.nodes.dialing import Dialer
 from shmblocks.nodes.handshake import checked_key
 from shmblocks.nodes.info import RemotePoolStats
+from shmblocks.nodes.landings import Landing, Landings
 from shmblocks.nodes.leaving import close_at_exit
 from shmblocks.nodes.messages import (
     ServedPool,
 )
-from shmblocks.nodes.rows import require_host_pool
+from shmblocks.nodes.rows import HasMemory
 from shmblocks.nodes.stream import (
     ConnectionLostError,
     DeadlinePassedError,
@@ -91,10 +92,11 @@ class RemotePool:
         tls: ssl.SSLContext | None = None,
         patience: float = 3.0,
         checksum: bool = False,
+        host: BlockPool | None = None,
     ) -> None:
         """Connects at the first fetch.
 
-        pool         where fetched blocks go; in host memory
+        pool         where fetched blocks go
         address      (host, port) of the other node's server
         key          the same bytes (at least 16) on both nodes; None only for a server on loopback
         connections  fetches that may be under way at once
@@ -102,8 +104,11 @@ class RemotePool:
         patience     seconds without any acknowledgement after which the other node is lost
         checksum     compare a CRC-32 of all rows: for networks whose own checks are not enough. It
                      costs both nodes more than the transfer does
+        host         for a pool on a GPU: a pool in host memory with the same fields (a spill pool).
+                     Rows land there, and go on to the GPU on torch's current stream; this pins it
         """
-        self._pool = require_host_pool(pool)
+        self._pool = pool
+        self._landings = Landings(pool, host)
         self._address = checked_address(address)
         self._peer = address_text(self._address)
         if operator.index(connections) < 1:
@@ -191,9 +196,7 @@ class RemotePool:
         with attempt, self._slot(attempt):
             attempt.waits_for = f"blocks in pool {self._pool.name}"
             whole = Part(handle, 0, handle.num_tokens, 0)
-            with self._pool.reserve(
-                handle.num_tokens, req_id=req_id, timeout=attempt.seconds_left
-            ) as landing:
+            with self._landings.reserve(handle.num_tokens, req_id, attempt.seconds_left) as landing:
                 stream = self._receive(attempt, landing, whole)
                 return self._publish(attempt, stream, landing, readers)
 
@@ -215,8 +218,8 @@ class RemotePool:
             try:
                 attempt.waits_for = f"blocks in pool {self._pool.name}"
                 whole = Part(handle, 0, handle.num_tokens, 0)
-                landing = await self._pool.reserve_async(
-                    handle.num_tokens, req_id=req_id, timeout=attempt.seconds_left
+                landing = await self._landings.reserve_async(
+                    handle.num_tokens, req_id, attempt.seconds_left
                 )
                 with landing:
                     stream = await in_thread(
@@ -254,6 +257,11 @@ class RemotePool:
         count = handle.num_tokens - first_token if num_tokens is None else num_tokens
         _require_part("first_token, num_tokens", first_token, count, handle)
         _require_part("offset, num_tokens", offset, count, landing)
+        if self._landings.is_on_gpu:
+            raise ValueError(
+                f"landing: expected a reservation in host memory, {self._pool.name} lies on "
+                f"{self._pool.config.device}: fetch into the host pool, and copy"
+            )
         self._pool.view(landing)
         # A writer's lease: should somebody free the landing, its blocks are not used again while
         # bytes come in.
@@ -358,15 +366,15 @@ class RemotePool:
             raise found
         return found
 
-    def _reserve_entry(self, handle: BlockHandle, req_id: str | None) -> Reservation | None:
+    def _reserve_entry(self, handle: BlockHandle, req_id: str | None) -> Landing | None:
         """Blocks for an entry, evicting others; the length is the other node's word."""
         config = self._pool.config
         if config.blocks_for(handle.num_tokens) > config.total_blocks:
             return None
-        return self._pool.reserve_now(handle.num_tokens, req_id=req_id)
+        return self._landings.reserve_now(handle.num_tokens, req_id)
 
     def _enter(
-        self, attempt: Attempt, stream: Stream, landing: Reservation, key: bytes
+        self, attempt: Attempt, stream: Stream, landing: Landing, key: bytes
     ) -> Lease | None:
         """Publish what has come under its key, and tell the other node."""
         try:
@@ -432,7 +440,7 @@ class RemotePool:
     def _receive(
         self,
         attempt: Attempt,
-        landing: Reservation | Lease,
+        landing: HasMemory,
         part: Part,
     ) -> Stream:
         """Ask, and receive into the landing; the connection, which waits for `Done`."""
@@ -451,7 +459,7 @@ class RemotePool:
         return stream
 
     def _publish(
-        self, attempt: Attempt, stream: Stream, landing: Reservation, readers: int
+        self, attempt: Attempt, stream: Stream, landing: Landing, readers: int
     ) -> BlockHandle:
         """Publish what has come, and tell the other node."""
         try:

@@ -25,11 +25,12 @@ What it does not do: read or write what is in the pool (`worker.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from shmblocks.cache import TensorCache, TensorTickets
 from shmblocks.errors import PoolTimeoutError, ShmBlocksError
@@ -94,6 +95,23 @@ class RequestLike(Protocol):
     def mm_features(self) -> Sequence[Feature]: ...
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _impatient(
+    hook: Callable[Concatenate[SchedulerSide, P], R],
+) -> Callable[Concatenate[SchedulerSide, P], R]:
+    """A hook in which the pool's lock is waited for `LOCK_TIMEOUT` seconds only."""
+
+    @functools.wraps(hook)
+    def with_less_patience(self: SchedulerSide, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._pool.lock_timeout(LOCK_TIMEOUT):
+            return hook(self, *args, **kwargs)
+
+    return with_less_patience
+
+
 class SchedulerSide:
     """One instance's scheduler. Borrows the cache, whose pool must be this side's own."""
 
@@ -113,7 +131,6 @@ class SchedulerSide:
         feature's data that are no media."""
         self._cache = cache
         self._pool = cache.pool
-        self._pool.lock_timeout = min(LOCK_TIMEOUT, self._pool.lock_timeout)
         self._identity = identity
         self._placeholder_fields = placeholder_fields
         self._is_producer = is_producer
@@ -147,6 +164,7 @@ class SchedulerSide:
 
     # ---- before a request is scheduled ---------------------------------------------------------
 
+    @_impatient
     def is_available(self, request: RequestLike, num_computed: int) -> bool:
         """Whether every item behind `num_computed` tokens can be had; False: not in this pass."""
         is_available = True
@@ -266,6 +284,7 @@ class SchedulerSide:
 
     # ---- promises ------------------------------------------------------------------------------
 
+    @_impatient
     def has(self, identifier: str) -> bool:
         """Whether the item is in the pool; True is a promise, with the leases to keep it."""
         if identifier in self._promised:
@@ -307,6 +326,7 @@ class SchedulerSide:
                 return self._held.pop(who)
         return None
 
+    @_impatient
     def after_alloc(self, request: RequestLike, index: int) -> None:
         """The engine has made room for an item: it is to be loaded, or encoded."""
         identifier = request.mm_features[index].identifier
@@ -335,6 +355,7 @@ class SchedulerSide:
             claim = answer if answer.state == "mine" else None
             self._plan.saves[identifier] = Save(key, claim)
 
+    @_impatient
     def take_plan(self, freed: Sequence[str]) -> StepPlan:
         """What the workers are to do in this step. `freed`: items that left the engine's cache."""
         for found in self._promised.values():
@@ -364,10 +385,12 @@ class SchedulerSide:
 
     # ---- after a request -----------------------------------------------------------------------
 
+    @_impatient
     def after_free(self, request: RequestLike, index: int) -> None:
         """The request is past one of its items."""
         self._forget((request.request_id, request.mm_features[index].identifier))
 
+    @_impatient
     def finished(self, request: RequestLike) -> None:
         """The request is over."""
         for feature in request.mm_features:
@@ -384,6 +407,7 @@ class SchedulerSide:
         if held is not None:
             self._revoke(held.tickets)
 
+    @_impatient
     def may_announce(self, identifier: str) -> bool:
         """Whether a client may be told that the item need not be sent: it is in the pool, and an
         encode-only instance holds it there for as long as it was configured to."""
@@ -397,7 +421,5 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Give everything back, and leave the pool. Idempotent."""
-        if not self._pool.is_closed:
-            self._pool.lock_timeout = self._pool.config.lock_timeout
         with contextlib.suppress(ShmBlocksError):
             self._pool.close()

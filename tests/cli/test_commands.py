@@ -498,12 +498,12 @@ FAILED = CheckResult("futex", "fail", "refused", "newer kernel")
 def test_doctor_shows_advice_and_ends_with_0_unless_a_check_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "run_checks", lambda: CHECKS)
+    monkeypatch.setattr(commands, "run_checks", lambda checks: CHECKS)
     assert run("doctor") == (0, DOCTOR, "")
 
 
 def test_doctor_ends_with_1_when_a_check_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "run_checks", lambda: [*CHECKS, FAILED])
+    monkeypatch.setattr(commands, "run_checks", lambda checks: [*CHECKS, FAILED])
     answer = run("doctor", "--json")
     report = answer.report(DoctorReport)
     assert answer.code == 1

@@ -195,6 +195,22 @@ class Twins:
         if at >= 0:
             self.do(call)
 
+    def _publish_by_name(self) -> None:
+        """To this process alone: such readers are Python's, and the core must see that."""
+        at, again = self._pick(self.first.reserved), self.chance.random() < 0.3
+
+        def call(twin: Twin) -> object:
+            me = twin.pool.participant
+            assert me is not None
+            published = twin.pool.publish(twin.reserved.pop(at), readers=[me])
+            if again:
+                twin.pool.add_reader(published, me)
+            twin.published += [published] * (1 + again)
+            return published
+
+        if at >= 0:
+            self.do(call)
+
     def _key(self) -> bytes:
         return bytes([self.chance.randrange(5)]) * self.chance.choice([16, 32])
 
@@ -344,6 +360,7 @@ class Twins:
 
 
 _STEPS = (
+    "publish_by_name",
     *("alloc", "alloc", "alloc", "alloc_blocks", "grow", "publish", "publish", "send", "send"),
     *("send", "receive", "receive", "open", "open", "release", "release", "release", "release"),
     *("free", "stale", "get", "get", "find", "drop", "view", "odd", "open_for_write"),

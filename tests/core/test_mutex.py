@@ -139,24 +139,6 @@ def test_a_wait_that_times_out_names_the_stopped_holder(pool_name: str) -> None:
         pools.take(pool)
 
 
-def test_one_pool_object_may_wait_less_than_the_config_says(pool_name: str) -> None:
-    with (
-        pools.create(pool_name, pools.tiny(lock_timeout=60.0)) as pool,
-        fork(stay_inside, pool_name) as child,
-    ):
-        assert pool.lock_timeout == 60.0
-        child.hear("inside")
-        pool.lock_timeout = 0.002
-        with pytest.raises(PoolTimeoutError, match=r"within 0\.002 s"):
-            pool.alloc(1)
-        pool.lock_timeout = 60.0
-        child.say("leave")
-        child.result()
-        pools.take(pool)
-        with pytest.raises(ValueError, match="lock_timeout: expected seconds > 0"):
-            pool.lock_timeout = 0
-
-
 def test_a_wait_for_a_thread_of_the_own_process_times_out_too(pool_name: str) -> None:
     inside, leave = threading.Event(), threading.Event()
 

@@ -27,9 +27,11 @@ import msgspec
 
 from shmblocks import (
     UNBOUNDED,
+    BlockHandle,
     BlockPool,
     IncompatibleConfigError,
     KeyExistsError,
+    ParticipantId,
     PoolExistsError,
     remove_pool,
 )
@@ -421,6 +423,106 @@ def forgo_while_another_reads(scene: Scene) -> Callable[[], object]:
     return lambda: pool.forgo(scene.the_handle)
 
 
+# ---- readers by name -------------------------------------------------------------------------
+
+
+def me(scene: Scene) -> ParticipantId:
+    who = joined(scene).participant
+    assert who is not None
+    return who
+
+
+def the_witness(scene: Scene) -> ParticipantId:
+    who = scene.pool.find_participant("witness")
+    assert who is not None
+    return who
+
+
+def announced_by_name(scene: Scene) -> BlockHandle:
+    """Published by the child, for itself and for the witness."""
+    pool = joined(scene)
+    return pool.publish(reserve(pool, 10), readers=[me(scene), the_witness(scene)])
+
+
+@case()
+def publish_by_name(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    handle = reserve(pool, 10)
+    readers = [the_witness(scene), the_witness(scene)]
+    return lambda: pool.publish(handle, readers=readers)
+
+
+@case(published)
+def add_a_reader(scene: Scene) -> Callable[[], object]:
+    pool, reader = joined(scene), the_witness(scene)
+    return lambda: pool.add_reader(scene.the_handle, reader)
+
+
+@case(undone=True, maps=True)
+def open_by_name(scene: Scene) -> Callable[[], object]:
+    pool, handle = joined(scene), announced_by_name(scene)
+    return lambda: scene.leases.append(pool.open(handle))
+
+
+@case()
+def release_by_name(scene: Scene) -> Callable[[], object]:
+    pool, handle = joined(scene), announced_by_name(scene)
+    lease = pool.open(handle)
+    scene.leases.append(lease)
+    return lease.release
+
+
+@case()
+def give_back_by_name(scene: Scene) -> Callable[[], object]:
+    pool, handle = joined(scene), announced_by_name(scene)
+    lease = pool.open(handle)
+    scene.leases.append(lease)
+    return lease.give_back
+
+
+@case()
+def forgo_by_name(scene: Scene) -> Callable[[], object]:
+    pool, handle, reader = joined(scene), announced_by_name(scene), the_witness(scene)
+    return lambda: pool.forgo(handle, reader=reader)
+
+
+@case()
+def forgo_the_last_by_name(scene: Scene) -> Callable[[], object]:
+    pool, handle, reader = joined(scene), announced_by_name(scene), the_witness(scene)
+    pool.forgo(handle, reader=me(scene))
+    return lambda: pool.forgo(handle, reader=reader)
+
+
+@case()
+def free_what_is_announced(scene: Scene) -> Callable[[], object]:
+    pool, handle = joined(scene), announced_by_name(scene)
+    return lambda: pool.free(handle)
+
+
+@case()
+def free_what_is_announced_and_read(scene: Scene) -> Callable[[], object]:
+    pool, handle = joined(scene), announced_by_name(scene)
+    scene.leases.append(pool.open(handle))
+    return lambda: pool.free(handle)
+
+
+@contextlib.contextmanager
+def announced_to_the_dead() -> Iterator[Scene]:
+    """The survivor has announced two publications to one who is dead."""
+    with survivor() as scene:
+        reader = BlockPool.attach(scene.name, prefault="off")
+        assert reader.participant is not None
+        for _ in range(2):
+            scene.pool.publish(reserve(scene.pool, 8), readers=[reader.participant])
+        abandon(reader)
+        yield scene
+
+
+@case(announced_to_the_dead, once=False)
+def reap_what_is_announced_to_the_dead(scene: Scene) -> Callable[[], object]:
+    return joined(scene).reap
+
+
 # ---- reserve, put and take -------------------------------------------------------------------
 
 
@@ -500,6 +602,14 @@ def put(scene: Scene) -> Callable[[], object]:
 def take(scene: Scene) -> Callable[[], object]:
     pool = joined(scene)
     return lambda: pool.take(scene.the_handle)
+
+
+@case(with_torch, maps=True)
+def make_private(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    lease = pool.open(scene.the_handle)
+    scene.leases.append(lease)
+    return lambda: scene.kept_alive.append(lease.private("x"))
 
 
 @case(with_torch, once=False, whole=True, maps=True)

@@ -74,6 +74,8 @@ class Scene:
         # Open leases and reservations of an operation: kept, since what is dropped is given back.
         self.leases: list[Lease] = []
         self.reservations: list[Reservation] = []
+        # Tensors that own what they look at.
+        self.kept_alive: list[object] = []
         self.handle: BlockHandle | None = None
 
     @property

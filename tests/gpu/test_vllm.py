@@ -6,6 +6,7 @@ vLLM itself need not be installed: its base class is a stub then (`tests/vllm/st
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -122,7 +123,9 @@ def test_what_is_saved_is_a_hit_when_its_stream_got_there_and_not_before(
 @contextlib.contextmanager
 def never_waiting() -> Iterator[None]:
     """What makes the host wait for the GPU is an error."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

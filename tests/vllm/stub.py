@@ -1,6 +1,8 @@
-"""What the connector needs of vLLM, for machines without it: the base classes and little more.
+"""What the connectors need of vLLM and vLLM-omni, for machines without them.
 
-`scripts/vllm` runs the real one; `test_signatures.py` compares these classes' hooks with what is
+These are the base classes and little more.
+
+`scripts/vllm` runs the real one; `test_connector.py` compares these classes' hooks with what is
 expected, so that the stub cannot drift from what is tested against the real base class.
 """
 
@@ -10,9 +12,13 @@ import enum
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
+
+import msgspec
 
 VERSION = "0.0.stub"
 CONNECTORS = "vllm.distributed.ec_transfer.ec_connector"
@@ -192,6 +198,57 @@ def get_pcp_group() -> SimpleNamespace:
     return SimpleNamespace(rank_in_group=0)
 
 
+# ---- vLLM-omni ---------------------------------------------------------------------------------
+
+
+class SharedMemoryConnector:
+    """As much of it as ours uses, and its destructor."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.stage_id = config.get("stage_id", -1)
+        self._pending_keys: OrderedDict[str, None] = OrderedDict()
+        self._pending_keys_lock = threading.Lock()
+        self._metrics = {"puts": 0, "gets": 0, "bytes_transferred": 0}
+
+    @staticmethod
+    def serialize_obj(obj: object) -> bytes:
+        return msgspec.msgpack.encode(obj)
+
+    @staticmethod
+    def deserialize_obj(data: bytes) -> object:
+        return msgspec.msgpack.decode(data)
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class OmniConnectorFactory:
+    _registry: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def register_connector(cls, name: str, constructor: Any) -> None:  # noqa: ANN401
+        if name in cls._registry:
+            raise ValueError(f"Connector '{name}' is already registered.")
+        cls._registry[name] = constructor
+
+    @classmethod
+    def list_registered_connectors(cls) -> list[str]:
+        return list(cls._registry)
+
+
+OMNI = "vllm_omni.distributed.omni_connectors"
+OMNI_MODULES: dict[str, tuple[Any, ...]] = {
+    "vllm_omni": (),
+    "vllm_omni.distributed": (),
+    OMNI: (),
+    f"{OMNI}.factory": (OmniConnectorFactory,),
+    f"{OMNI}.connectors": (),
+    f"{OMNI}.connectors.shm_connector": (SharedMemoryConnector,),
+}
+
 MODULES: dict[str, tuple[Any, ...]] = {
     "vllm": (),
     "vllm.distributed": (),
@@ -212,10 +269,18 @@ MODULES: dict[str, tuple[Any, ...]] = {
 
 
 def install() -> None:
-    """Put the stub where vllm would be, unless a vllm is there."""
-    if "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
-        return
-    for name, members in MODULES.items():
+    """Put the stubs where vllm and vllm_omni would be, unless they are there."""
+    if _install(MODULES):
+        vars(sys.modules["vllm"])["__version__"] = VERSION
+        vars(sys.modules["vllm.platforms"])["current_platform"] = Platform()
+    _install(OMNI_MODULES)
+
+
+def _install(modules: dict[str, tuple[Any, ...]]) -> bool:
+    root = next(iter(modules))
+    if root in sys.modules or importlib.util.find_spec(root) is not None:
+        return False
+    for name, members in modules.items():
         module = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         module.__path__ = []
@@ -225,5 +290,4 @@ def install() -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
-    vars(sys.modules["vllm"])["__version__"] = VERSION
-    vars(sys.modules["vllm.platforms"])["current_platform"] = Platform()
+    return True

@@ -96,7 +96,7 @@ def _redis(most_bytes: int) -> Iterator[Store]:
         try:
             yield Store(
                 lambda number, tensor: server.set(
-                    str(number), memoryview(tensor.view(torch.uint8).view(-1).numpy())
+                    str(number), memoryview(tensor.view(torch.uint8).view(-1).numpy().data)
                 ),
                 lambda number: touch(
                     torch.frombuffer(bytearray(server.get(str(number))), dtype=torch.bfloat16)

@@ -122,6 +122,21 @@ def test_a_freed_handle_cannot_be_read(kind: Kind, pool: BlockPool) -> None:
         pool.open(handle)
 
 
+def test_a_reader_by_name_opens_what_nobody_else_can(kind: Kind, pool: BlockPool) -> None:
+    with kind.attach(pool.name) as other:
+        assert other.participant is not None
+        handle = pools.take(pool, 9)
+        write_pattern(kind, pool, handle, 4)
+        handle = pool.publish(handle, readers=[other.participant])
+        with pytest.raises(InvalidStateError):
+            pool.open(handle)
+        with other.open(handle) as lease:
+            assert differences(kind, lease.__getitem__, NAMES, 4) == []
+        again = pool.publish(pools.take(pool, 9), readers=[other.participant])
+        assert pool.forgo(again, reader=other.participant)
+    assert pool.available_blocks() == 32
+
+
 def test_an_unpublished_handle_cannot_be_read(kind: Kind, pool: BlockPool) -> None:
     with kind.attach(pool.name) as other, pytest.raises(InvalidStateError):
         other.open(pools.take(pool, 9))
