@@ -74,9 +74,10 @@ from shmblocks.errors import (
     IncompatibleConfigError,
     InvalidStateError,
     KeyExistsError,
+    PoolClosedError,
     PoolExistsError,
     PoolNotFoundError,
-    ShmBlocksError,
+    PoolTimeoutError,
     StaleHandleError,
 )
 from shmblocks.handle import BlockHandle
@@ -460,8 +461,8 @@ class BlockPool:
         try:
             handle = self.state.reserve(request) or self._waiters.wait(request, deadline)
             return Reservation(self, handle)
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request.stamp)
             raise
@@ -472,8 +473,8 @@ class BlockPool:
         try:
             handle = self.state.reserve(request)
             return None if handle is None else Reservation(self, handle)
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request.stamp)
             raise
@@ -486,8 +487,8 @@ class BlockPool:
         deadline = deadline_of(timeout)
         try:
             return Reservation(self, await self._waiters.wait_async(request, deadline))
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request.stamp)
             raise
@@ -507,7 +508,7 @@ class BlockPool:
 
         `timeout` > 0 waits so many seconds (None: for ever), first come, first served over all
         processes, then raises `PoolTimeoutError`, which names those who hold the blocks. While
-        somebody waits, calls that don't get None. (`reserve` is the same with an owner.)
+        any process waits, a call with `timeout=0` returns None. (`reserve` is the same, owned.)
         """
         if not fake:
             moment = stamp()
@@ -578,8 +579,8 @@ class BlockPool:
             if handle is None and timeout != 0.0:
                 handle = self._waiters.wait(request, deadline)
             return handle
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.state.take_back(request.stamp)
             raise
@@ -657,7 +658,7 @@ class BlockPool:
     def free_own(self, handle: BlockHandle) -> None:
         """Free a reservation of this process; nothing happens when it is none any more."""
         if self.state.is_mine(handle):
-            # Seen in the middle of a change it can be over already.
+            # The look takes no lock: the reservation may have been freed since.
             with contextlib.suppress(StaleHandleError):
                 self.free(handle)
 

@@ -130,6 +130,8 @@ PUBLIC: dict[str, set[str]] = {
         "Status",
         "TransferResult",
         "ZmqQueue",
+        "relay_from",
+        "relay_to",
     },
     "shmblocks.metrics": {
         "Metric",

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from sglang_cases import watching
 from sglang_cases.model import build
 
 KINDS = ("bytes", "handle", "view")
@@ -310,6 +311,7 @@ def measure(rows: int, ranks: int, count: int, model: Path) -> Row:
         for process in (encoder, *processes):
             process.kill()
             process.join()
+        watching.remove(os.environ["SHMBLOCKS_SGLANG_POOL"])
     return Row(rows, ranks, samples)
 
 
@@ -373,9 +375,10 @@ def main() -> int:
         for ranks in arguments.ranks:
             found.append(measure(rows, ranks, arguments.count, model))
             print(table(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            if arguments.json is not None:
+                # After each: a run of all takes long.
+                arguments.json.write_text(json.dumps([row._asdict() for row in found]))
     print(table(found))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([row._asdict() for row in found]))
     return 0
 
 

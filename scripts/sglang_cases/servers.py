@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -58,11 +60,15 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on now, and that the kernel gives to nobody for a connection."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class Server:
@@ -105,7 +111,7 @@ class Server:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
                     if answer.status == 200:
                         return
-            except (OSError, urllib.error.URLError):
+            except (OSError, http.client.HTTPException):
                 time.sleep(0.5)
         raise RuntimeError(f"{self.name} is not healthy after {PATIENCE:g} s: {self.tail()}")
 
@@ -186,7 +192,7 @@ def ask(url: str, *pictures: str, timeout: float = 300.0, rid: str | None = None
         error = ""
     except urllib.error.HTTPError as refusal:
         tokens, error = (), f"{refusal.code} {refusal.read().decode()[:200]}"
-    except (OSError, TimeoutError) as failure:
+    except (OSError, http.client.HTTPException) as failure:
         tokens, error = (), repr(failure)[:200]
     return Answer(tokens, error, time.monotonic() - started)
 

@@ -3,6 +3,6 @@
 models   two tiny models with random weights, made on the spot
 photos   what they are asked about
 actor    one engine in a process of its own       engines  starts, asks and kills them
-cases    what must hold, offline                  serving  `vllm serve`, and a router before it
-compare  beside vLLM's own connectors             plot     draws that
+cases    what must hold, offline                  serving  `vllm serve`, behind a router
+compare  beside vLLM's own connectors (rivals)    first_token  of a picture that another had
 """

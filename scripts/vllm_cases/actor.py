@@ -1,6 +1,6 @@
 """One real engine in this process, driven by JSON lines; `engines.py` is the other side.
 
-    {"ask": [["china"], ...], "serial": true}     answers {"answers": [...]}
+    {"ask": [["china"], ...], "serial": true}     answers {"answers": [...]}; also "max_tokens"
     {"metadata": [["china", PARAMETERS], ...]}    the same without media
     {"slow_saves": 60.0}                          each save sleeps first, after an event "saving"
     {"bump": true}                                raise the epoch of the pool
@@ -35,6 +35,7 @@ class Actor:
         from vllm import LLM
 
         self._connector = settings.get("ec_transfer_config") is not None
+        self._max_tokens = 8
         self._llm = LLM(
             enforce_eager=True,
             max_model_len=1024,
@@ -92,6 +93,7 @@ class Actor:
         self.say(done=True)
 
     def ask(self, command: dict[str, Any]) -> None:
+        self._max_tokens = command.get("max_tokens", 8)
         requests = [self._with_media(each, command.get("uuid")) for each in command.get("ask", ())]
         requests += [self._without_media(*each) for each in command.get("metadata", ())]
         began = time.perf_counter()
@@ -110,7 +112,7 @@ class Actor:
         }
         if uuid is not None:
             prompt["multi_modal_uuids"] = {"image": [uuid] * len(names)}
-        return prompt, _sampling(None)
+        return prompt, self._sampling(None)
 
     def _without_media(self, name: str, parameters: dict[str, Any]) -> tuple[Any, Any]:
         import torch
@@ -122,18 +124,21 @@ class Actor:
             "multi_modal_data": {"image": {"image_grid_thw": grid}},
             "multi_modal_uuids": {"image": [identifier]},
         }
-        return prompt, _sampling(parameters)
+        return prompt, self._sampling(parameters)
 
+    def _sampling(self, parameters: dict[str, Any] | None) -> Any:  # noqa: ANN401  vLLM's own
+        from vllm import SamplingParams
 
-def _sampling(parameters: dict[str, Any] | None) -> Any:  # noqa: ANN401  vLLM's own
-    from vllm import SamplingParams
-
-    extra: dict[str, object] | None = (
-        None if parameters is None else {"ec_transfer_params": parameters}
-    )
-    return SamplingParams(
-        temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1, extra_args=extra
-    )
+        extra: dict[str, object] | None = (
+            None if parameters is None else {"ec_transfer_params": parameters}
+        )
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=self._max_tokens,
+            ignore_eos=True,
+            logprobs=1,
+            extra_args=extra,
+        )
 
 
 def _answer(output: Any) -> dict[str, object]:  # noqa: ANN401  vLLM's own

@@ -15,6 +15,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 KINDS = ("qwen25", "qwen3")
+# As qwen25, with an encoder that takes longer than the rest, and pictures of up to 512 tokens.
+LARGE = "large"
+LARGE_VISION = {
+    "depth": 8,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_heads": 8,
+    "fullatt_block_indexes": [3, 7],
+}
 HIDDEN = 128
 VOCABULARY = 512
 SPECIAL = (
@@ -53,6 +62,7 @@ class Kind(NamedTuple):
     std: list[float]
     vision: dict[str, Any]
     text: dict[str, Any]
+    most_tokens: int = 64
 
 
 def kind_of(name: str) -> Kind:
@@ -67,6 +77,9 @@ def kind_of(name: str) -> Kind:
         "initializer_range": 0.15,
     }
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+    if name == LARGE:
+        small = kind_of("qwen25")
+        return small._replace(vision=small.vision | LARGE_VISION, most_tokens=512)
     if name == "qwen25":
         return Kind(
             "Qwen2_5_VLConfig",
@@ -170,7 +183,7 @@ def make(name: str, folder: Path) -> None:
 
 def write_processors(kind: Kind, folder: Path) -> None:
     side = kind.patch * 2
-    smallest, largest = 4 * side * side, 64 * side * side
+    smallest, largest = 4 * side * side, kind.most_tokens * side * side
     image = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": kind.processor,

@@ -21,9 +21,9 @@ Stream order (what GPUs still do after the CPU went on):
 - `ready` and `acknowledged` are compared for equality, so a late write from an earlier generation
   never matches.
 
-Readers by name: a claim that is announced to one participant is a lease of that participant from
-the start, which it has not taken up yet. So it ends with its holder, as every lease does, and
-nobody else can take it.
+Readers by name: a reader that a publish names gets its lease record at once, of the kind ANNOUNCED.
+The record becomes TAKEN when that reader opens the blocks. So it ends with its holder, as every
+lease does, and nobody else can take it.
 
 What it does not do: decide who is dead, wait, or know of processes other than as numbers.
 """

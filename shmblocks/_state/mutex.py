@@ -1,6 +1,6 @@
 """The lock of a segment: one transaction at a time over all processes and threads.
 
-    class PoolState(SharedSegment):
+    class PoolState(PoolParts):
         @transaction
         def publish(self, ...): ...      # runs while no other process and no other thread is inside
 

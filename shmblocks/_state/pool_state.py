@@ -80,7 +80,7 @@ from shmblocks.errors import (
     InvalidStateError,
     PeerDiedError,
     PoolClosedError,
-    ShmBlocksError,
+    PoolTimeoutError,
     StaleHandleError,
     TooManyLeasesError,
 )
@@ -616,8 +616,8 @@ class PoolState(PoolParts):
         moment = stamp()
         try:
             return self._open(handle, WRITES if for_write else READS, moment)
-        except ShmBlocksError:
-            raise  # refused: nothing was taken
+        except (PoolClosedError, PoolTimeoutError):
+            raise  # nothing was taken, and the lock is not to be had
         except BaseException:
             self.undo_opens(moment)
             raise

@@ -278,7 +278,8 @@ class SharedSegment:
     def leave(self) -> None:
         """Leave in an orderly way, as the last one remove the segment. Idempotent.
 
-        The mapping goes at once, or with its last view. Whatever is raised, it was left.
+        The mapping goes at once, or with its last view. After any error but
+        `PoolTimeoutError` this process has left.
         """
         self.segment.stop_prefault()
         if self.is_closed:

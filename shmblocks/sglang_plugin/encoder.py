@@ -192,15 +192,15 @@ class Sender:
             return
         with pool.lock_timeout(LOCK_TIMEOUT):
             reservation = pool.reserve_now(rows, req_id=mm_data.req_id)
-        if reservation is None:
-            process.counters.full += 1
-            return
-        with reservation:
-            fill(reservation.tensor(embedding.dtype, embedding.shape), embedding, ready)
-            handle = reservation.publish(readers=[pool.participant])
-        lease = pool.open(handle)
-        lease.end_with(mm_data)
-        offer.lease = lease
+            if reservation is None:
+                process.counters.full += 1
+                return
+            with reservation:
+                fill(reservation.tensor(embedding.dtype, embedding.shape), embedding, ready)
+                handle = reservation.publish(readers=[pool.participant])
+            lease = pool.open(handle)
+            lease.end_with(mm_data)
+            offer.lease = lease
 
     def _forgo(self, claim: Claim) -> None:
         with process.guarded("the claim of a message that was not sent comes back later"):

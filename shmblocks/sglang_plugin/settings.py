@@ -19,6 +19,8 @@ RECEIVE_TIMEOUT = "SGLANG_ENCODER_RECV_TIMEOUT"
 # Seconds that a call on SGLang's threads waits for the pool's lock. Smaller: more embeddings go as
 # bytes while many processes use the pool. Larger: a stopped process holds up the scheduler longer.
 LOCK_TIMEOUT = 0.05
+# Seconds that all other calls wait for it: giving back what cannot be kept.
+LONGEST_WAIT = 2.0
 MAX_PARTICIPANTS = 128
 MAX_LEASES = 2048
 
@@ -53,7 +55,9 @@ class Settings(NamedTuple):
         config = byte_config(
             self.pool_bytes, max_leases=MAX_LEASES, max_participants=MAX_PARTICIPANTS
         )
-        return msgspec.structs.replace(config, unclaimed_timeout=self.unclaimed_timeout)
+        return msgspec.structs.replace(
+            config, unclaimed_timeout=self.unclaimed_timeout, lock_timeout=LONGEST_WAIT
+        )
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings | None:

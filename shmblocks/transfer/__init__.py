@@ -9,6 +9,8 @@ sender.wait(timeout=30)                        with receiver.wait(timeout=30) as
 With asyncio: `sender = await endpoint.send_async(7, {...})`, `await sender`; `receiver = await
 endpoint.receive_async(7)`, `with await receiver as result:`.
 
+Between two nodes: `relay_from` and `relay_to`, with the same endpoints.
+
 Both endpoints take `spill=other_pool`: a pool in host memory that is used when theirs, on a GPU,
 has no free blocks.
 """
@@ -20,6 +22,7 @@ from shmblocks.transfer.embedding import EmbeddingEndpoint, Sender
 from shmblocks.transfer.language import LanguageEndpoint, Receiver
 from shmblocks.transfer.messages import Mode
 from shmblocks.transfer.queues import QueueLike, ZmqQueue
+from shmblocks.transfer.relay import relay_from, relay_to
 from shmblocks.transfer.result import TransferResult
 from shmblocks.transfer.room import Status
 
@@ -34,4 +37,6 @@ __all__ = [
     "Status",
     "TransferResult",
     "ZmqQueue",
+    "relay_from",
+    "relay_to",
 ]

@@ -230,7 +230,7 @@ class PushBuffer(ReceiveBuffer):
             self._note_aux(lease.view.aux, chunk)
             if is_whole and not self._pools.must_move(handle):
                 tensors = first_tokens(self._fields, lease.view, chunk.num_tokens)
-                self._part = Part(tensors, lease.release)
+                self._part = Part(tensors, lease.release, lease)
             else:
                 self._copy(lease.view, chunk)
         finally:

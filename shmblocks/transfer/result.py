@@ -29,12 +29,17 @@ from shmblocks.transfer.tensors import (
 if TYPE_CHECKING:
     import torch
 
+    from shmblocks.handle import BlockHandle
+    from shmblocks.lease import Lease
+
 
 class Part(NamedTuple):
-    """Tokens that lie together. `give_back` frees their blocks; None for private memory."""
+    """Tokens that lie together. `give_back` frees their blocks; None for private memory. `lease`:
+    the one that they are read under, of published blocks."""
 
     tensors: Tensors
     give_back: Callable[[], None] | None
+    lease: Lease | None = None
 
     def num_tokens(self, fields: Fields) -> int:
         """Tokens of every field."""
@@ -103,6 +108,27 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
             self._joined = None
             parts, self._parts = self._parts, ()
         _give_back(parts)
+
+    def hand_on(self) -> BlockHandle:
+        """Give the published blocks to another reader, as if nobody had read them; the result is
+        released.
+
+        The handle has one reader to come, of this pool or from another node (`relay.py`). Raises
+        `InvalidStateError` when this result is not one published allocation, read in place.
+        """
+        with self._lock:
+            self._check_usable()
+            lease = self._parts[0].lease
+            if len(self._parts) != 1 or lease is None:
+                raise InvalidStateError(
+                    f"{self!r}: only what was pushed, and is read in place, can be handed on: "
+                    'receive with mode="push"'
+                )
+            lease.give_back()
+            self._is_released = True
+            self._joined = None
+            self._parts = ()
+            return lease.handle
 
     def move_out(self) -> None:
         """Copy everything into private memory and give the blocks back; the result stays usable.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from shmblocks import InvalidStateError
 from tests.crash import judge
 from tests.crash.fresh import run_without_core
 from tests.crash.operations import CASES
@@ -42,6 +43,10 @@ def test_a_join_interrupted_at_any_line_leaves_no_second_participant_behind() ->
         ("open_", MemoryError),
         ("publish_", SystemExit),
         ("release_the_last", MemoryError),
+        # What a signal handler raises that uses the pool in the middle of an operation on it.
+        ("alloc", InvalidStateError),
+        ("alloc_default", InvalidStateError),
+        ("open_", InvalidStateError),
     ],
 )
 def test_any_exception_at_any_line_does_the_same(

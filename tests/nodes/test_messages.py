@@ -147,7 +147,7 @@ def record(pair_of: Callable[[Proxy], None], target: tuple[str, int]) -> bytes:
 
 
 @pytest.mark.usefixtures("_same_nonces")
-@pytest.mark.watchdog(600)
+@pytest.mark.watchdog(600 + MUTATIONS // 50)
 def test_a_server_survives_every_changed_conversation(rng: random.Random) -> None:
     with two_nodes() as pair:
         published = publish(pair.there, TOKENS, rng, readers=READERS)
@@ -285,14 +285,14 @@ def _get(remote: RemotePool, _: BlockHandle) -> None:
 
 
 @pytest.mark.usefixtures("_same_nonces")
-@pytest.mark.watchdog(600)
+@pytest.mark.watchdog(600 + MUTATIONS // 50)
 def test_a_reader_survives_every_changed_answer(rng: random.Random) -> None:
     with recorded_answers(rng, _fetch) as (here, server, said):
         ask_changed(here, server.fetch, here.free, said, rng)
 
 
 @pytest.mark.usefixtures("_same_nonces")
-@pytest.mark.watchdog(600)
+@pytest.mark.watchdog(600 + MUTATIONS // 50)
 def test_a_reader_by_key_survives_every_changed_answer(rng: random.Random) -> None:
     with recorded_answers(rng, _get) as (here, server, said):
         ask_changed(here, server.get, lambda _: here.drop(ENTRY), said, rng)
