@@ -3,22 +3,30 @@
     python examples/producer.py --name demo      in one terminal
     python examples/consumer.py --name demo      in another; either may start first
 
-It attaches by the pool's name alone: sizes and fields stand in the pool. For each handle it opens
-the blocks, checks every value against the producer's checksum, and releases them.
+It attaches by the pool's name alone: sizes and fields stand in the pool. What it receives from the
+channel is a lease: it checks every value against the producer's checksum, and releases the blocks.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
-import socket
 import sys
 import time
 
 import torch
 
-from _rendezvous import END, LARGEST_MESSAGE, find_producer
-from shmblocks import BlockHandle, BlockPool, PoolNotFoundError, ShmBlocksError
+from shmblocks import (
+    BlockPool,
+    Channel,
+    Lease,
+    PoolNotFoundError,
+    PoolTimeoutError,
+    ShmBlocksError,
+)
+
+LAST = b"last"  # the producer's last message, as producer.py has it
+POLL_SECONDS = 0.5  # smaller: a busier wait; larger: a lost producer is noticed later
 
 
 def main() -> int:
@@ -26,11 +34,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it like Ctrl-C
     try:
         print(f"waiting for the pool {args.name!r} ...", flush=True)
-        with (
-            BlockPool.attach(args.name, timeout=args.timeout, role="consumer") as pool,
-            find_producer(args.name, args.timeout) as producer,
-        ):
-            return consume(pool, producer)
+        with BlockPool.attach(args.name, timeout=args.timeout, role="consumer") as pool:
+            return consume(pool)
     except KeyboardInterrupt:
         print("consumer: stopped")
         return 130
@@ -43,27 +48,38 @@ def main() -> int:
         return 1
 
 
-def consume(pool: BlockPool, producer: socket.socket) -> int:
+def consume(pool: BlockPool) -> int:
     """Read until the producer ends; 1 if anything was not as it was written."""
+    channel = pool.channel("requests")
     count = wrong = 0
-    while (message := producer.recv(LARGEST_MESSAGE)) != END:
-        if not message:
-            raise ConnectionError("the producer went away before it was done")
-        count += 1
-        wrong += not read(pool, BlockHandle.decode(message))
+    message = b""
+    while message != LAST:
+        with receive(pool, channel) as lease:  # the last reader's release frees the blocks
+            message = lease.message
+            count += 1
+            wrong += not read(lease)
     print(f"{count} read, {count - wrong} right, {wrong} wrong")
     return 1 if wrong else 0
 
 
-def read(pool: BlockPool, handle: BlockHandle) -> bool:
-    """Open one request's blocks, read them in place, and release them."""
+def receive(pool: BlockPool, channel: Channel) -> Lease:
+    """The next request's blocks; what a producer that went away has sent is still there."""
+    while True:
+        try:
+            return channel.receive(timeout=POLL_SECONDS)
+        except PoolTimeoutError:
+            if pool.find_participant("producer") is None:
+                raise ConnectionError("the producer went away before it was done") from None
+
+
+def read(lease: Lease) -> bool:
+    """Read one request in place."""
     started = time.perf_counter()
-    with pool.open(handle) as lease:  # the last reader's release frees the blocks
-        embeddings = lease["input_embeddings"]  # a torch tensor over the shared memory
-        microseconds = (time.perf_counter() - started) * 1e6
-        request = int(lease["fill_ids"][0])
-        right = checksum(embeddings) == int(lease.aux[2])
-        print(row(request, embeddings, microseconds, right), flush=True)
+    embeddings = lease["input_embeddings"]  # a torch tensor over the shared memory
+    microseconds = (time.perf_counter() - started) * 1e6
+    request = int(lease["fill_ids"][0])
+    right = checksum(embeddings) == int(lease.aux[2])
+    print(row(request, embeddings, microseconds, right), flush=True)
     return right
 
 

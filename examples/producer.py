@@ -4,20 +4,18 @@
     python examples/consumer.py --name demo      in another; either may start first
 
 It makes random "image features" of different lengths, projects them straight into shared memory
-and passes a handle of some 30 bytes for each. There is no model here: examples/launch.py has one.
+and sends each through a channel of the pool. There is no model here: examples/launch.py has one.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
-import socket
 import sys
 import time
 
 import torch
 
-from _rendezvous import END, has_hung_up, wait_for_consumer
 from shmblocks import (
     BlockHandle,
     BlockPool,
@@ -31,6 +29,7 @@ from shmblocks import (
 HIDDEN = 3584  # of Qwen2.5-VL-7B
 FEATURES = 16
 POLL_SECONDS = 0.05  # smaller: a busier wait for blocks; larger: a lost consumer is noticed later
+LAST = b"last"  # the message of the last request; without it the producer went away early
 LENGTHS = (256, 976, 64, 2000, 1024)  # tokens, one request after the other
 
 
@@ -41,12 +40,12 @@ def main() -> int:
     try:
         with BlockPool.create(args.name, config, role="producer") as pool:
             print(f"pool {args.name!r}: {config.total_blocks} blocks; waiting for a consumer ...")
-            with wait_for_consumer(args.name, args.timeout) as consumer:
-                serve(pool, consumer, args.requests, args.timeout)
+            wait_for_consumer(pool, args.name, args.timeout)
+            serve(pool, args.requests, args.timeout)
     except KeyboardInterrupt:
         print("producer: stopped")
         return 130
-    except (BrokenPipeError, ConnectionResetError):
+    except BrokenPipeError:
         print("producer: the consumer went away before it was done", file=sys.stderr)
         return 1
     except (ShmBlocksError, OSError) as error:  # a TimeoutError is an OSError
@@ -55,25 +54,40 @@ def main() -> int:
     return 0
 
 
-def serve(pool: BlockPool, consumer: socket.socket, requests: int, timeout: float) -> None:
+def wait_for_consumer(pool: BlockPool, name: str, timeout: float) -> None:
+    """Until a process has attached with that role."""
+    deadline = time.monotonic() + timeout
+    while pool.find_participant("consumer") is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"no consumer came within {timeout:g} s; start one: "
+                f"python examples/consumer.py --name {name}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def serve(pool: BlockPool, requests: int, timeout: float) -> None:
     projection = torch.randn(FEATURES, HIDDEN).bfloat16()
+    channel = pool.channel("requests")
     for request in range(requests):
         num_tokens = LENGTHS[request % len(LENGTHS)]
-        with reserve(pool, num_tokens, consumer, timeout) as reserved:
+        with reserve(pool, num_tokens, timeout) as reserved:
             started = time.perf_counter()
-            handle = embed(reserved, num_tokens, request, projection)
+            embed(reserved, num_tokens, request, projection)
             milliseconds = (time.perf_counter() - started) * 1e3
-        consumer.send(handle.encode())
-        print(row(request, handle, milliseconds), flush=True)
-    consumer.send(END)
-    consumer.recv(1)  # returns when the consumer has read everything and hung up
-    print(f"{requests} sent; {pool.available_blocks()} of {pool.config.total_blocks} blocks free")
+            # Published and announced in one step; from here on we may not write.
+            message = LAST if request == requests - 1 else b""
+            channel.send(reserved, message=message, timeout=timeout)
+        print(row(request, reserved.handle, milliseconds), flush=True)
+    total = pool.config.total_blocks
+    while pool.available_blocks() < total:  # until the consumer has read everything
+        require_consumer(pool)
+        time.sleep(POLL_SECONDS)
+    print(f"{requests} sent; {pool.available_blocks()} of {total} blocks free")
 
 
-def reserve(
-    pool: BlockPool, num_tokens: int, consumer: socket.socket, timeout: float
-) -> Reservation:
-    """Blocks that are ours until they are published, or freed at the end of the `with`.
+def reserve(pool: BlockPool, num_tokens: int, timeout: float) -> Reservation:
+    """Blocks that are ours until they are sent, or freed at the end of the `with`.
 
     While the pool is full, `reserve` waits until the consumer releases something. Here the only
     consumer may go away, and then no wait would ever end: so it waits for short times.
@@ -85,13 +99,15 @@ def reserve(
         except PoolTimeoutError:
             if time.monotonic() > deadline:
                 raise
-            if has_hung_up(consumer, within=0.0):
-                raise BrokenPipeError from None
+            require_consumer(pool)
 
 
-def embed(
-    reserved: Reservation, num_tokens: int, request: int, projection: torch.Tensor
-) -> BlockHandle:
+def require_consumer(pool: BlockPool) -> None:
+    if pool.find_participant("consumer") is None:
+        raise BrokenPipeError
+
+
+def embed(reserved: Reservation, num_tokens: int, request: int, projection: torch.Tensor) -> None:
     """One request's embeddings, computed where the consumer will read them."""
     features = torch.randn(num_tokens, FEATURES).bfloat16()
     embeddings = reserved["input_embeddings"]  # a tensor over the shared memory
@@ -99,7 +115,6 @@ def embed(
     reserved["fill_ids"].fill_(request)
     reserved["mrope_positions"].copy_(torch.arange(num_tokens).expand(3, -1))
     reserved.aux[2] = checksum(embeddings)  # words 0 and 1 have meanings, 2 has none
-    return reserved.publish()  # from here on one reader may open it, and we may not write
 
 
 def checksum(embeddings: torch.Tensor) -> int:
@@ -110,7 +125,7 @@ def row(request: int, handle: BlockHandle, milliseconds: float) -> str:
     last = handle.start_block + handle.num_blocks - 1
     return (
         f"request {request:3}  {handle.num_tokens:5} tokens  blocks {handle.start_block:2} to"
-        f" {last:2}  handle {len(handle.encode())} bytes  made in {milliseconds:7.2f} ms"
+        f" {last:2}  made in {milliseconds:7.2f} ms"
     )
 
 

@@ -3,7 +3,7 @@
 #   prepare_environment EXTRAS     EXTRAS: comma-separated extras of pyproject.toml
 #
 # It sets VENV and puts its programs first on PATH. What is installed already is not touched again as
-# long as pyproject.toml, constraints.txt and the Python stay as they are.
+# long as pyproject.toml, constraints.txt, the compiled core's sources and the Python stay as they are.
 #
 #   SHMBLOCKS_VENV      where the environment lies (.venv in the checkout)
 #   SHMBLOCKS_PYTHON    the Python to make it from (the first of python3, python3.14 ... python3.10
@@ -35,7 +35,8 @@ _fingerprint() {
     {
         echo "$ROOT $1"
         "$VENV/bin/python" --version
-        cat "$ROOT/pyproject.toml" "$ROOT/scripts/constraints.txt"
+        cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT/scripts/constraints.txt"
+        cat "$ROOT"/shmblocks/_core/*.[ch] # compiled by the installation
     } | sha256sum | cut -d ' ' -f 1
 }
 

@@ -5,7 +5,7 @@ things live, from the bottom to the top (a part imports only parts of the lines 
 
     errors  _words                              every error, and who has to act; numbers as text
     config  handle  keys                        values: what a pool holds, what crosses a queue
-    _os/                                        one kernel facility each; knows nothing of pools
+    _os/  _core/                                one kernel facility each; hot operations in C
     _state/                                     every shared byte, and every change to it
     queue  view  inspector                      HandleQueue, tensors, looking
     _alloc_wait  _claim_wait  tickets           waiting for blocks and claims; leases that travel

@@ -90,7 +90,7 @@ class AllocWaiters:
                     return poll.handle
                 self._wake_of(poll.slot).futex.wait(poll.seen, patience.seconds_to_sleep(poll))
         except BaseException:
-            self._state.take_back(request)
+            self._state.take_back(request.stamp)
             raise
 
     async def wait_async(self, request: AllocRequest, deadline: float | None) -> BlockHandle:
@@ -109,7 +109,7 @@ class AllocWaiters:
                 seconds = patience.seconds_to_sleep(poll)
                 await self._wake_of(poll.slot).loops.sleep(poll.seen, seconds)
         except BaseException:
-            self._state.take_back(request)
+            self._state.take_back(request.stamp)
             raise
 
     def _wake_of(self, slot: int) -> _Wake:

@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from shmblocks._os.wait import Sleeper, deadline_of, seconds_left
 from shmblocks._state.channel_state import ChannelState, Received
-from shmblocks._state.channels import MOST_MESSAGE_BYTES
+from shmblocks._state.layout import MOST_MESSAGE_BYTES
 from shmblocks._state.pool_state import Opened, PoolState
+from shmblocks.config import PoolConfig
 from shmblocks.errors import PoolTimeoutError
 from shmblocks.handle import BlockHandle
-from shmblocks.lease import Lease, Reservation
+from shmblocks.lease import Lease, LeaseMeans, Reservation
 
 if TYPE_CHECKING:
     from shmblocks.cuda.order import StreamOrder
@@ -60,9 +61,14 @@ class Carries(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def config(self) -> PoolConfig: ...
+
     def prepare_send(
         self, handle: BlockHandle, readers: int, num_tokens: int | None, stream: Stream | None
     ) -> ReadyToSend: ...
+
+    def reading_means(self) -> LeaseMeans | None: ...
 
     def lease_received(self, handle: BlockHandle, opened: Opened, message: bytes) -> Lease: ...
 
@@ -81,6 +87,8 @@ class Channel:
         self.name = name
         self.index = index
         self._state = state
+        # Streams order what lies on a GPU: that is Python's.
+        self._core = None if pool.config.is_on_gpu else pool.state.core
         self._receiving = Sleeper(
             state.arrivals(index),
             lambda: state.receiver_sleeps(index),
@@ -125,6 +133,14 @@ class Channel:
         timeout     seconds to wait while the channel is full (None: for ever), then
                     `PoolTimeoutError`; the reservation is the caller's as before
         """
+        core = self._core
+        if core is not None and stream is None and (timeout is None or timeout >= 0):
+            handle = blocks.handle if isinstance(blocks, Reservation) else blocks
+            sent = core.send(self.index + 1, handle, num_tokens, readers, message)
+            if sent is not None:
+                if isinstance(blocks, Reservation):
+                    blocks.note_published()
+                return sent
         return send(
             [self],
             blocks,
@@ -182,9 +198,11 @@ class Channel:
         deadline = deadline_of(timeout)
         leases: list[Lease] = []
         try:
-            while not (leases := self._take(limit)):
-                if not self._receiving.until_changed(deadline):
+            spin = self._take_compiled(limit, leases, deadline)
+            while not leases and not (leases := self._take(limit)):
+                if not self._receiving.until_changed(deadline, spin):
                     raise self._is_empty(timeout)
+                spin = self._take_compiled(limit, leases, deadline)
             return leases
         except BaseException:
             self._put_back(leases)
@@ -214,6 +232,17 @@ class Channel:
         return PoolTimeoutError(
             f"channel {self.name} of pool {self.pool.name}: no message for {timeout:g} s"
         )
+
+    def _take_compiled(self, limit: int, leases: list[Lease], deadline: float | None) -> int:
+        """As `_take`, by the compiled core if it is there, which spins for a message meanwhile: for
+        how many ns. What it takes is in `leases`, also when this is interrupted."""
+        core = self._core
+        means = None if core is None else self.pool.reading_means()
+        if core is None or means is None:
+            return 0
+        spin = self._receiving.budget_ns(deadline)
+        core.receive(self.index + 1, limit, means, self.pool, leases, spin)
+        return spin
 
     def _take(self, limit: int) -> list[Lease]:
         if not self._state.has_message(self.index):

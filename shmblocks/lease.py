@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
+from shmblocks import _core
 from shmblocks._state.blocks import LeaseKey
 from shmblocks._state.cache_state import CacheState, Ticket
 from shmblocks._state.info import ParticipantId
@@ -174,6 +175,9 @@ class Lease(_Owner):
         A lease on a stream ends when that stream has come here (`stream`: another one than it was
         opened on); this returns at once.
         """
+        core = self._state.core
+        if core is not None and stream is None and core.release(self):
+            return
         key = self._key
         if key is not None and not self._state.is_closed:
             order = self._order
@@ -350,6 +354,9 @@ def _end_quietly(state: PoolState, key: LeaseKey, order: Order | None) -> None:
         _end(state, key, order)
     except ShmBlocksError:
         return  # closed meanwhile, or its lock is held by a stopped process: it ends with the pool
+
+
+_core.know("lease", Lease)
 
 
 class Reserves(Protocol):

@@ -448,6 +448,14 @@ class BlockPool:
         `PoolTimeoutError`, which names those who hold the blocks. `req_id`: 63 bytes that
         inspectors show.
         """
+        moment = stamp()
+        try:
+            reserved = self._reserved_by_core(num_tokens, req_id, timeout, moment)
+            if reserved is not None:
+                return Reservation(self, reserved)
+        except BaseException:
+            self.state.take_back(moment)
+            raise
         request = self._request(num_tokens, req_id)
         deadline = deadline_of(timeout)
         try:
@@ -456,7 +464,7 @@ class BlockPool:
         except (PoolClosedError, PoolTimeoutError):
             raise  # nothing was taken, and the lock is not to be had
         except BaseException:
-            self.state.take_back(request)
+            self.state.take_back(request.stamp)
             raise
 
     def reserve_now(self, num_tokens: int, *, req_id: str | None = None) -> Reservation | None:
@@ -468,7 +476,7 @@ class BlockPool:
         except (PoolClosedError, PoolTimeoutError):
             raise  # nothing was taken, and the lock is not to be had
         except BaseException:
-            self.state.take_back(request)
+            self.state.take_back(request.stamp)
             raise
 
     async def reserve_async(
@@ -482,7 +490,7 @@ class BlockPool:
         except (PoolClosedError, PoolTimeoutError):
             raise  # nothing was taken, and the lock is not to be had
         except BaseException:
-            self.state.take_back(request)
+            self.state.take_back(request.stamp)
             raise
 
     def alloc(
@@ -502,8 +510,29 @@ class BlockPool:
         processes, then raises `PoolTimeoutError`, which names those who hold the blocks. While
         any process waits, a call with `timeout=0` returns None. (`reserve` is the same, owned.)
         """
+        if not fake:
+            moment = stamp()
+            try:
+                reserved = self._reserved_by_core(num_tokens, req_id, timeout, moment)
+                if reserved is not None:
+                    return reserved
+            except BaseException:
+                self.state.take_back(moment)
+                raise
         num_tokens = _whole("num_tokens", num_tokens)
         return self._alloc(self.config.blocks_for(num_tokens), num_tokens, req_id, fake, timeout)
+
+    def _reserved_by_core(
+        self, num_tokens: int, req_id: str | None, timeout: float | None, moment: int
+    ) -> BlockHandle | None:
+        """Blocks that the compiled core has reserved at once; None: do it by Python.
+
+        A caller that is interrupted before it has stored the handle calls `take_back(moment)`.
+        """
+        core = self.state.core
+        if core is None or not (timeout is None or timeout >= 0):
+            return None
+        return core.reserve(0, num_tokens, req_id, moment)
 
     def alloc_default(
         self,
@@ -553,7 +582,7 @@ class BlockPool:
         except (PoolClosedError, PoolTimeoutError):
             raise  # nothing was taken, and the lock is not to be had
         except BaseException:
-            self.state.take_back(request)
+            self.state.take_back(request.stamp)
             raise
 
     async def alloc_async(
@@ -687,6 +716,11 @@ class BlockPool:
 
     def view(self, handle: BlockHandle) -> BlockView:
         """The fields of a reservation of this process, to write (or, after a landing, to read)."""
+        tensors, core = self._tensors, self.state.core
+        if core is not None and tensors is not None and not self._is_on_gpu:
+            view = core.view(handle, tensors, self._guard, self)
+            if isinstance(view, BlockView):
+                return view
         real = self._real(handle)
         if not self.state.seems_mine(real) and self.state.require_mine(real):
             self.streams.wait_for_writers(real)
@@ -851,6 +885,13 @@ class BlockPool:
         published = BlockHandle(start, blocks, length, handle.generation, handle.pool_id)
         return ReadyToSend(real, published, readers, order)
 
+    def reading_means(self) -> LeaseMeans | None:
+        """What leases of this process need, for the compiled core; None: streams order them."""
+        means = self._read_means
+        if means is not None and self.streams.begun is None:
+            return means
+        return None if self._is_on_gpu or self.is_closed else self._means(for_write=False)
+
     def lease_received(self, handle: BlockHandle, opened: Opened, message: bytes) -> Lease:
         """The lease that came by a channel; for `Channel`."""
         order = None
@@ -880,6 +921,23 @@ class BlockPool:
     def _open(
         self, handle: BlockHandle, stream: Stream | None, *, for_write: bool = False
     ) -> Lease:
+        core = self.state.core
+        if core is not None and stream is None and not (for_write or self._is_on_gpu):
+            made: list[Lease] = []
+            try:
+                if core.open(handle, self._means(for_write=False), self, made) is not None:
+                    return made[0]
+            except BaseException:
+                self._undo_opens(made)
+                raise
+        return self._open_slowly(handle, stream, for_write)
+
+    def _undo_opens(self, made: list[Lease]) -> None:
+        """Interrupted before the caller had them: their readers are still to come."""
+        for lease in made:
+            self.state.undo_opens(lease.disown())
+
+    def _open_slowly(self, handle: BlockHandle, stream: Stream | None, for_write: bool) -> Lease:
         real = self._real(handle)
         order = None
         if stream is not None or self._is_on_gpu:
@@ -955,6 +1013,16 @@ class BlockPool:
         every lease; a lease may travel (`Lease.ticket`).
         """
         leases = _whole("leases", leases)
+        core = self.state.core
+        if core is not None and leases == 1 and not self._is_on_gpu:
+            made: list[Lease] = []
+            try:
+                answer = core.get(key, num_tokens, self._means(for_write=False), self, made)
+                if answer is not None:
+                    return made or None
+            except BaseException:
+                self._undo_opens(made)
+                raise
         taken: list[tuple[BlockHandle, Opened]] = []
         found: list[Lease] = []
         try:

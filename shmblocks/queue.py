@@ -272,6 +272,9 @@ class HandleQueue(Generic[T]):
                 raise standard.Full
 
     def _try_put(self, message: bytes) -> bool:
+        core = self.state.core
+        if core is not None and core.put(message):
+            return True
         wake = self.state.put(message)
         if wake > 0:
             self.state.puts.wake(wake)
@@ -301,12 +304,19 @@ class HandleQueue(Generic[T]):
     def _take(self, limit: int, block: bool, timeout: float | None) -> list[bytes]:
         deadline = deadline_of(timeout) if block and timeout is not None else None
         self._tell_malformed()
+        core, spin = self.state.core, 0
+        if core is not None and limit == 1:
+            # The compiled get spins for a message, too.
+            spin = self._getting.budget_ns(deadline) if block else 0
+            message = core.get(spin)
+            if message is not None:
+                return [message]
         messages = self._try_get(limit)
         if messages:
             return messages
         if not block:
             raise standard.Empty
-        while self._getting.until_changed(deadline):
+        while self._getting.until_changed(deadline, spin):
             messages = self._try_get(limit)
             if messages:
                 return messages

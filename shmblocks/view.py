@@ -23,6 +23,7 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from shmblocks import _core
 from shmblocks._state.layout import AUX_BYTES, Layout
 from shmblocks._state.pool_state import PoolState
 from shmblocks.config import DTYPES, Field, PoolConfig
@@ -33,6 +34,18 @@ if TYPE_CHECKING:
     import torch
 
 AUX = "aux"
+# Code and bits of DLPack's data types, by torch's names. What is not here is made by torch alone.
+_DLPACK = {
+    "int8": (0, 8),
+    "int16": (0, 16),
+    "int32": (0, 32),
+    "int64": (0, 64),
+    "uint8": (1, 8),
+    "float16": (2, 16),
+    "float32": (2, 32),
+    "float64": (2, 64),
+    "bfloat16": (4, 16),
+}
 _AUX_ITEMS = AUX_BYTES // 4
 
 
@@ -74,6 +87,21 @@ class HostMemory:
             return from_buffer(buffer, dtype=dtype, count=count, offset=offset - start)
 
         return make
+
+    def compiled(self, field: Field, offset: int, otherwise: Maker) -> Maker | None:
+        """What gives tokens of the field that begins at `offset`, by the compiled core; None: it
+        cannot, or is not there."""
+        made_by, kind = _core.tensors(), _DLPACK.get(DTYPES[field.dtype][1])
+        if made_by is None or kind is None:
+            return None
+        import torch
+
+        try:
+            numbers = (offset - self._start, field.token_bytes, *kind, field.transposed)
+            from_dlpack = torch._C._from_dlpack
+            return made_by(self._bytes, numbers, field.shape, from_dlpack, otherwise).make
+        except NotImplementedError:
+            return None
 
     def memory(self, offset: int, size: int) -> memoryview:
         at = offset - self._start
@@ -181,7 +209,9 @@ class FieldTensors:
         def transposed(first: int, count: int) -> torch.Tensor:
             return shaped(first, count).t()
 
-        maker = transposed if field.transposed else shaped if shape else flat
+        maker: Maker = transposed if field.transposed else shaped if shape else flat
+        if isinstance(self._memory, HostMemory):
+            maker = self._memory.compiled(field, start, maker) or maker
         self._makers[name] = maker
         return maker
 
@@ -407,3 +437,7 @@ def _require_like(
         raise ValueError(
             f"tensors[{name!r}]: expected the shape {list(shape)}, got {list(tensor.shape)}"
         )
+
+
+_core.know("guard", LeaseGuard)
+_core.know("view", BlockView)

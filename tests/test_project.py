@@ -33,7 +33,7 @@ PACKAGE = ROOT / "shmblocks"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_words"),
     ("config", "handle", "keys"),
-    ("_os",),
+    ("_os", "_core"),
     ("_state",),
     ("queue", "view", "inspector"),
     ("_alloc_wait", "_claim_wait", "tickets"),

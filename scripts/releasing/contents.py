@@ -14,7 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # Of an sdist: what somebody needs who builds, tests or reads it without the repository.
-IN_SDIST = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml")
+IN_SDIST = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+)
 
 
 def main(folder: Path) -> None:
@@ -29,13 +36,15 @@ def main(folder: Path) -> None:
     modules.add("shmblocks/py.typed")
     with tarfile.open(sdist) as archive:
         names = {name.removeprefix(f"{front}/") for name in archive.getnames()}
-    missing = (modules | set(IN_SDIST)) - names
+    core = {str(path.relative_to(ROOT)) for path in (ROOT / "shmblocks/_core").glob("*.[ch]")}
+    missing = (modules | core | set(IN_SDIST)) - names
     require(not missing, f"{sdist.name} lacks {sorted(missing)}")
 
     with zipfile.ZipFile(wheel) as built:
         names = set(built.namelist())
     missing = modules - names
     require(not missing, f"{wheel.name} lacks {sorted(missing)}")
+    require(not core & names, f"{wheel.name} has sources of the core")
     others = {name.split("/")[0] for name in names} - {"shmblocks", f"{front}.dist-info"}
     require(not others, f"{wheel.name} installs beside shmblocks: {sorted(others)}")
     print(f"dist/{sdist.name}, dist/{wheel.name}: {len(modules)} files of the package")

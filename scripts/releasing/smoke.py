@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from shmblocks import BlockHandle, BlockPool, Field, HandleQueue, PoolConfig
+from shmblocks import BlockHandle, BlockPool, Field, HandleQueue, PoolConfig, _core
 
 NAME = f"release-check-{os.getpid()}"
 
@@ -49,14 +49,17 @@ def main() -> None:
         require(pool.check() == [], f"violations: {pool.check()}")
         require(NAME in listed(), f"`shmblocks ls` does not list {NAME}")
     require(NAME not in listed(), f"`shmblocks ls` lists {NAME} after everybody left")
-    print(f"shmblocks {importlib.metadata.version('shmblocks')}: installed, used, nothing left")
+    core = "with the compiled core" if _core.is_used() else f"by Python alone: {_core.why_not}"
+    require(_core.is_used() or "--needs-core" not in sys.argv, core)
+    version = importlib.metadata.version("shmblocks")
+    print(f"shmblocks {version}: installed, used {core}, nothing left")
 
 
 def require_installed() -> None:
     spec = importlib.util.find_spec("shmblocks")
     where = Path(spec.origin or "") if spec is not None else Path()
-    purelib = Path(sysconfig.get_path("purelib"))
-    require(where.is_relative_to(purelib), f"expected shmblocks in {purelib}, got {where}")
+    installed = [Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")]
+    require(any(map(where.is_relative_to, installed)), f"expected it in {installed}, got {where}")
     require((where.parent / "py.typed").exists(), "py.typed is missing")
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from shmblocks import BlockHandle, BlockPool, HandleQueue, PoolConfig
+from shmblocks import BlockHandle, BlockPool, HandleQueue, PoolConfig, _core
 from shmblocks.testing import cont, stop
 from soaking import payload
 from soaking.counters import Count, Counters
@@ -161,6 +161,9 @@ class Launcher:
     def _live(self, worker: int, life: Callable[[], None]) -> NoReturn:
         """In the child: never returns, never runs what the parent would run at exit."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if worker % 2:
+            # With the compiled core and without it, on one pool.
+            _core.switch_off("every other worker of the soak does without")
         with open(self._folder / f"hang-{worker}", "w") as file:
             faulthandler.register(signal.SIGUSR1, file)
             try:

@@ -66,6 +66,10 @@ class Spinner:
         budget_ns = min(self._budget_ns, seconds * 1e9)
         return budget_ns > 0 and self._spin(futex, seen, budget_ns)
 
+    def budget_ns(self, seconds: float = math.inf) -> int:
+        """How long to spin now, for those who do it themselves; at most `seconds`."""
+        return int(min(self._budget_ns, max(0.0, seconds) * 1e9))
+
     def slept(self, since_ns: int) -> None:
         """Call after a wake-up: if the whole wait was shorter than the longest spin, the budget
         is restored, since spinning on would have paid.
@@ -125,16 +129,23 @@ class Sleeper:
         self._spinner = Spinner(spin)
         self._loops = LoopWaiters(futex, is_there=is_there)
 
-    def until_changed(self, deadline: float | None) -> bool:
-        """True when it is time to try again; False when the deadline has passed."""
+    def budget_ns(self, deadline: float | None) -> int:
+        """How long to spin now, for the compiled core, which does it while it tries."""
+        return self._spinner.budget_ns(seconds_left(deadline))
+
+    def until_changed(self, deadline: float | None, has_spun_ns: int = 0) -> bool:
+        """True when it is time to try again; False when the deadline has passed.
+
+        `has_spun_ns`: the caller has spun for so long already, just now.
+        """
         futex, spinner = self._futex, self._spinner
         # Read the word first: an item that arrived earlier is seen by is_there(), one that arrives
         # later changes the word.
         seen = futex.value
         if self._is_there():
             return True
-        began = time.monotonic_ns()
-        if spinner.until_changed(futex, seen, seconds_left(deadline)):
+        began = time.monotonic_ns() - has_spun_ns
+        if not has_spun_ns and spinner.until_changed(futex, seen, seconds_left(deadline)):
             return True
         if seconds_left(deadline) > 0:
             seen = self._register()

@@ -30,6 +30,7 @@ What it does not do: decide who is dead, wait, or know of processes other than a
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -143,7 +144,8 @@ class BlockTable:
         self._participants = participants
         self._keys = keys
         self._first_fit = first_fit
-        self._next_lease = 0
+        # [0]: where a free lease slot is looked for first. The compiled core has the same word.
+        self.hints = array("Q", [0])
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -527,7 +529,7 @@ class BlockTable:
         lease = LEASE_HEAD.pack(record.generation, start, holder, kind, now_ns, 0, 0, 0, 0, 0)
         stores = self._moved(start, record, state, leases, readers_left)
         stores.append((self._layout.leases + slot * LEASE.size, lease))
-        self._next_lease = slot + 1
+        self.hints[0] = slot + 1
         return stores, LeaseKey(slot, record.generation, holder, now_ns)
 
     def find_lease(self, holder: int, opened_ns: int) -> LeaseKey | None:
@@ -593,7 +595,7 @@ class BlockTable:
             stores.append(self._changed(H_PENDING, -1))
         if lease.kind == ANNOUNCED:
             stores.append(self._count_announced(lease.start_block, -1))
-        self._next_lease = slot
+        self.hints[0] = slot
         return stores
 
     def lease(self, slot: int) -> LeaseRecord:
@@ -602,7 +604,7 @@ class BlockTable:
         return _new_tuple(LeaseRecord, LEASE_HEAD.unpack_from(self._memory, offset))
 
     def _free_lease(self) -> int:
-        hint = self._next_lease
+        hint = self.hints[0]
         if hint < self._max_leases and self._words[self._layout.lease_word(hint)] == 0:
             return hint
         try:
@@ -663,7 +665,7 @@ class BlockTable:
             )
             for slot, holder in zip(slots, holders, strict=True)
         ]
-        self._next_lease = slots[-1] + 1
+        self.hints[0] = slots[-1] + 1
         return [*stores, self._count_announced(start, len(holders))]
 
     def _announced_again(self, slot: int, lease: LeaseRecord) -> list[Store]:

@@ -168,6 +168,13 @@ class CacheState:
         Lock-free. What it says of an entry is checked against the record before and after; a miss
         that was seen while others changed the index is looked up again, with the lock.
         """
+        core = self._state.core
+        if core is not None:
+            seen = core.find(key)
+            if isinstance(seen, BlockHandle):
+                return Found(seen, True)
+            if seen is False:
+                return None
         stored = stored_key(key)
         with contextlib.suppress(DamagedPoolError, ValueError):
             changes = self._changes()

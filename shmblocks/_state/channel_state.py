@@ -26,7 +26,7 @@ from shmblocks._state.layout import FAILED
 from shmblocks._state.mutex import transaction
 from shmblocks._state.pool_state import Opened, PoolState, stamp
 from shmblocks._state.states import NUMBER, STATES, State
-from shmblocks.errors import InvalidStateError
+from shmblocks.errors import InvalidStateError, TooManyLeasesError
 from shmblocks.handle import BlockHandle
 
 _RESERVED = NUMBER[State.RESERVED]
@@ -124,7 +124,12 @@ class ChannelState:
             message = self._channels.first(channel)
             if message is None:
                 break
-            taken = self._take(channel, message, moment)
+            try:
+                taken = self._take(channel, message, moment)
+            except TooManyLeasesError:
+                if not received:
+                    raise
+                break  # the others stay in the channel
             if taken is not None:
                 received.append(taken)
             if self._channels.take_sender(channel):

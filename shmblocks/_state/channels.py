@@ -20,11 +20,22 @@ from typing import NamedTuple
 
 from shmblocks._state.journal import Store
 from shmblocks._state.layout import (
+    C_ARRIVALS,
+    C_CAPACITY,
+    C_FIRST_SLOT,
+    C_HEAD,
+    C_NAME,
+    C_RECEIVERS_ASLEEP,
+    C_REDELIVER,
+    C_SENDERS_ASLEEP,
+    C_TAIL,
     CHANNEL_BYTES,
     CHANNEL_WORDS,
     H_CHANNELS,
     H_MESSAGE_SLOTS,
     MESSAGE_BYTES,
+    MOST_MESSAGE_BYTES,
+    SPARE_SLOTS,
     WORD,
     WORD_STRUCT,
     Layout,
@@ -32,20 +43,8 @@ from shmblocks._state.layout import (
 from shmblocks.config import PoolConfig
 from shmblocks.errors import DamagedPoolError
 
-# Bytes of the user's in a message.
-MOST_MESSAGE_BYTES = 64
-SPARE_SLOTS = 16
 NAME_BYTES = 63
 
-_C_CAPACITY = 0
-_C_FIRST_SLOT = 1
-_C_REDELIVER = 2
-_C_NAME = 8
-_C_HEAD = 16
-_C_SENDERS_ASLEEP = 17
-_C_TAIL = 24
-_C_RECEIVERS_ASLEEP = 25
-_C_ARRIVALS = 26
 # Messages are numbered from here on, so that one can go back in front of the first.
 _FIRST_NUMBER = 1 << 32
 
@@ -91,7 +90,7 @@ class Channels:
 
     def name(self, channel: int) -> str:
         """The name of a channel."""
-        offset = (self._word(channel) + _C_NAME) * WORD
+        offset = (self._word(channel) + C_NAME) * WORD
         (name,) = _NAME.unpack_from(self._memory, offset)
         return str(name, "utf-8", "replace")
 
@@ -104,7 +103,7 @@ class Channels:
 
     def capacity(self, channel: int) -> int:
         """Messages that senders may leave in it."""
-        capacity: int = self._words[self._word(channel) + _C_CAPACITY]
+        capacity: int = self._words[self._word(channel) + C_CAPACITY]
         if not 0 < capacity + SPARE_SLOTS <= self._most_slots:
             raise _damaged(f"channel {channel} has a capacity of {capacity}")
         return capacity
@@ -113,7 +112,7 @@ class Channels:
         """Whether messages of dead receivers go back."""
         if channel >= self._most_channels:
             raise _damaged(f"a lease came by channel {channel} of {self._most_channels}")
-        return bool(self._words[self._word(channel) + _C_REDELIVER])
+        return bool(self._words[self._word(channel) + C_REDELIVER])
 
     def made(self, name: str, capacity: int, redeliver: bool) -> list[Store] | str:
         """The stores that make a channel, or why there is no room for one."""
@@ -134,9 +133,9 @@ class Channels:
         base = self._word(count) * WORD
         header = bytearray(CHANNEL_BYTES)
         struct.pack_into("=3Q", header, 0, capacity, first, redeliver)
-        _NAME.pack_into(header, _C_NAME * WORD, name.encode())
-        struct.pack_into("=Q", header, _C_HEAD * WORD, _FIRST_NUMBER)
-        struct.pack_into("=Q", header, _C_TAIL * WORD, _FIRST_NUMBER)
+        _NAME.pack_into(header, C_NAME * WORD, name.encode())
+        struct.pack_into("=Q", header, C_HEAD * WORD, _FIRST_NUMBER)
+        struct.pack_into("=Q", header, C_TAIL * WORD, _FIRST_NUMBER)
         return [
             (base, bytes(header)),
             (H_CHANNELS * WORD, WORD_STRUCT.pack(count + 1)),
@@ -148,7 +147,7 @@ class Channels:
     def length(self, channel: int) -> int:
         """Messages in it."""
         word = self._word(channel)
-        length: int = self._words[word + _C_TAIL] - self._words[word + _C_HEAD]
+        length: int = self._words[word + C_TAIL] - self._words[word + C_HEAD]
         return length
 
     def _checked_length(self, channel: int) -> int:
@@ -163,7 +162,7 @@ class Channels:
 
     def _slot(self, channel: int, number: int) -> int:
         slots = self.capacity(channel) + SPARE_SLOTS
-        first: int = self._words[self._word(channel) + _C_FIRST_SLOT]
+        first: int = self._words[self._word(channel) + C_FIRST_SLOT]
         if first + slots > self._most_slots:
             raise _damaged(f"channel {channel} begins at slot {first}")
         return self._layout.messages + (first + number % slots) * MESSAGE_BYTES
@@ -171,22 +170,22 @@ class Channels:
     def sent(self, channel: int, start: int, generation: int, data: bytes) -> list[Store]:
         """The stores that append a message."""
         word = self._word(channel)
-        tail: int = self._words[word + _C_TAIL]
+        tail: int = self._words[word + C_TAIL]
         return [
             (self._slot(channel, tail), _MESSAGE.pack(start, generation, len(data), 0, data)),
-            ((word + _C_TAIL) * WORD, WORD_STRUCT.pack(tail + 1)),
+            ((word + C_TAIL) * WORD, WORD_STRUCT.pack(tail + 1)),
             self._arrived(word),
         ]
 
     def _arrived(self, word: int) -> Store:
-        arrivals = (self._words[word + _C_ARRIVALS] + 1) & 0xFFFFFFFF
-        return ((word + _C_ARRIVALS) * WORD, WORD_STRUCT.pack(arrivals))
+        arrivals = (self._words[word + C_ARRIVALS] + 1) & 0xFFFFFFFF
+        return ((word + C_ARRIVALS) * WORD, WORD_STRUCT.pack(arrivals))
 
     def first(self, channel: int) -> Message | None:
         """The oldest message."""
         if not self._checked_length(channel):
             return None
-        head: int = self._words[self._word(channel) + _C_HEAD]
+        head: int = self._words[self._word(channel) + C_HEAD]
         start, generation, length, _, data = _MESSAGE.unpack_from(
             self._memory, self._slot(channel, head)
         )
@@ -197,7 +196,7 @@ class Channels:
     def taken(self, channel: int) -> Store:
         """The store that takes the oldest message."""
         word = self._word(channel)
-        return ((word + _C_HEAD) * WORD, WORD_STRUCT.pack(self._words[word + _C_HEAD] + 1))
+        return ((word + C_HEAD) * WORD, WORD_STRUCT.pack(self._words[word + C_HEAD] + 1))
 
     def put_back(self, channel: int, message: Message) -> list[Store] | None:
         """The stores that put a message in front of the first; None: there is no slot for it."""
@@ -206,11 +205,11 @@ class Channels:
         if self._checked_length(channel) >= self.capacity(channel) + SPARE_SLOTS:
             return None
         word = self._word(channel)
-        head: int = self._words[word + _C_HEAD] - 1
+        head: int = self._words[word + C_HEAD] - 1
         start, generation, data, _ = message
         return [
             (self._slot(channel, head), _MESSAGE.pack(start, generation, len(data), 0, data)),
-            ((word + _C_HEAD) * WORD, WORD_STRUCT.pack(head)),
+            ((word + C_HEAD) * WORD, WORD_STRUCT.pack(head)),
             self._arrived(word),
         ]
 
@@ -218,19 +217,19 @@ class Channels:
 
     def arrivals_offset(self, channel: int) -> int:
         """Where the word lies that receivers sleep on, in bytes."""
-        return (self._word(channel) + _C_ARRIVALS) * WORD
+        return (self._word(channel) + C_ARRIVALS) * WORD
 
     def head_offset(self, channel: int) -> int:
         """Where the word lies that senders sleep on, in bytes."""
-        return (self._word(channel) + _C_HEAD) * WORD
+        return (self._word(channel) + C_HEAD) * WORD
 
     def receiver_sleeps(self, channel: int) -> int:
         """Count one more receiver asleep; the word to sleep on."""
-        return self._sleeps(channel, _C_RECEIVERS_ASLEEP, _C_ARRIVALS)
+        return self._sleeps(channel, C_RECEIVERS_ASLEEP, C_ARRIVALS)
 
     def sender_sleeps(self, channel: int) -> int:
         """Count one more sender asleep; the word to sleep on."""
-        return self._sleeps(channel, _C_SENDERS_ASLEEP, _C_HEAD)
+        return self._sleeps(channel, C_SENDERS_ASLEEP, C_HEAD)
 
     def _sleeps(self, channel: int, count: int, word: int) -> int:
         words, base = self._words, self._word(channel)
@@ -241,12 +240,12 @@ class Channels:
     def receiver_gives_up(self, channel: int, seen: int) -> bool:
         """Take back a registration; True: a message is there, so that another must be woken."""
         is_there = self.length(channel) > 0
-        return self._gives_up(channel, _C_RECEIVERS_ASLEEP, _C_ARRIVALS, seen, is_there)
+        return self._gives_up(channel, C_RECEIVERS_ASLEEP, C_ARRIVALS, seen, is_there)
 
     def sender_gives_up(self, channel: int, seen: int) -> bool:
         """Take back a registration; True: there is capacity, so that another must be woken."""
         is_there = self.length(channel) < self.capacity(channel)
-        return self._gives_up(channel, _C_SENDERS_ASLEEP, _C_HEAD, seen, is_there)
+        return self._gives_up(channel, C_SENDERS_ASLEEP, C_HEAD, seen, is_there)
 
     def _gives_up(self, channel: int, count: int, word: int, seen: int, is_there: bool) -> bool:
         words, base = self._words, self._word(channel)
@@ -257,11 +256,11 @@ class Channels:
 
     def take_receiver(self, channel: int) -> bool:
         """Whether a receiver sleeps; counts one off, who is to be woken."""
-        return self._take_sleeper(self._word(channel) + _C_RECEIVERS_ASLEEP)
+        return self._take_sleeper(self._word(channel) + C_RECEIVERS_ASLEEP)
 
     def take_sender(self, channel: int) -> bool:
         """Whether a sender sleeps; counts one off, who is to be woken."""
-        return self._take_sleeper(self._word(channel) + _C_SENDERS_ASLEEP)
+        return self._take_sleeper(self._word(channel) + C_SENDERS_ASLEEP)
 
     def _take_sleeper(self, word: int) -> bool:
         asleep: int = self._words[word]

@@ -38,7 +38,7 @@ class ParticipantInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `pid` is its pid in the pid namespace with the inode number `pid_namespace`; `age_seconds`:
     since it attached; `has_device_memory`: it has the pool's CUDA memory open; `pinned_bytes`: how
-    much of the segment it has registered with CUDA.
+    much of the segment it has registered with CUDA; `has_core`: it uses the compiled core.
     """
 
     slot: int
@@ -53,6 +53,7 @@ class ParticipantInfo(msgspec.Struct, frozen=True, kw_only=True):
     uses_gpu: bool = False
     has_device_memory: bool = False
     pinned_bytes: int = 0
+    has_core: bool = False
 
     def __str__(self) -> str:
         role = f", {self.role}" if self.role else ""

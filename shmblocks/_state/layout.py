@@ -166,6 +166,7 @@ R_NUM_BLOCKS = 2
 R_READERS_LEFT = 5
 R_LEASES = 6
 R_CREATED = 7
+R_PUBLISHED = 8
 R_READY = 9
 R_LIVE_INDEX = 10
 R_KEYED = 11
@@ -200,6 +201,7 @@ LEASE_WORDS = LEASE.size // WORD
 # The words of the channel that a lease came by: channel + 1, length, the message, its number.
 LEASE_CHANNEL = struct.Struct("=2Q64sQ")
 L_CHANNEL = 8
+L_OPENED = 4
 L_ACKNOWLEDGED = 5
 L_PENDING = 6
 
@@ -227,8 +229,32 @@ PEER_ROWS = 32
 
 CHANNEL_BYTES = 256
 CHANNEL_WORDS = CHANNEL_BYTES // WORD
+C_CAPACITY = 0
+C_FIRST_SLOT = 1
+C_REDELIVER = 2
+C_NAME = 8
+C_HEAD = 16
+C_SENDERS_ASLEEP = 17
+C_TAIL = 24
+C_RECEIVERS_ASLEEP = 25
+C_ARRIVALS = 26
+
 MESSAGE_BYTES = 96
 MESSAGE_WORDS = MESSAGE_BYTES // WORD
+M_START_BLOCK = 0
+M_GENERATION = 1
+M_LENGTH = 2
+M_DATA = 4
+MOST_MESSAGE_BYTES = 64
+# Slots that a ring has beyond its capacity: room for messages of dead receivers that go back to the
+# front, also when senders have filled it.
+SPARE_SLOTS = 16
+
+# Words of a queue's header.
+Q_HEAD = 16
+Q_TAIL = 17
+Q_GETTERS_ASLEEP = 18
+Q_PUTTERS_ASLEEP = 19
 
 AUX_BYTES = 64
 

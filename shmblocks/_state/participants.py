@@ -41,6 +41,7 @@ import os
 import time
 from collections.abc import Iterator
 
+from shmblocks import _core
 from shmblocks._os.filelock import (
     GPU_BYTE,
     PLACE_BYTE,
@@ -68,6 +69,7 @@ from shmblocks.errors import InvalidStateError, TooManyParticipantsError
 _CREATOR = 1
 USES_GPU = 2
 HAS_DEVICE_MEMORY = 4
+HAS_CORE = 8
 # Seconds that the last to leave waits for others who are dying. Smaller: a pool whose other user
 # was killed in the same moment stays as a leftover. Larger: leaving takes longer, where the kernel
 # needs long to end a process.
@@ -130,7 +132,7 @@ class Participants:
             pid_namespace(),
             start_ticks(),
             time.monotonic_ns(),
-            _CREATOR if is_creator else 0,
+            (_CREATOR if is_creator else 0) | (HAS_CORE if _core.is_used() else 0),
             0,
             0,
             utf8_prefix(role, ROLE_BYTES),
@@ -289,6 +291,7 @@ class Participants:
             uses_gpu=bool(flags & USES_GPU),
             has_device_memory=bool(flags & HAS_DEVICE_MEMORY),
             pinned_bytes=pinned,
+            has_core=bool(flags & HAS_CORE),
         )
 
     def infos(self) -> list[ParticipantInfo]:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from functools import partial
 
-from shmblocks._state.blocks import BlockTable
+from shmblocks import _core
+from shmblocks._state.blocks import BlockTable, LeaseKey
 from shmblocks._state.channels import Channels
 from shmblocks._state.claims import Claims
 from shmblocks._state.counters import Counter, Counters, Histogram
 from shmblocks._state.key_index import KeyIndex
-from shmblocks._state.layout import Layout
+from shmblocks._state.layout import LAYOUT_VERSION, WORD, Layout
 from shmblocks._state.shared_segment import SharedSegment
 from shmblocks._state.wait_queue import WaitQueue
 from shmblocks.config import PoolConfig
+from shmblocks.handle import BlockHandle
+
+_core.use(LAYOUT_VERSION)
+_core.know("handle", BlockHandle)
+_core.know("key", LeaseKey)
 
 
 class PoolParts(SharedSegment):
@@ -56,6 +62,37 @@ class PoolParts(SharedSegment):
             self.participants,
             self.keys,
             config.allocation == "first fit",
+        )
+        # The compiled operations; None: there are none.
+        self.core = self._compiled = _core.pool_core(
+            self.segment.mapping, self.mutex.inside, self.blocks.hints, self._numbers()
+        )
+
+    def _numbers(self) -> tuple[int, ...]:
+        """What the compiled operations need to know, as `core_init` takes it."""
+        config, layout = self.config, self.layout
+        regions = (
+            layout.records,
+            layout.bitmap,
+            layout.bitmap_bytes,
+            layout.leases,
+            layout.live,
+            layout.channels,
+            layout.messages,
+            layout.buckets,
+        )
+        return (
+            self.pool_id,
+            layout.total_blocks,
+            config.block_size,
+            config.max_leases,
+            int(config.unclaimed_timeout * 1e9),
+            int(config.allocation == "first fit"),
+            config.channels,
+            config.channel_slots,
+            layout.journal // WORD,
+            layout.counters // WORD,
+            *(offset // WORD for offset in regions),
         )
 
     def _note_takeover(self) -> None:

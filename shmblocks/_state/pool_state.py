@@ -219,12 +219,21 @@ class PoolState(PoolParts):
 
     # ---- reserving ---------------------------------------------------------------------------
 
-    @transaction
     def reserve(self, request: AllocRequest) -> BlockHandle | None:
         """Reserve, if there are free blocks now and nobody waits for them.
 
         A caller that is interrupted before it has stored the handle calls `take_back`.
         """
+        core = self.core
+        if core is not None:
+            num_blocks, num_tokens = request.num_blocks, request.num_tokens
+            handle = core.reserve(num_blocks, num_tokens, request.req_id, request.stamp)
+            if handle is not None:
+                return handle
+        return self._reserve(request)
+
+    @transaction
+    def _reserve(self, request: AllocRequest) -> BlockHandle | None:
         if self._others_wait():
             return None
         return self._reserve_now(request)
@@ -281,19 +290,20 @@ class PoolState(PoolParts):
         self._reap()
         return False
 
-    def take_back(self, request: AllocRequest) -> None:
-        """Give back what an interrupted reservation has taken: blocks, its entry in the queue.
+    def take_back(self, moment: int) -> None:
+        """Give back what the interrupted reservation of that stamp has taken: blocks, its entry in
+        the queue.
 
         Nothing happens when the pool was closed (it was given back then), or in a forked child (it
         is the parent's).
         """
         if self.participants.me is not None:
             with contextlib.suppress(PoolClosedError):
-                self._take_back(request)
+                self._take_back(moment)
 
     @transaction
-    def _take_back(self, request: AllocRequest) -> None:
-        ticket = self.queue.find(self.participants.me_word, request.stamp)
+    def _take_back(self, moment: int) -> None:
+        ticket = self.queue.find(self.participants.me_word, moment)
         if ticket is not None:
             self.queue.leave(ticket)
         for start in self.blocks.live_starts():
@@ -301,7 +311,7 @@ class PoolState(PoolParts):
             if (record.state, record.owner, record.created_ns) == (
                 _RESERVED,
                 self.participants.me_word,
-                request.stamp,
+                moment,
             ):
                 self.blocks.free(start, record)
                 break
@@ -371,7 +381,6 @@ class PoolState(PoolParts):
             return None
         return BlockHandle(start, num_blocks, num_tokens, handle.generation, handle.pool_id)
 
-    @transaction
     def publish(
         self,
         handle: BlockHandle,
@@ -382,20 +391,33 @@ class PoolState(PoolParts):
     ) -> None:
         """Make a reservation readable; `on_stream`: a stream will say when it is ready; `named`:
         readers with a claim of their own."""
+        core = self.core
+        if core is None or on_stream or named or not core.publish(handle, num_tokens, readers):
+            self._publish(handle, num_tokens, readers, on_stream, named)
+
+    @transaction
+    def _publish(
+        self,
+        handle: BlockHandle,
+        num_tokens: int,
+        readers: int,
+        on_stream: bool,
+        named: Sequence[ParticipantId],
+    ) -> None:
         for who in named:
             self._require_living(who)
         record = self.blocks.find_exact(handle)
         self.refuse_writers(handle, record)
         try:
-            self._publish(handle, record, num_tokens, readers, on_stream, named)
+            self._commit_publish(handle, record, num_tokens, readers, on_stream, named)
         except TooManyLeasesError:
             if not self._collect() and not self._reap().leases:
                 raise
             record = self.blocks.find_exact(handle)
-            self._publish(handle, record, num_tokens, readers, on_stream, named)
+            self._commit_publish(handle, record, num_tokens, readers, on_stream, named)
         self._words[self._publishes] += 1
 
-    def _publish(
+    def _commit_publish(
         self,
         handle: BlockHandle,
         record: Record,
@@ -470,9 +492,14 @@ class PoolState(PoolParts):
                 f"{handle}: {record.leases} writer's lease(s) are open; release them, then publish"
             )
 
-    @transaction
     def free(self, handle: BlockHandle) -> None:
         """Give an allocation back; with open leases, the last one released does."""
+        core = self.core
+        if core is None or not core.free(handle):
+            self._free(handle)
+
+    @transaction
+    def _free(self, handle: BlockHandle) -> None:
         record = self.blocks.find(handle)
         self._refuse_freed(handle, record)
         self.blocks.free(handle.start_block, record)

@@ -21,6 +21,7 @@ import secrets
 import struct
 import time
 
+from shmblocks import _core
 from shmblocks._os.futex import Futex
 from shmblocks._os.segment import create_unnamed, normal_name, open_existing
 from shmblocks._state.identity import Identity
@@ -28,6 +29,10 @@ from shmblocks._state.layout import (
     H_NEXT_INCARNATION,
     IDENTITY,
     LAYOUT_VERSION,
+    Q_GETTERS_ASLEEP,
+    Q_HEAD,
+    Q_PUTTERS_ASLEEP,
+    Q_TAIL,
     QUEUE_MAGIC,
     WORD,
     QueueLayout,
@@ -36,10 +41,6 @@ from shmblocks._state.mutex import transaction
 from shmblocks._state.shared_segment import SharedSegment
 from shmblocks.errors import DamagedPoolError
 
-Q_HEAD = 16
-Q_TAIL = 17
-Q_GETTERS_ASLEEP = 18
-Q_PUTTERS_ASLEEP = 19
 _SIZES = struct.Struct("=2Q")
 _SIZES_OFFSET = 24 * WORD
 
@@ -76,6 +77,18 @@ class QueueState(SharedSegment):
         self.message_bytes = message_bytes
         self._slots = layout.slots
         self._slot_bytes = layout.slot_bytes
+        # The compiled operations; None: there are none.
+        self.core = self._compiled = _core.queue_core(
+            self.segment.mapping,
+            self.mutex.inside,
+            (
+                layout.journal // WORD,
+                layout.capacity,
+                message_bytes,
+                layout.slots,
+                layout.slot_bytes,
+            ),
+        )
         self.puts = Futex(self.segment.mapping, Q_TAIL * WORD)
         self.gets = Futex(self.segment.mapping, Q_HEAD * WORD)
 

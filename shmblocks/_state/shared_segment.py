@@ -34,7 +34,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from shmblocks._os.filelock import FileLocks
 from shmblocks._os.process import clock_offset_ns
@@ -70,6 +70,23 @@ TIMED_OF = 64
 ATTACH_POLL = 0.01
 
 
+class Compiled(Protocol):
+    """The compiled operations on one segment (`shmblocks._core`).
+
+    They run while they are `joined`: a transaction hands them the lock's descriptor and who we are,
+    and whoever changes either takes that back first.
+    """
+
+    @property
+    def has_joined(self) -> bool: ...
+
+    def join(self, fd: int, me: int, holder: int, /) -> None: ...
+
+    def forget(self) -> None: ...
+
+    def drop(self) -> None: ...
+
+
 class SharedSegment:
     """One segment as one process sees it. Owns the mapping and the file locks."""
 
@@ -102,6 +119,7 @@ class SharedSegment:
         # Whether this process takes part: then a forked child joins at its first transaction.
         self._takes_part = False
         self._was_last = False
+        self._compiled: Compiled | None = None
         self._is_timed = itertools.cycle((True, *(False,) * (TIMED_OF - 1))).__next__
         lifetime.register(self)
 
@@ -179,11 +197,19 @@ class SharedSegment:
     def _take_slot(self, *, is_creator: bool) -> ParticipantId:
         """In a transaction: join; when every slot is taken, the slots of the dead are cleared."""
         try:
-            return self.participants.join(self.role, is_creator=is_creator)
+            who = self.participants.join(self.role, is_creator=is_creator)
         except TooManyParticipantsError:
             if not self._clear_dead():
                 raise
-            return self.participants.join(self.role, is_creator=is_creator)
+            who = self.participants.join(self.role, is_creator=is_creator)
+        self._hand_over()
+        return who
+
+    def _hand_over(self) -> None:
+        """In a transaction: let the compiled operations run from here on."""
+        compiled, me = self._compiled, self.participants.me_word
+        if compiled is not None and me and not compiled.has_joined:
+            compiled.join(self.locks.fd, me, self.participants.holder)
 
     def _clear_dead(self) -> int:
         """In a transaction: give back what the dead held, clear their slots; how many."""
@@ -206,6 +232,8 @@ class SharedSegment:
         if not holder and self._takes_part:
             self._take_slot(is_creator=False)
             words[H_LOCK_HOLDER] = self.participants.holder
+        if self._compiled is not None:
+            self._hand_over()
 
     def _note_takeover(self) -> None:
         """In a transaction: what another process left half made was completed."""
@@ -308,6 +336,8 @@ class SharedSegment:
     def _let_go(self) -> None:
         """Every step of it may be repeated."""
         self._takes_part = False
+        if self._compiled is not None:
+            self._compiled.drop()
         self.locks.close()
         self.segment.drop()
         self.participants.forget()
@@ -316,6 +346,8 @@ class SharedSegment:
 
     def reset_after_fork(self) -> None:
         """In a forked child, before anything else there uses the segment."""
+        if self._compiled is not None:
+            self._compiled.forget()
         self.segment.forget_parent()
         self.participants.forget()
         if self.mutex.reset_after_fork():

@@ -218,6 +218,7 @@ def _participants(infos: list[ParticipantInfo]) -> Document:
 
 def _participant(info: ParticipantInfo) -> Line:
     marks = ["creator"] if info.is_creator else []
+    marks += ["core"] if info.has_core else []
     marks += ["GPU"] if info.uses_gpu else []
     marks += ["CUDA memory open"] if info.has_device_memory else []
     marks += [f"{bytes_text(info.pinned_bytes)} pinned"] if info.pinned_bytes else []

@@ -33,6 +33,7 @@ CHECKS: tuple[Check, ...] = (
     kernel.platform_supported,
     software.python_version,
     software.packages,
+    software.compiled_core,
     memory.shm_mount,
     memory.shm_size,
     memory.pool_size,

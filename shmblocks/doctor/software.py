@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
+from shmblocks import _core
 from shmblocks.doctor.host import CheckResult, Host
 
 NEEDED = ("torch", "posix-ipc", "msgspec")
@@ -26,6 +27,17 @@ def packages(host: Host) -> Iterator[CheckResult]:
             yield CheckResult(f"package-{package}", "fail", "not installed", advice)
         else:
             yield CheckResult(f"package-{package}", "ok", f"{package} {version}")
+
+
+def compiled_core(host: Host) -> Iterator[CheckResult]:
+    """Whether pools of this Python use the compiled core; without it they are slower."""
+    if _core.is_used():
+        yield CheckResult("core", "ok", "the compiled core is used")
+    elif _core.SETTING == "0":
+        yield CheckResult("core", "warn", _core.why_not, "unset SHMBLOCKS_CORE to use it")
+    else:
+        advice = "install a C compiler and Python's headers, then shmblocks again"
+        yield CheckResult("core", "warn", f"no compiled core: {_core.why_not}", advice)
 
 
 def _version(package: str) -> str | None:

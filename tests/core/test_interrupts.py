@@ -24,6 +24,7 @@ def test_an_interrupted_alloc_frees_nothing_of_who_got_its_generation(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted before its commit it has used up no generation: the next, of whomever, has it."""
+    pool.state.core = None  # nothing interrupts it within a commit
     with pools.attach(pool.name) as other:
         mutex = pool.state.mutex
         leave = mutex.leave

@@ -12,7 +12,7 @@ import pytest
 
 from shmblocks import InvalidStateError
 from tests.crash import judge
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.operations import CASES
 from tests.crash.plugin import SUMMARY
 
@@ -25,12 +25,12 @@ INTERRUPTIBLE = [name for name, case in CASES.items() if case.interruptible]
 def test_interrupted_at_any_line_an_operation_is_done_or_not_and_the_lock_is_free(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(judge.interrupt, name, KeyboardInterrupt)
+    coverage = run_without_core(judge.interrupt, name, KeyboardInterrupt)
     record_property(SUMMARY, str(coverage))
 
 
 def test_a_join_interrupted_at_any_line_leaves_no_second_participant_behind() -> None:
-    assert run_in_fresh_interpreter(judge.interrupt_first_use_after_fork) >= 50
+    assert run_without_core(judge.interrupt_first_use_after_fork) >= 50
 
 
 # One that `except Exception` catches, and one that it does not.
@@ -54,5 +54,5 @@ def test_any_exception_at_any_line_does_the_same(
     exception: type[BaseException],
     record_property: Callable[[str, object], None],
 ) -> None:
-    coverage = run_in_fresh_interpreter(judge.interrupt, name, exception)
+    coverage = run_without_core(judge.interrupt, name, exception)
     record_property(SUMMARY, str(coverage))

@@ -12,7 +12,7 @@ import pytest
 
 from shmblocks.testing import Step
 from tests.crash import judge
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.operations import CASES
 from tests.crash.plugin import SUMMARY
 
@@ -26,7 +26,7 @@ FEWEST = 30
 def test_killed_at_any_line_an_operation_is_done_or_not_and_harms_nobody(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(judge.kill, name)
+    coverage = run_without_core(judge.kill, name)
     record_property(SUMMARY, str(coverage))
     assert len(coverage.points) >= FEWEST
     assert [point.number for point in coverage.points] == list(range(1, len(coverage.points) + 1))
@@ -36,7 +36,7 @@ def test_killed_at_any_line_an_operation_is_done_or_not_and_harms_nobody(
 def test_killed_at_any_bytecode_instruction_an_allocation_is_made_or_not(
     record_property: Callable[[str, object], None],
 ) -> None:
-    coverage = run_in_fresh_interpreter(judge.kill, "alloc", step=Step.OPCODE)
+    coverage = run_without_core(judge.kill, "alloc", step=Step.OPCODE)
     record_property(SUMMARY, str(coverage))
     assert len(coverage.points) >= 10 * FEWEST
     assert any(point.function == "commit" for point in coverage.points)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.plugin import SUMMARY
 
 pytestmark = pytest.mark.watchdog(600)
@@ -35,7 +35,7 @@ def test_killed_at_any_line_one_side_of_a_transfer_costs_the_other_only_its_room
     # Over there: it imports torch, which collecting this module must not.
     from tests.crash import transfer_cases
 
-    coverage = run_in_fresh_interpreter(transfer_cases.kill, step)
+    coverage = run_without_core(transfer_cases.kill, step)
     record_property(SUMMARY, f"transfer, {coverage}")
 
 

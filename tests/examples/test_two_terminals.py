@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-
-from _rendezvous import socket_path
 from tests.examples.terminal import Terminal
-from tests.support.children import wait_until
 
 ENDLESS = ("--requests", "1000000")
-
-
-@pytest.fixture(autouse=True)
-def _no_socket_stays(pool_name: str) -> Iterator[None]:
-    """No process may leave the socket of a test's pool behind."""
-    yield
-    path = Path(socket_path(pool_name))
-    is_there = path.exists()
-    path.unlink(missing_ok=True)
-    assert not is_there, f"{path} was left behind"
 
 
 def producer(name: str, *arguments: str) -> Terminal:
@@ -106,7 +90,7 @@ def test_a_consumer_that_outlives_a_killed_producer_removes_the_pool(pool_name: 
 
 def test_a_new_producer_takes_the_place_of_a_killed_one(pool_name: str) -> None:
     with producer(pool_name) as killed:
-        wait_until(Path(socket_path(pool_name)).exists, "the producer listens", timeout=60)
+        killed.wait_for("waiting for a consumer")
         killed.send(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
     with producer(pool_name, "--requests", "3") as making, consumer(pool_name) as reading:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.plugin import SUMMARY
 from tests.nodes import every_line
 
@@ -20,7 +20,7 @@ FEWEST = 20
 def test_a_reader_that_is_killed_at_any_line_costs_neither_node_a_block(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_reader, name)
+    coverage = run_without_core(every_line.kill_reader, name)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
 
@@ -28,7 +28,7 @@ def test_a_reader_that_is_killed_at_any_line_costs_neither_node_a_block(
 def test_a_server_that_is_killed_at_any_line_costs_neither_node_a_block(
     record_property: Callable[[str, object], None],
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_server)
+    coverage = run_without_core(every_line.kill_server)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
 
@@ -37,7 +37,7 @@ def test_a_server_that_is_killed_at_any_line_costs_neither_node_a_block(
 def test_one_who_is_killed_at_any_line_of_a_get_by_key_leaves_no_claim_and_no_half_entry(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_getter, name)
+    coverage = run_without_core(every_line.kill_getter, name)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
 
@@ -45,6 +45,6 @@ def test_one_who_is_killed_at_any_line_of_a_get_by_key_leaves_no_claim_and_no_ha
 def test_an_owner_that_is_killed_at_any_line_makes_a_miss_or_a_whole_entry(
     record_property: Callable[[str, object], None],
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill_owner)
+    coverage = run_without_core(every_line.kill_owner)
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST

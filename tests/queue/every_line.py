@@ -19,8 +19,7 @@ from typing import NamedTuple
 from shmblocks import HandleQueue
 from shmblocks._os import wait as wait_module
 from shmblocks._os.wait import seconds_left
-from shmblocks._state.layout import QueueLayout
-from shmblocks._state.queue_state import Q_GETTERS_ASLEEP, Q_PUTTERS_ASLEEP
+from shmblocks._state.layout import Q_GETTERS_ASLEEP, Q_PUTTERS_ASLEEP, QueueLayout
 from shmblocks.testing import (
     Coverage,
     Point,

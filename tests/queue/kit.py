@@ -22,7 +22,7 @@ from shmblocks import HandleQueue
 from shmblocks._os import futex as futex_module
 from shmblocks._os import futex_asyncio as loops_module
 from shmblocks._state import pool_state as pool_state_module
-from shmblocks._state.queue_state import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
+from shmblocks._state.layout import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
 from tests.support.children import wait_until
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.plugin import SUMMARY
 from tests.queue import every_line
 
@@ -18,7 +18,7 @@ FEWEST = 20
 def test_killed_at_any_line_it_loses_what_it_had_in_hand_and_holds_up_nobody(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill, name)
+    coverage = run_without_core(every_line.kill, name)
     record_property(SUMMARY, f"queue, {coverage}")
     assert len(coverage.points) >= FEWEST
 
@@ -29,6 +29,6 @@ def test_killed_at_any_line_it_loses_what_it_had_in_hand_and_holds_up_nobody(
 def test_interrupted_at_any_line_it_goes_on_afterwards(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.interrupt, name, KeyboardInterrupt)
+    coverage = run_without_core(every_line.interrupt, name, KeyboardInterrupt)
     record_property(SUMMARY, f"queue, {coverage}")
     assert len(coverage.points) >= FEWEST

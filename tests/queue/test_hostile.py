@@ -10,13 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from shmblocks import DamagedPoolError, HandleQueue
-from shmblocks._state.queue_state import (
-    MOST_ASLEEP,
-    Q_GETTERS_ASLEEP,
-    Q_HEAD,
-    Q_PUTTERS_ASLEEP,
-    Q_TAIL,
-)
+from shmblocks._state.layout import Q_GETTERS_ASLEEP, Q_HEAD, Q_PUTTERS_ASLEEP, Q_TAIL
+from shmblocks._state.queue_state import MOST_ASLEEP
 from tests.queue.kit import CAPACITY, SOON, Waiting, asleep, drain, fill, positions
 
 LARGEST = 2**64 - 1

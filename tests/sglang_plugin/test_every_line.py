@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.plugin import SUMMARY
 from tests.sglang_plugin import every_line
 
@@ -20,6 +20,6 @@ FEWEST = 4
 def test_killed_at_any_line_the_dead_hold_nothing_and_the_living_can_read(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill, name)
+    coverage = run_without_core(every_line.kill, name)
     record_property(SUMMARY, f"sglang, {coverage}")
     assert len(coverage.points) >= FEWEST

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.plugin import SUMMARY
 from tests.vllm import every_line
 
@@ -20,6 +20,6 @@ FEWEST = 3
 def test_killed_at_any_line_the_connector_leaves_nothing_and_breaks_nothing(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill, name)
+    coverage = run_without_core(every_line.kill, name)
     record_property(SUMMARY, f"vllm, {coverage}")
     assert len(coverage.points) >= FEWEST

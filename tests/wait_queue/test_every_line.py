@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.crash.fresh import run_in_fresh_interpreter
+from tests.crash.fresh import run_without_core
 from tests.crash.plugin import SUMMARY
 from tests.wait_queue import every_line
 
@@ -18,7 +18,7 @@ FEWEST = 40
 def test_killed_at_any_line_of_a_wait_it_holds_up_nobody(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.kill, name)
+    coverage = run_without_core(every_line.kill, name)
     record_property(SUMMARY, f"wait queue, {coverage}")
     assert len(coverage.points) >= FEWEST
 
@@ -27,6 +27,6 @@ def test_killed_at_any_line_of_a_wait_it_holds_up_nobody(
 def test_interrupted_at_any_line_of_a_wait_it_leaves_the_queue_and_keeps_nothing(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    coverage = run_in_fresh_interpreter(every_line.interrupt, name)
+    coverage = run_without_core(every_line.interrupt, name)
     record_property(SUMMARY, f"wait queue, {coverage}")
     assert len(coverage.points) >= FEWEST

@@ -278,7 +278,7 @@ def test_the_slots_of_the_dead_in_the_queue_are_used_again(
         pools.abandon(ghost)
         with pytest.raises(PoolTimeoutError):
             wait_for(third, 1, 0.001)
-        pool.state.take_back(mine)
+        pool.state.take_back(mine.stamp)
         assert waiting(pool) == 0
     ghost.close()
 

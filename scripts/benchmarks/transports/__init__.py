@@ -11,7 +11,7 @@ from typing import cast
 
 from benchmarks.settings import Settings
 from benchmarks.transport import Alone, Connect, Context, Ends, Kind, Solo, Transport
-from benchmarks.transports import baselines, shmblocks_pool, standard
+from benchmarks.transports import baselines, pool_channel, shmblocks_pool, standard
 from benchmarks.transports.shmblocks_pool import handle_queue, pipe
 
 # Peers that no run measures, and why.
@@ -40,6 +40,7 @@ def _ray(settings: Settings) -> Solo:
 
 _queue, _queue_asleep = partial(handle_queue, True), partial(handle_queue, False)
 _pool, _torch = shmblocks_pool.connect, standard.connect_torch_queue
+_channel = pool_channel.connect
 
 # fmt: off
 TRANSPORTS: tuple[Transport, ...] = (
@@ -54,6 +55,29 @@ TRANSPORTS: tuple[Transport, ...] = (
     Transport(
         "wake-semaphore", "wake, semaphore (baseline)", Kind.BASELINE, baselines.connect_semaphore,
         "a POSIX semaphore (futex) wakes a process, one way", carries_data=False,
+    ),
+    Transport(
+        "wake-spin", "spin and a tensor (baseline)", Kind.BASELINE, baselines.connect_spin,
+        "one tensor over shared memory on each side, and a spin on a word: no lock, no allocator",
+    ),
+    Transport(
+        "shmblocks-channel", "shmblocks, channel", Kind.OURS, partial(_channel, True, True, True),
+        "data written straight into the pool, announced by a channel; both awake",
+    ),
+    Transport(
+        "shmblocks-channel-asleep", "shmblocks, channel, asleep", Kind.OURS,
+        partial(_channel, True, False, True),
+        "the same to a consumer that is asleep: its channel never spins",
+    ),
+    Transport(
+        "shmblocks-channel-copy", "shmblocks, channel, with copy", Kind.OURS,
+        partial(_channel, False, True, True),
+        "data copied into the pool, announced by a channel; both awake",
+    ),
+    Transport(
+        "shmblocks-channel-python", "shmblocks, channel, Python alone", Kind.OURS,
+        partial(_channel, True, True, False),
+        "as `shmblocks-channel`, without the compiled core",
     ),
     Transport(
         "shmblocks-in-place", "shmblocks, in place", Kind.OURS, partial(_pool, True, _queue),
@@ -74,11 +98,16 @@ TRANSPORTS: tuple[Transport, ...] = (
         "data copied into the pool; the handle through a HandleQueue, both awake",
     ),
     Transport(
-        "iceoryx2-in-place", "iceoryx2, in place", Kind.PEER, _optional("iceoryx", True),
+        "iceoryx2-in-place", "iceoryx2, in place", Kind.PEER, _optional("iceoryx", True, False),
         "data written into a loaned sample; an event wakes the subscriber", package="iceoryx2",
     ),
     Transport(
-        "iceoryx2-copy", "iceoryx2, with copy", Kind.PEER, _optional("iceoryx", False),
+        "iceoryx2-polling", "iceoryx2, in place, polling", Kind.PEER,
+        _optional("iceoryx", True, True),
+        "data written into a loaned sample; the subscriber polls for it", package="iceoryx2",
+    ),
+    Transport(
+        "iceoryx2-copy", "iceoryx2, with copy", Kind.PEER, _optional("iceoryx", False, False),
         "data copied into a loaned sample; an event wakes the subscriber", package="iceoryx2",
     ),
     Transport(

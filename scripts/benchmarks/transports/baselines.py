@@ -3,6 +3,8 @@
 - *memcpy*: the payload copied once (`Tensor.copy_`) into shared memory whose pages are all there.
   The destination moves on through a region as large as the pools of the other transports, as next
   fit moves through a pool, so it is no warmer in the caches than theirs.
+- *spin*: two processes that are awake, with one tensor each over the same shared memory; the
+  consumer spins on a word that the producer writes. What hands out tensors cannot do less.
 - *wake*: a process asleep in the kernel is woken by another one, with one byte through a pipe, or
   with a POSIX semaphore (a futex). One way, from before the waker's call to after the sleeper's,
   by the clock that both share.
@@ -89,6 +91,84 @@ def map_faulted(size: int) -> mmap.mmap:
         segment.unlink()
     torch.frombuffer(mapping, dtype=torch.uint8).zero_()
     return mapping
+
+
+# --- awake, with tensors and nothing else ------------------------------------------------------
+
+
+# Bytes in front of the data: word 0 counts messages; then, for each message of the last few, where
+# it begins and how many tokens it has.
+_WORDS = 4096
+_MESSAGES = 200
+# Looks at the word between two moments at which the processor is offered to others.
+_LOOKS = 64
+
+
+def _open(name: str) -> tuple[memoryview, mmap.mmap]:
+    segment = posix_ipc.SharedMemory(name)
+    try:
+        mapping = mmap.mmap(segment.fd, segment.size)
+    finally:
+        segment.close_fd()
+    return memoryview(mapping)[:_WORDS].cast("Q"), mapping
+
+
+def _rows(mapping: mmap.mmap, hidden: int) -> Callable[[int, int], Tensor]:
+    whole = torch.frombuffer(mapping, dtype=torch.bfloat16, offset=_WORDS).view(-1, hidden)
+    return lambda first, tokens: whole[first : first + tokens]
+
+
+def spin_sender(name: str, hidden: int, total: int) -> Sender:
+    words, mapping = _open(name)
+    rows = _rows(mapping, hidden)
+    cursor = 0
+
+    def send(first: int, tokens: int) -> None:
+        at = 1 + words[0] % _MESSAGES * 2
+        words[at], words[at + 1] = first, tokens
+        words[0] += 1
+
+    def begin(tokens: int) -> Outgoing:
+        nonlocal cursor
+        first = 0 if cursor + tokens > total else cursor
+        cursor = first + tokens
+        return Outgoing(rows(first, tokens), partial(send, first, tokens))
+
+    return Sender(begin, words.release)
+
+
+def spin_receiver(name: str, hidden: int) -> Receiver:
+    words, mapping = _open(name)
+    rows = _rows(mapping, hidden)
+    seen = 0
+
+    def receive() -> Incoming:
+        nonlocal seen
+        while True:
+            for _ in range(_LOOKS):
+                if words[0] != seen:
+                    at = 1 + seen % _MESSAGES * 2
+                    seen += 1
+                    return Incoming(rows(words[at], words[at + 1]))
+            os.sched_yield()
+
+    return Receiver(receive, words.release)
+
+
+@contextmanager
+def connect_spin(context: Context, settings: Settings) -> Iterator[Ends]:
+    name = "/" + unique_name("spin")
+    total = settings.depth * settings.most_tokens + 8 * REHEARSAL_TOKENS
+    size = _WORDS + settings.payload_bytes(total)
+    segment = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=size)
+    segment.close_fd()
+    try:
+        yield Ends(
+            partial(spin_sender, name, settings.hidden, total),
+            partial(spin_receiver, name, settings.hidden),
+        )
+    finally:
+        posix_ipc.unlink_shared_memory(name)
 
 
 # --- a bare wake: messages without data -------------------------------------------------------

@@ -4,12 +4,13 @@
 - *with copy*: the data lies in a tensor of the producer's own and is copied into a loaned sample.
 
 Samples are slices of bytes, of the largest payload's size at most; the subscriber sleeps in its
-listener, as every consumer here sleeps until it is told.
+listener, as every consumer here sleeps until it is told, or polls.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import secrets
 import shutil
 import tempfile
@@ -89,7 +90,7 @@ def sender(name: str, folder: str, hidden: int, most_bytes: int, in_place: bool)
     return Sender(begin, close) if in_place else copying_sender(copy, close, hidden)
 
 
-def receiver(name: str, folder: str, hidden: int) -> Receiver:
+def receiver(name: str, folder: str, hidden: int, polls: bool) -> Receiver:
     port = Port(name, folder)
     subscriber = port.samples.subscriber_builder().create()
     listener = port.events.listener_builder().create()
@@ -100,14 +101,17 @@ def receiver(name: str, folder: str, hidden: int) -> Receiver:
 
     def receive() -> Incoming:
         while (sample := subscriber.receive()) is None:
-            listener.blocking_wait()
+            if polls:
+                os.sched_yield()
+            else:
+                listener.blocking_wait()
         return Incoming(as_tensor(sample.payload(), hidden), sample.delete)
 
     return Receiver(receive, close)
 
 
 @contextmanager
-def connect(in_place: bool, context: Context, settings: Settings) -> Iterator[Ends]:
+def connect(in_place: bool, polls: bool, context: Context, settings: Settings) -> Iterator[Ends]:
     # Short, whatever TMPDIR says: folder, name and some 90 characters of iceoryx2's are the path of
     # a Unix socket, which has 108 at most (unix(7)).
     name = f"iox{secrets.token_hex(4)}-"
@@ -116,7 +120,7 @@ def connect(in_place: bool, context: Context, settings: Settings) -> Iterator[En
     try:
         yield Ends(
             partial(sender, name, folder, settings.hidden, most, in_place),
-            partial(receiver, name, folder, settings.hidden),
+            partial(receiver, name, folder, settings.hidden, polls),
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
