@@ -409,7 +409,7 @@ DOCTOR = Command(
     ),
     examples=(
         ("shmblocks doctor", "all checks, with advice"),
-        ("shmblocks doctor --vllm", "also: does the connector fit the vLLM here?"),
+        ("shmblocks doctor --vllm", "and the connector for vLLM"),
         (
             "shmblocks doctor --json | jq '.checks[] | select(.status != \"ok\")'",
             "what is not fine",

@@ -26,6 +26,9 @@ def lock_time(pools: tuple[int, ...], live: tuple[int, ...], times: int) -> Expe
     numbers: dict[str, float] = {}
     for blocks in pools:
         with tiny_pool(blocks) as pool:
+            pool.state.core = (
+                None  # the sections of the Python are timed, which are the longer ones
+            )
             there = 0
             for count in live:
                 wanted = min(count, blocks // 2)
