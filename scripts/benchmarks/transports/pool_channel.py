@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -24,8 +25,13 @@ from benchmarks.transport import (
     unique_name,
 )
 from benchmarks.transports.shmblocks_pool import FIELD, allocate, pool_config
-from shmblocks import BlockPool, Channel, _core
-from shmblocks._os.wait import LONGEST_SPIN
+from shmblocks import BlockPool
+
+if TYPE_CHECKING:
+    from shmblocks import Channel
+
+# Seconds; `shmblocks._os.wait` has it, and older versions, beside which this may run, elsewhere.
+LONGEST_SPIN = 500e-6
 
 CHANNEL = "bench"
 
@@ -33,6 +39,8 @@ CHANNEL = "bench"
 def attach(name: str, role: str, spins: bool, has_core: bool) -> tuple[BlockPool, Channel]:
     """The pool and its channel in one of the two processes."""
     if not has_core:
+        from shmblocks import _core
+
         _core.switch_off("measured without")
     pool = BlockPool.attach(name, prefault="now", role=role)
     return pool, pool.channel(CHANNEL, 8, spin=LONGEST_SPIN if spins else 0.0)
