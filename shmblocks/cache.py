@@ -31,7 +31,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from shmblocks._state.cache_state import ClaimAnswer
@@ -137,12 +136,7 @@ class CacheLease:
     def __enter__(self) -> CacheLease:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __reduce__(self) -> NoReturn:
@@ -191,12 +185,7 @@ class Claim:
     def __enter__(self) -> Claim:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abandon()
 
     def __del__(self) -> None:

@@ -38,7 +38,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from shmblocks._alloc_wait import AllocWaiters
@@ -300,12 +299,7 @@ class BlockPool:
     def __enter__(self) -> BlockPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Callable[..., BlockPool], tuple[object, ...]]:

@@ -28,7 +28,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Generic, NoReturn, TypeVar, overload
 
 import msgspec
@@ -181,12 +180,7 @@ class HandleQueue(Generic[T]):
     def __enter__(self) -> HandleQueue[T]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(

@@ -11,7 +11,6 @@ Nobody waits for the GPU: `publish` returns when the copies are enqueued, as any
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Protocol
 
 from shmblocks.handle import BlockHandle
@@ -34,12 +33,7 @@ class Landing(Protocol):
 
     def __enter__(self) -> Landing: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 class GpuLanding:
@@ -78,12 +72,7 @@ class GpuLanding:
     def __enter__(self) -> GpuLanding:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._host.free()
         if not self._gpu.is_over:
             # Not written on any stream: at once.

@@ -20,7 +20,6 @@ import logging
 import math
 import ssl
 from collections.abc import Iterable
-from types import TracebackType
 from typing import NamedTuple
 
 from shmblocks._os.wait import deadline_of, seconds_left
@@ -127,12 +126,7 @@ class Nodes:
     def __enter__(self) -> Nodes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -238,7 +232,12 @@ class Nodes:
             if found is not None or answer is None:
                 return found
             if answer.state == "mine":
-                return self._fetch_claimed(key, answer, num_tokens, deadline, req_id)
+                try:
+                    return self.fetch_key(
+                        key, num_tokens=num_tokens, timeout=_left(deadline), req_id=req_id
+                    )
+                finally:
+                    self._pool.end_claim(key, answer)
             if seconds_left(deadline) <= 0:
                 return None
             self._pool.wait_for_claim(answer, seconds_left(deadline))
@@ -324,21 +323,6 @@ class Nodes:
             return None, answer
         # It came between the two, or is of another length, or a stream has not completed it.
         return _only(self._pool.get(key, num_tokens=num_tokens)), None
-
-    def _fetch_claimed(
-        self,
-        key: bytes,
-        answer: ClaimAnswer,
-        num_tokens: int | None,
-        deadline: float | None,
-        req_id: str | None,
-    ) -> Lease | None:
-        try:
-            return self.fetch_key(
-                key, num_tokens=num_tokens, timeout=_left(deadline), req_id=req_id
-            )
-        finally:
-            self._pool.end_claim(key, answer)
 
     def _whom_to_ask(self, key: bytes) -> RemotePool | None:
         """A key's owner, if it is another node, and has not failed just now."""

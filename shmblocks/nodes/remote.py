@@ -31,7 +31,6 @@ import operator
 import ssl
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 from shmblocks._state.counters import Counter
 from shmblocks._state.key_index import stored_key
@@ -148,12 +147,7 @@ class RemotePool:
     def __enter__(self) -> RemotePool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -18,7 +18,6 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
 
 from shmblocks.errors import (
     ShmBlocksError,
@@ -109,12 +108,7 @@ class NodeServer:
     def __enter__(self) -> NodeServer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from shmblocks.errors import InvalidStateError
@@ -147,12 +146,7 @@ class TransferResult(Mapping[str, "torch.Tensor"]):
         self._check_usable()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __eq__(self, other: object) -> bool:
