@@ -29,7 +29,7 @@ bool find_exact(const Core *c, const Handle *h, word record[BODY_WORDS])
 /* ---- the bitmap ------------------------------------------------------------------------------ */
 
 /* The first block at or behind `from` that is used, or (`flip` all ones) free; `end`: none. */
-static word next_block(const Core *c, word from, word end, word flip)
+word next_block(const Core *c, word from, word end, word flip)
 {
     const word *bitmap = c->s.words + c->bitmap;
     while (from < end) {

@@ -168,6 +168,7 @@ static inline void change(Change *ch, word at, word how_many, const word *data)
 
 bool record_read(const Core *c, word block, word record[BODY_WORDS]);
 bool find_exact(const Core *c, const Handle *h, word record[BODY_WORDS]);
+word next_block(const Core *c, word from, word end, word flip);
 word search(const Core *c, word from, word blocks);
 Store marked(Core *c, word start, word blocks, bool used);
 bool can_publish(const word record[BODY_WORDS]);
@@ -183,8 +184,10 @@ bool released(Core *c, Change *ch, const Key *key);
 
 bool handle_read(const Core *c, PyObject *object, Handle *h);
 PyObject *handle_new(const Core *c, const Handle *h);
-/* A whole number of at least 1; 0: it is none, or too large. */
+/* A number of tokens, blocks or readers of at least 1; 0: it is none, or too large for one. */
 word whole(PyObject *object);
+/* A moment of the monotonic clock, ns; 0: it is none. */
+word moment(PyObject *object);
 
 /* What a lease needs: `LeaseMeans`, and the pool that it keeps alive. */
 typedef struct {
@@ -201,7 +204,7 @@ void lease_is_over(PyObject *lease);
 PyObject *view_new(PyObject *tensors, PyObject *handle, PyObject *guard, PyObject *owner, word token);
 PyObject *module_know(PyObject *module, PyObject *args);
 
-/* Operations, as methods of Core: pool.c, channel.c, cache.c. */
+/* Operations, as methods of Core: pool.c, channel.c, cache.c, eviction.c. */
 #define OPERATION(name) PyObject *name(Core *c, PyObject *const *args, Py_ssize_t n)
 OPERATION(core_reserve);
 OPERATION(core_publish);
@@ -212,6 +215,7 @@ OPERATION(core_send);
 OPERATION(core_receive);
 OPERATION(core_find);
 OPERATION(core_get);
+OPERATION(core_best_window);
 PyObject *core_release(Core *c, PyObject *lease);
 
 extern PyTypeObject QueueCoreType;   /* queue.c: a queue's put and get */

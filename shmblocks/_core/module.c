@@ -92,6 +92,7 @@ static PyMethodDef core_methods[] = {
     { "receive", FAST(core_receive) },
     { "find", FAST(core_find) },
     { "get", FAST(core_get) },
+    { "best_window", FAST(core_best_window) },
     { "release", (PyCFunction)core_release, METH_O, NULL },
     { "join", (PyCFunction)core_join, METH_VARARGS, NULL },
     { "forget", (PyCFunction)core_forget, METH_NOARGS, NULL },

@@ -93,7 +93,7 @@ static PyObject *made_of(const Class *its, int how_many, const word *in)
     return made;
 }
 
-word whole(PyObject *object)
+word moment(PyObject *object)
 {
     if (!PyLong_CheckExact(object))
         return 0;
@@ -102,6 +102,12 @@ word whole(PyObject *object)
         PyErr_Clear();
         return 0;
     }
+    return value;
+}
+
+word whole(PyObject *object)
+{
+    word value = moment(object);
     return value <= UNBOUNDED ? value : 0;
 }
 

@@ -67,7 +67,7 @@ OPERATION(core_reserve)
     Change ch = { .how_many = 0 };
     Handle h = { 0, 0, 0, 0, 0 };
     if (n != 4 || !(h.tokens = whole(args[1])) || !request_id(args[2], ch.record + R_REQUEST_ID)
-        || !(ch.record[R_CREATED_NS] = whole(args[3])))
+        || !(ch.record[R_CREATED_NS] = moment(args[3])))
         Py_RETURN_NONE;
     h.blocks = whole(args[0]);
     if (!h.blocks)

@@ -75,11 +75,15 @@ class Window(NamedTuple):
 
 
 def best_window(
-    memory: memoryview, words: memoryview, layout: Layout, num_blocks: int, now_ns: int
+    memory: memoryview,
+    words: memoryview,
+    layout: Layout,
+    num_blocks: int,
+    now_ns: int,
+    most: int = MOST_ITEMS,
 ) -> Window | None:
-    """The best window of `num_blocks` blocks, or None."""
+    """The best window of `num_blocks` blocks, or None. `_core/eviction.c` finds the same one."""
     walk = _Walk(memory, words, layout, now_ns)
-    most = MOST_ITEMS
     while most < words[H_LIVE]:
         # A run does not go on behind the end of the pool.
         cursor = words[H_CURSOR]

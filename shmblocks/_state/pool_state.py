@@ -34,7 +34,7 @@ from shmblocks._state.channels import Message
 from shmblocks._state.check import Evidence, check
 from shmblocks._state.counters import Counter, Histogram
 from shmblocks._state.device import Export, note_creator_left, read_export, write_export
-from shmblocks._state.eviction import best_window
+from shmblocks._state.eviction import MOST_ITEMS, Window, best_window
 from shmblocks._state.identity import Identity
 from shmblocks._state.info import (
     AllocationInfo,
@@ -268,10 +268,7 @@ class PoolState(PoolParts):
         One commit for each victim, then the reservation's: killed between, some are evicted and
         nothing is lost.
         """
-        segment = self.segment
-        window = best_window(
-            segment.memory, segment.words, self.layout, request.num_blocks, time.monotonic_ns()
-        )
+        window = self._best_window(request.num_blocks)
         if window is None:
             return None
         for start in window.victims:
@@ -280,6 +277,14 @@ class PoolState(PoolParts):
             self.counters.add(Counter.EVICTIONS)
             self.counters.add(Counter.EVICTED_BLOCKS, record.num_blocks)
         return self._try(request, window.start)
+
+    def _best_window(self, num_blocks: int) -> Window | None:
+        segment, now = self.segment, time.monotonic_ns()
+        if self.core is not None:
+            found = self.core.best_window(num_blocks, MOST_ITEMS, now)
+            if found is not None:
+                return Window(*found) if isinstance(found, tuple) else None
+        return best_window(segment.memory, segment.words, self.layout, num_blocks, now)
 
     def _others_wait(self) -> bool:
         """In a transaction: whether a living process waits for blocks."""

@@ -26,6 +26,7 @@ from shmblocks.testing import (
 )
 from tests.cache import kit
 from tests.support.naming import new_pool_name
+from tests.support.points import one_per_state
 
 BLOCKS = 12
 CONFIG = kit.config(BLOCKS, max_claims=3, max_leases=8, max_participants=6, lock_timeout=2.0)
@@ -324,7 +325,7 @@ def kill(name: str) -> Coverage:
     def verify(scene: Scene, point: Point) -> None:
         _judge(scene, case)
 
-    return kill_at_every_line(case.setup, case.operation, verify)
+    return kill_at_every_line(case.setup, case.operation, verify, one_per_state=one_per_state())
 
 
 def interrupt(name: str) -> Coverage:

@@ -26,6 +26,7 @@ from shmblocks.testing import (
     within,
 )
 from tests.support.naming import new_pool_name
+from tests.support.points import one_per_state
 
 CONFIG = PoolConfig(
     total_tokens=64,
@@ -238,7 +239,7 @@ def kill(name: str) -> Coverage:
     def verify(scene: Scene, point: Point) -> None:
         _judge(scene, case.killed, case.also)
 
-    return kill_at_every_line(case.setup, case.operation, verify)
+    return kill_at_every_line(case.setup, case.operation, verify, one_per_state=one_per_state())
 
 
 def interrupt(name: str) -> Coverage:

@@ -181,11 +181,13 @@ class Twins:
             self.chance.random() < 0.3,
             self._key() if self.chance.random() < 0.3 else None,
         )
+        # With 0.0 the next allocation without room evicts it.
+        held = self.chance.choice([0.0, 1000.0])
 
         def call(twin: Twin) -> object:
             handle = twin.reserved.pop(at)
             tokens = max(1, handle.num_tokens - 3) if shorter else None
-            hold = 1000.0 if key else 0.0
+            hold = held if key else 0.0
             published = twin.pool.publish(
                 handle, readers=readers, num_tokens=tokens, key=key, hold=hold
             )

@@ -33,6 +33,7 @@ from shmblocks.testing.deaths import run_traced
 from shmblocks.testing.points import Trace
 from tests.crash.operations import CASES, Case
 from tests.crash.scenes import CONFIG, Allocation, Scene, picture, reserve, survivor
+from tests.support.points import one_per_state
 
 Pictures = tuple[list[Allocation], list[Allocation]]
 
@@ -49,7 +50,12 @@ def kill(name: str, step: Step = Step.LINE) -> Coverage:
             _judge_name(scene)
 
     return kill_at_every_line(
-        case.setup, case.operation, verify, step=step, with_fork=case.with_fork
+        case.setup,
+        case.operation,
+        verify,
+        step=step,
+        with_fork=case.with_fork,
+        one_per_state=None if case.with_fork else one_per_state(),
     )
 
 

@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from shmblocks import BlockPool
 from shmblocks._state.layout import H_FREE_BLOCKS
 from shmblocks.testing import (
+    Coverage,
     Point,
     Scope,
     Step,
@@ -54,6 +56,56 @@ def test_a_change_in_two_steps_is_found() -> None:
         kill_at_every_line(toys.account, toys.move_in_two_steps, is_whole, scope=TOYS)
     with pytest.raises(AssertionError, match="KeyboardInterrupt raised at point 2"):
         interrupt_at_every_line(toys.account, toys.move_in_two_steps, is_whole, scope=TOYS)
+
+
+def test_one_death_for_each_state_finds_what_a_death_at_each_line_finds() -> None:
+    def move_and_check(names: str | None) -> Coverage:
+        return kill_at_every_line(
+            toys.account, toys.move_with_much_in_between, accept, scope=TOYS, one_per_state=names
+        )
+
+    killed_at: list[Point] = []
+
+    def accept(scene: toys.Account, point: Point) -> None:
+        killed_at.append(point)
+
+    every_line = move_and_check(None)
+    del killed_at[:]
+    coverage = move_and_check("none of these")
+    assert coverage.points == every_line.points
+    assert str(coverage) == (
+        f"move_with_much_in_between: killed at 2 of its {len(coverage.points)} lines, one for each "
+        "state"
+    )
+    # Before the first step, after it, and at the end.
+    assert [point.number for point in killed_at] == [
+        1,
+        len(coverage.points) - 1,
+        killed_at[-1].number,
+    ]
+    assert killed_at[-1].is_end
+    with pytest.raises(AssertionError, match=r"half of it was moved"):
+        kill_at_every_line(
+            toys.account, toys.move_in_two_steps, is_whole, scope=TOYS, one_per_state="none"
+        )
+
+
+def test_a_name_that_comes_or_goes_is_a_state(pool_name: str) -> None:
+    def remove(_: toys.Account, __: Point) -> None:
+        Path("/dev/shm", pool_name).unlink(missing_ok=True)
+
+    coverage = kill_at_every_line(
+        toys.account, toys.name_and_unname(pool_name), remove, scope=TOYS, one_per_state=pool_name
+    )
+    # Before the name; with it. Gone again is what was before.
+    assert (coverage.done, len(coverage.points)) == (2, 4)
+
+
+def test_one_death_for_each_state_is_refused_where_somebody_else_changes_it() -> None:
+    with pytest.raises(ValueError, match="one_per_state"):
+        kill_at_every_line(
+            toys.account, toys.move_at_once, is_whole, with_fork=True, one_per_state=""
+        )
 
 
 def test_what_is_mended_survives_an_interrupt_and_no_kill() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 class Account:
@@ -39,6 +40,35 @@ def move_in_two_steps(scene: Account) -> Callable[[], None]:
         scene.words[1] -= 5
 
     return move
+
+
+def move_with_much_in_between(scene: Account) -> Callable[[], None]:
+    """Changes what is shared at two of its lines, and computes at the others."""
+
+    def move() -> None:
+        total = 0
+        for number in (1, 2, 3):
+            total += number
+        scene.words[0] += total
+        total = -total
+        scene.words[1] += total
+
+    return move
+
+
+def name_and_unname(name: str) -> Callable[[Account], Callable[[], None]]:
+    """Makes a name in /dev/shm, and removes it."""
+
+    def operation(_: Account) -> Callable[[], None]:
+        def make_and_remove() -> None:
+            path = Path("/dev/shm", name)
+            path.touch()
+            path.name.encode()
+            path.unlink()
+
+        return make_and_remove
+
+    return operation
 
 
 def move_and_mend(scene: Account) -> Callable[[], None]:

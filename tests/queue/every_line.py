@@ -31,6 +31,7 @@ from shmblocks.testing import (
 from tests.crash.scenes import forget_what_was_left
 from tests.queue.kit import abandon, asleep, drain, require_right
 from tests.support.naming import new_pool_name
+from tests.support.points import one_per_state
 
 CAPACITY = 4
 THERE = [b"0", b"1"]
@@ -304,7 +305,7 @@ def kill(name: str) -> Coverage:
         else:
             _judge_name(scene)
 
-    return kill_at_every_line(it.setup, it.operation, verify)
+    return kill_at_every_line(it.setup, it.operation, verify, one_per_state=one_per_state())
 
 
 def _judge(it: Case, scene: Scene, point: Point) -> None:

@@ -29,6 +29,8 @@ CONFIG = PoolConfig(
     default_num_blocks=4,
     max_participants=256,
     max_leases=512,
+    # A handle may lie in the box from one storm to the next, and other tests are run in between.
+    unclaimed_timeout=86400.0,
 )
 # Handles that are on their way. Smaller: putters often keep theirs. Larger: they fill the pool.
 BOX_SIZE = 16

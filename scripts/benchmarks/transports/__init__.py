@@ -57,8 +57,14 @@ TRANSPORTS: tuple[Transport, ...] = (
         "a POSIX semaphore (futex) wakes a process, one way", carries_data=False,
     ),
     Transport(
-        "wake-spin", "spin and a tensor (baseline)", Kind.BASELINE, baselines.connect_spin,
+        "wake-spin", "spin and a tensor (baseline)", Kind.BASELINE,
+        partial(baselines.connect_tensors, False),
         "one tensor over shared memory on each side, and a spin on a word: no lock, no allocator",
+    ),
+    Transport(
+        "wake-sleep", "sleep and a tensor (baseline)", Kind.BASELINE,
+        partial(baselines.connect_tensors, True),
+        "the same to a consumer that is asleep until a semaphore (futex) wakes it",
     ),
     Transport(
         "shmblocks-channel", "shmblocks, channel", Kind.OURS, partial(_channel, True, True, True),

@@ -5,6 +5,7 @@
   fit moves through a pool, so it is no warmer in the caches than theirs.
 - *spin*: two processes that are awake, with one tensor each over the same shared memory; the
   consumer spins on a word that the producer writes. What hands out tensors cannot do less.
+- *sleep*: the same, but the consumer sleeps in the kernel until a POSIX semaphore wakes it.
 - *wake*: a process asleep in the kernel is woken by another one, with one byte through a pipe, or
   with a POSIX semaphore (a futex). One way, from before the waker's call to after the sleeper's,
   by the clock that both share.
@@ -93,7 +94,7 @@ def map_faulted(size: int) -> mmap.mmap:
     return mapping
 
 
-# --- awake, with tensors and nothing else ------------------------------------------------------
+# --- awake or asleep, with tensors and nothing else --------------------------------------------
 
 
 # Bytes in front of the data: word 0 counts messages; then, for each message of the last few, where
@@ -118,15 +119,21 @@ def _rows(mapping: mmap.mmap, hidden: int) -> Callable[[int, int], Tensor]:
     return lambda first, tokens: whole[first : first + tokens]
 
 
-def spin_sender(name: str, hidden: int, total: int) -> Sender:
+def _nothing() -> None:
+    """Whoever spins needs no wake."""
+
+
+def tensor_sender(name: str, hidden: int, total: int, asleep: bool) -> Sender:
     words, mapping = _open(name)
     rows = _rows(mapping, hidden)
+    wake = posix_ipc.Semaphore(name).release if asleep else _nothing
     cursor = 0
 
     def send(first: int, tokens: int) -> None:
         at = 1 + words[0] % _MESSAGES * 2
         words[at], words[at + 1] = first, tokens
         words[0] += 1
+        wake()
 
     def begin(tokens: int) -> Outgoing:
         nonlocal cursor
@@ -137,38 +144,58 @@ def spin_sender(name: str, hidden: int, total: int) -> Sender:
     return Sender(begin, words.release)
 
 
-def spin_receiver(name: str, hidden: int) -> Receiver:
+def _spin(words: memoryview, seen: int) -> None:
+    while True:
+        for _ in range(_LOOKS):
+            if words[0] != seen:
+                return
+        os.sched_yield()
+
+
+def tensor_receiver(name: str, hidden: int, asleep: bool) -> Receiver:
     words, mapping = _open(name)
     rows = _rows(mapping, hidden)
+    sleep = posix_ipc.Semaphore(name).acquire if asleep else None
     seen = 0
 
     def receive() -> Incoming:
         nonlocal seen
-        while True:
-            for _ in range(_LOOKS):
-                if words[0] != seen:
-                    at = 1 + seen % _MESSAGES * 2
-                    seen += 1
-                    return Incoming(rows(words[at], words[at + 1]))
-            os.sched_yield()
+        if sleep is None:
+            _spin(words, seen)
+        else:
+            sleep()
+        at = 1 + seen % _MESSAGES * 2
+        seen += 1
+        return Incoming(rows(words[at], words[at + 1]))
 
     return Receiver(receive, words.release)
 
 
 @contextmanager
-def connect_spin(context: Context, settings: Settings) -> Iterator[Ends]:
-    name = "/" + unique_name("spin")
+def connect_tensors(asleep: bool, context: Context, settings: Settings) -> Iterator[Ends]:
+    name = "/" + unique_name("tensors")
     total = settings.depth * settings.most_tokens + 8 * REHEARSAL_TOKENS
     size = _WORDS + settings.payload_bytes(total)
     segment = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=size)
     segment.close_fd()
     try:
-        yield Ends(
-            partial(spin_sender, name, settings.hidden, total),
-            partial(spin_receiver, name, settings.hidden),
-        )
+        with _semaphore(name):
+            yield Ends(
+                partial(tensor_sender, name, settings.hidden, total, asleep),
+                partial(tensor_receiver, name, settings.hidden, asleep),
+            )
     finally:
         posix_ipc.unlink_shared_memory(name)
+
+
+@contextmanager
+def _semaphore(name: str) -> Iterator[None]:
+    semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX)
+    try:
+        yield
+    finally:
+        semaphore.unlink()  # before it is closed: it cannot be named afterwards
+        semaphore.close()
 
 
 # --- a bare wake: messages without data -------------------------------------------------------
@@ -217,9 +244,5 @@ def semaphore_sleeper(name: str) -> Receiver:
 @contextmanager
 def connect_semaphore(context: Context, settings: Settings) -> Iterator[Ends]:
     name = "/" + unique_name("wake")
-    semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX)
-    try:
+    with _semaphore(name):
         yield Ends(partial(semaphore_waker, name), partial(semaphore_sleeper, name))
-    finally:
-        semaphore.unlink()  # before it is closed: it cannot be named afterwards
-        semaphore.close()
