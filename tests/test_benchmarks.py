@@ -388,7 +388,7 @@ def test_a_target_whose_parts_were_not_measured_is_neither_met_nor_missed() -> N
 def test_the_verdict_cannot_be_overlooked() -> None:
     found = targets.judge(a_run(copy_us=20_000.0), [])
     words = {target.name: table.verdict(target) for target in found}
-    assert words["in-place"] == "met"
+    assert words["in-place-flat"] == "met"
     assert words["copy-to-torch"] == "NOT met"
     assert words["put-get"] == "not measured"
 

@@ -63,6 +63,7 @@
 #define R_CREATED_NS 7
 #define R_GENERATION 1
 #define R_HITS 19
+#define R_HOLD 17
 #define R_KEY 12
 #define R_KEYED 11
 #define R_LEASES 6

@@ -77,7 +77,8 @@ def test_both_find_the_same_window_whatever_lies_in_the_pool(
             assert of_core(pool, blocks, most, now_ns) == expected
             found += expected is not None
         assert found
-        del leases
+        for lease in leases:
+            lease.release()
 
 
 def test_records_that_contradict_the_bitmap_are_left_to_python(pool_name: str) -> None:
