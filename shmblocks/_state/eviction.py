@@ -80,9 +80,12 @@ def best_window(
     layout: Layout,
     num_blocks: int,
     now_ns: int,
-    most: int = MOST_ITEMS,
+    most: int,
 ) -> Window | None:
-    """The best window of `num_blocks` blocks, or None. `_core/eviction.c` finds the same one."""
+    """The best window of `num_blocks` blocks, or None. `_core/eviction.c` finds the same one.
+
+    `most`: allocations that the first pass looks at.
+    """
     walk = _Walk(memory, words, layout, now_ns)
     while most < words[H_LIVE]:
         # A run does not go on behind the end of the pool.

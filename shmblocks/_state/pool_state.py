@@ -284,7 +284,8 @@ class PoolState(PoolParts):
             found = self.core.best_window(num_blocks, MOST_ITEMS, now)
             if found is not None:
                 return Window(*found) if isinstance(found, tuple) else None
-        return best_window(segment.memory, segment.words, self.layout, num_blocks, now)
+        memory, words = segment.memory, segment.words
+        return best_window(memory, words, self.layout, num_blocks, now, MOST_ITEMS)
 
     def _others_wait(self) -> bool:
         """In a transaction: whether a living process waits for blocks."""

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from shmblocks import UNBOUNDED, BlockHandle, BlockPool, PoolTimeoutError, State
-from shmblocks._state import eviction
+from shmblocks._state import pool_state
 from shmblocks.config import Allocation
 from tests.cache import kit
 from tests.support.children import wait_until
@@ -211,7 +211,7 @@ def test_evicted_blocks_and_entries_are_counted(pool: BlockPool) -> None:
 def test_of_many_entries_those_behind_the_cursor_go_first(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eviction, "MOST_ITEMS", 8)
+    monkeypatch.setattr(pool_state, "MOST_ITEMS", 8)
     names = fill(pool)
     for name in range(8):
         pool.touch(kit.key(name))
@@ -225,7 +225,7 @@ def test_of_many_entries_those_behind_the_cursor_go_first(
 def test_of_many_entries_all_are_looked_at_before_an_allocation_fails(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eviction, "MOST_ITEMS", 8)
+    monkeypatch.setattr(pool_state, "MOST_ITEMS", 8)
     names = fill(pool)
     leases = [lease for name in range(20) for lease in pool.get(kit.key(name)) or []]
     handle = kit.reserve(pool, 12)
@@ -238,7 +238,7 @@ def test_of_many_entries_all_are_looked_at_before_an_allocation_fails(
 def test_a_window_of_more_entries_than_are_looked_at_is_found(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eviction, "MOST_ITEMS", 8)
+    monkeypatch.setattr(pool_state, "MOST_ITEMS", 8)
     fill(pool)
     pool.free(kit.reserve(pool, 24))
     assert len(pool.entries()) == 8
@@ -248,7 +248,7 @@ def test_a_window_of_more_entries_than_are_looked_at_is_found(
 def test_wherever_the_cursor_is_room_is_found(
     pool: BlockPool, monkeypatch: pytest.MonkeyPatch, cursor: int
 ) -> None:
-    monkeypatch.setattr(eviction, "MOST_ITEMS", 8)
+    monkeypatch.setattr(pool_state, "MOST_ITEMS", 8)
     if cursor:
         pool.free(kit.reserve(pool, cursor))
     fill(pool)
@@ -263,7 +263,7 @@ def test_after_whatever_came_and_went_room_is_found_if_there_is_any(
 ) -> None:
     """The cursor is always where an allocation or a free block begins, so that a walk can begin."""
     chooser = random.Random(3)
-    monkeypatch.setattr(eviction, "MOST_ITEMS", 2)
+    monkeypatch.setattr(pool_state, "MOST_ITEMS", 2)
     config = msgspec.structs.replace(kit.config(), allocation=allocation)
     with BlockPool.create(pool_name, config, prefault="off") as pool:
         held: list[BlockHandle] = []

@@ -66,7 +66,7 @@ def _kill_at_every_store(
             verify(scene, point if at <= count else end_point(at))
         if at <= count:
             points.append(point)
-    return Coverage(operation.__name__, "killed", Step.LINE, tuple(points))
+    return Coverage(operation.__name__, "killed", Step.LINE, tuple(points), len(points))
 
 
 def _child(
