@@ -26,10 +26,25 @@ BASELINE_COLOUR = "#6b7280"
 
 # Transports that the title names, and how.
 HEADLINE = (
-    ("shmblocks-in-place", "in place"),
-    ("shmblocks-copy", "with a copy"),
+    ("shmblocks-channel", "in place"),
+    ("shmblocks-channel-copy", "with a copy"),
     ("torch-queue-fd", "by torch's Queue"),
 )
+
+# A picture of more than a dozen lines cannot be read: what differs little from another line is in
+# the table alone.
+ONLY_IN_TABLES = {
+    "wake-pipe",
+    "wake-semaphore",
+    "wake-sleep",
+    "shmblocks-in-place",
+    "shmblocks-in-place-pipe",
+    "shmblocks-asleep",
+    "shmblocks-copy",
+    "shared-memory",
+    "torch-queue-fs",
+    "zmq-copy",
+}
 
 # Of the height of the axes: nearer than this, two labels would touch.
 LABEL_GAP = 0.048
@@ -60,8 +75,9 @@ def save_plot(report: Report, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(11, 6.6), layout="constrained")
     colours = {Kind.OURS: iter(OURS_COLOURS), Kind.PEER: iter(PEER_COLOURS)}
-    ends = [_draw(axes, one, report.tokens, colours) for one in report.series]
-    _scales(axes, report)
+    shown = [one for one in report.series if one.name not in ONLY_IN_TABLES] or report.series
+    ends = [_draw(axes, one, report.tokens, colours) for one in shown]
+    _scales(axes, report, shown)
     _name_lines(axes, ends)
     figure.suptitle(_title(report), x=0.01, ha="left", fontsize=14, fontweight="bold")
     axes.set_title(_subtitle(report), loc="left", fontsize=9, color="#4b5563")
@@ -91,13 +107,13 @@ def _draw(
     return End(sizes[-1], p50[-1], series.label, colour, "bold" if is_ours else "normal")
 
 
-def _scales(axes: Axes, report: Report) -> None:
+def _scales(axes: Axes, report: Report, shown: Sequence[Series]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(report.tokens, [_size_label(size, report) for size in report.tokens])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: _short_duration(value))
-    axes.set_ylim(bottom=min(point.p50_us for one in report.series for point in one.points) / 2)
+    axes.set_ylim(bottom=min(point.p50_us for one in shown for point in one.points) / 2)
     axes.set_xlabel(f"tokens of {report.hidden} x {report.dtype}")
     axes.set_ylabel("latency of one handoff (lower is better)")
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
