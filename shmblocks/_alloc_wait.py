@@ -22,7 +22,7 @@ from shmblocks._os.futex_asyncio import LoopWaiters
 from shmblocks._os.wait import seconds_left
 from shmblocks._state.counters import Counter
 from shmblocks._state.pool_state import AllocRequest, Poll, PoolState
-from shmblocks._state.wait_queue import Ticket
+from shmblocks._state.wait_queue import Place
 from shmblocks.errors import PoolTimeoutError
 from shmblocks.handle import BlockHandle
 
@@ -40,7 +40,7 @@ class _Wake(NamedTuple):
     loops: LoopWaiters
 
 
-class _Patience:
+class _Deadline:
     """How long one wait lasts."""
 
     def __init__(self, state: PoolState, request: AllocRequest, deadline: float | None) -> None:
@@ -80,33 +80,33 @@ class AllocWaiters:
 
     def wait(self, request: AllocRequest, deadline: float | None) -> BlockHandle:
         """Reserve as soon as it is this request's turn and there are blocks."""
-        patience = _Patience(self._state, request, deadline)
-        ticket: Ticket | None = None
+        until = _Deadline(self._state, request, deadline)
+        place: Place | None = None
         try:
             while True:
-                poll = self._state.poll_queue(request, ticket)
-                ticket = poll.ticket
+                poll = self._state.poll_queue(request, place)
+                place = poll.place
                 if poll.handle is not None:
                     return poll.handle
-                self._wake_of(poll.slot).futex.wait(poll.seen, patience.seconds_to_sleep(poll))
+                self._wake_of(poll.slot).futex.wait(poll.seen, until.seconds_to_sleep(poll))
         except BaseException:
             self._state.take_back(request.stamp)
             raise
 
     async def wait_async(self, request: AllocRequest, deadline: float | None) -> BlockHandle:
         """As `wait`, from asyncio."""
-        patience = _Patience(self._state, request, deadline)
+        until = _Deadline(self._state, request, deadline)
         try:
             handle = self._state.reserve(request)
             if handle is not None:
                 return handle
-            ticket: Ticket | None = None
+            place: Place | None = None
             while True:
-                poll = self._state.poll_queue(request, ticket)
-                ticket = poll.ticket
+                poll = self._state.poll_queue(request, place)
+                place = poll.place
                 if poll.handle is not None:
                     return poll.handle
-                seconds = patience.seconds_to_sleep(poll)
+                seconds = until.seconds_to_sleep(poll)
                 await self._wake_of(poll.slot).loops.sleep(poll.seen, seconds)
         except BaseException:
             self._state.take_back(request.stamp)

@@ -1157,7 +1157,7 @@ class BlockPool:
 
         For threads that must not stand still, whatever another process does. No `await` within it.
         """
-        return self.state.mutex.patience(_seconds("seconds", seconds))
+        return self.state.mutex.with_timeout(_seconds("seconds", seconds))
 
     def is_alive(self, who: ParticipantId) -> bool:
         """Whether that process is attached and lives."""

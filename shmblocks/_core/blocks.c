@@ -86,7 +86,7 @@ bool can_publish(const word record[BODY_WORDS])
     return record[R_STATE] == STATE_RESERVED && !record[R_LEASES];
 }
 
-void published(Core *c, Change *ch, word start, const word record[BODY_WORDS], word tokens,
+void stores_to_publish(Core *c, Change *ch, word start, const word record[BODY_WORDS], word tokens,
                word readers, word now)
 {
     put(record_at(c, start) + R_READY, record[R_GENERATION]); /* before the commit, no part of it */
@@ -120,7 +120,7 @@ word free_lease(Core *c)
     return NOWHERE;
 }
 
-void opened(Core *c, Change *ch, word start, const word record[BODY_WORDS], word slot, word now)
+void stores_to_open(Core *c, Change *ch, word start, const word record[BODY_WORDS], word slot, word now)
 {
     memcpy(ch->record, record, RECORD_HEAD_WORDS * WORD);
     ch->record[R_STATE] = STATE_LEASED;
@@ -140,7 +140,7 @@ void opened(Core *c, Change *ch, word start, const word record[BODY_WORDS], word
 static const word zero;
 
 /* The stores that give the blocks of an allocation without leases back. */
-bool freed(Core *c, Change *ch, word start, const word record[BODY_WORDS])
+bool stores_to_free(Core *c, Change *ch, word start, const word record[BODY_WORDS])
 {
     const word *w = c->s.words;
     word live = get(w + H_LIVE), moved = 0;
@@ -170,7 +170,7 @@ bool freed(Core *c, Change *ch, word start, const word record[BODY_WORDS])
 }
 
 /* The stores that end a reader's lease which is in its slot, and the allocation with the last. */
-bool released(Core *c, Change *ch, const Key *key)
+bool stores_to_release(Core *c, Change *ch, const Key *key)
 {
     const word *lease = lease_at(c, key->slot);
     word start = get(lease + L_START_BLOCK), record[BODY_WORDS];
@@ -184,7 +184,7 @@ bool released(Core *c, Change *ch, const Key *key)
     if (!leases)
         state = state == STATE_LEASED && record[R_READERS_LEFT] ? STATE_PUBLISHED : STATE_FREE;
     if (state == STATE_FREE) {
-        if (!freed(c, ch, start, record))
+        if (!stores_to_free(c, ch, start, record))
             return false;
     } else {
         if (state == STATE_DRAINING && record[R_KEYED])

@@ -103,7 +103,7 @@ static Answer look(Core *c, const Stored *key, word tokens, const Claimant *clai
         return PYTHONS;
     Py_DECREF(lease); /* `made` has it */
     count(&c->s, COUNT_LOOKUPS, 1);
-    opened(c, &ch, start, record, its.slot, its.opened);
+    stores_to_open(c, &ch, start, record, its.slot, its.opened);
     commit(&c->s, ch.stores, ch.how_many);
     word *at = record_at(c, start);
     put(at + R_USED, now_ns());

@@ -73,7 +73,7 @@ static bool send(Core *c, const Sending *s)
     if (!ends(c, s->channel, &e) || e.length >= e.capacity || !find_exact(c, &s->h, record))
         return false;
     if (can_publish(record)) {
-        published(c, &ch, s->h.start, record, s->tokens, s->readers, now_ns());
+        stores_to_publish(c, &ch, s->h.start, record, s->tokens, s->readers, now_ns());
         count(&c->s, COUNT_PUBLISHES, 1);
     } else if (record[R_STATE] != STATE_PUBLISHED && record[R_STATE] != STATE_LEASED) {
         return false;
@@ -166,7 +166,7 @@ static Received receive(Core *c, word channel, const Claimant *claims, PyObject 
            MOST_MESSAGE_BYTES - message[M_LENGTH]);
     memcpy(came + L_MESSAGE - L_CHANNEL, message + M_DATA, MOST_MESSAGE_BYTES);
     came[L_NUMBER - L_CHANNEL] = e.head;
-    opened(c, &ch, h.start, record, key.slot, now);
+    stores_to_open(c, &ch, h.start, record, key.slot, now);
     change(&ch, e.at + C_HEAD, 1, &next);
     change(&ch, c->leases + key.slot * LEASE_WORDS + L_CHANNEL, L_NUMBER - L_CHANNEL + 1, came);
     commit(&c->s, ch.stores, ch.how_many);

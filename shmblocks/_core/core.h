@@ -172,13 +172,13 @@ word next_block(const Core *c, word from, word end, word flip);
 word search(const Core *c, word from, word blocks);
 Store marked(Core *c, word start, word blocks, bool used);
 bool can_publish(const word record[BODY_WORDS]);
-void published(Core *c, Change *ch, word start, const word record[BODY_WORDS], word tokens,
+void stores_to_publish(Core *c, Change *ch, word start, const word record[BODY_WORDS], word tokens,
                word readers, word now);
 bool can_open(const word record[BODY_WORDS]);
 word free_lease(Core *c);
-void opened(Core *c, Change *ch, word start, const word record[BODY_WORDS], word slot, word now);
-bool freed(Core *c, Change *ch, word start, const word record[BODY_WORDS]);
-bool released(Core *c, Change *ch, const Key *key);
+void stores_to_open(Core *c, Change *ch, word start, const word record[BODY_WORDS], word slot, word now);
+bool stores_to_free(Core *c, Change *ch, word start, const word record[BODY_WORDS]);
+bool stores_to_release(Core *c, Change *ch, const Key *key);
 
 /* objects.c: the objects of Python that an operation takes and gives. */
 

@@ -92,7 +92,7 @@ OPERATION(core_publish)
         Py_RETURN_NONE;
     bool done = find_exact(c, &h, record) && can_publish(record);
     if (done) {
-        published(c, &ch, h.start, record, tokens, readers, now_ns());
+        stores_to_publish(c, &ch, h.start, record, tokens, readers, now_ns());
         commit(&c->s, ch.stores, ch.how_many);
         count(&c->s, COUNT_PUBLISHES, 1);
     }
@@ -116,7 +116,7 @@ static PyObject *open_one(Core *c, const Handle *h, PyObject *handle, const Clai
     PyObject *lease = lease_new(c, claims, handle, &key, NULL, 0, made);
     if (!lease)
         return NULL;
-    opened(c, &ch, h->start, record, key.slot, now);
+    stores_to_open(c, &ch, h->start, record, key.slot, now);
     commit(&c->s, ch.stores, ch.how_many);
     count(&c->s, COUNT_OPENS, 1);
     observe(&c->s, HISTOGRAM_PUBLISH_TO_OPEN, record[R_PUBLISHED_NS], now);
@@ -151,7 +151,7 @@ PyObject *core_release(Core *c, PyObject *lease)
     const word *at = lease_at(c, key.slot);
     bool is_there = get(at + L_GENERATION) == key.generation && get(at + L_HOLDER) == key.holder
                     && get(at + L_OPENED_NS) == key.opened;
-    bool done = !is_there || released(c, &ch, &key);
+    bool done = !is_there || stores_to_release(c, &ch, &key);
     if (done && is_there) {
         commit(&c->s, ch.stores, ch.how_many);
         count(&c->s, COUNT_RELEASES, 1);
@@ -178,7 +178,7 @@ OPERATION(core_free)
                     || (record[R_STATE] == STATE_PUBLISHED
                         && record[R_READY] == record[R_GENERATION]))
                 && !(record[R_STATE] == STATE_RESERVED && record[R_PUBLISHED_NS])
-                && freed(c, &ch, h.start, record);
+                && stores_to_free(c, &ch, h.start, record);
     if (done)
         commit(&c->s, ch.stores, ch.how_many);
     leave_pool(c);

@@ -357,7 +357,7 @@ class BlockTable:
         self._journal.commit(stores)
         return True
 
-    def published(
+    def stores_to_publish(
         self,
         start: int,
         record: Record,
@@ -510,11 +510,11 @@ class BlockTable:
 
     def open(self, start: int, record: Record, kind: int, holder: int, now_ns: int) -> LeaseKey:
         """Take a lease. For readers, one that was expected comes."""
-        stores, key = self.opened(start, record, kind, holder, now_ns)
+        stores, key = self.stores_to_open(start, record, kind, holder, now_ns)
         self._journal.commit(stores)
         return key
 
-    def opened(
+    def stores_to_open(
         self, start: int, record: Record, kind: int, holder: int, now_ns: int
     ) -> tuple[list[Store], LeaseKey]:
         """The stores that take a lease; the caller commits them, maybe with others."""
@@ -547,7 +547,9 @@ class BlockTable:
         self.release(key.slot, lease, unread=unread)
         return True
 
-    def noted_channel(self, slot: int, channel: int, data: bytes, number: int) -> list[Store]:
+    def stores_to_note_channel(
+        self, slot: int, channel: int, data: bytes, number: int
+    ) -> list[Store]:
         """The stores that note by which channel a lease came, with which message."""
         offset = self._layout.lease_word(slot) * WORD + L_CHANNEL * WORD
         return [(offset, LEASE_CHANNEL.pack(channel + 1, len(data), data, number))]
@@ -563,9 +565,9 @@ class BlockTable:
 
         `unread`: as if it had never been opened, so that its reader is still to come.
         """
-        self._journal.commit(self.released(slot, lease, unread=unread))
+        self._journal.commit(self.stores_to_release(slot, lease, unread=unread))
 
-    def released(
+    def stores_to_release(
         self, slot: int, lease: LeaseRecord, *, unread: bool = False, now_ns: int = 0
     ) -> list[Store]:
         """The stores that end a lease; the caller commits them, maybe with others.
@@ -703,7 +705,7 @@ class BlockTable:
         """
         stores = []
         if record.keyed and state not in (_PUBLISHED, _LEASED):
-            stores = self._keys.take_out(start)
+            stores = self._keys.stores_to_take_out(start)
         if state != _FREE:
             head = RECORD_HEAD.pack(
                 state, record.generation, record.num_blocks, record.num_tokens, record.owner,

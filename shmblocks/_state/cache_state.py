@@ -145,13 +145,13 @@ class CacheState:
             return self._handle_of(there, self._blocks.record(there))
         now = time.monotonic_ns()
         until = now + state.unclaimed_ns
-        stores = self._blocks.published(
+        stores = self._blocks.stores_to_publish(
             handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
         )
         hold_ns = now + int(hold_seconds * 1e9) if hold_seconds else 0
-        stores += self._keys.enter(handle.start_block, stored, hold_ns, now)
+        stores += self._keys.stores_to_enter(handle.start_block, stored, hold_ns, now)
         if claim >= 0:
-            stores += self._claims.ended(claim)
+            stores += self._claims.stores_to_end(claim)
         state.journal.commit(stores)
         self._count(Counter.PUTS)
         self._count(Counter.PUBLISHES)
@@ -365,7 +365,7 @@ class CacheState:
                 slot = claims.free_slot()
         now = time.monotonic_ns()
         if slot >= 0:
-            self._state.journal.commit(claims.taken(slot, me, stored, now))
+            self._state.journal.commit(claims.stores_to_take(slot, me, stored, now))
         if takes_over:
             self._count(Counter.TAKEOVERS)
         return ClaimAnswer("mine", ParticipantId.of(me), now, slot)
@@ -430,7 +430,7 @@ class CacheState:
 
     def _end_claim(self, slot: int) -> None:
         if slot >= 0:
-            self._state.journal.commit(self._claims.ended(slot))
+            self._state.journal.commit(self._claims.stores_to_end(slot))
             self._wake_claimants(slot)
 
     def _wake_claimants(self, slot: int) -> None:

@@ -59,7 +59,7 @@ class ChannelState:
         there = self._channels.find(name)
         if there >= 0:
             return there
-        stores = self._channels.made(name, capacity, redeliver)
+        stores = self._channels.stores_to_make(name, capacity, redeliver)
         if isinstance(stores, str):
             raise ValueError(f"{self._state.what}: channel {name!r}: {stores}")
         channel = self._channels.count
@@ -90,7 +90,7 @@ class ChannelState:
             state.refuse_writers(handle, record)
             now = time.monotonic_ns()
             until = now + state.unclaimed_ns
-            stores += state.blocks.published(
+            stores += state.blocks.stores_to_publish(
                 handle.start_block, record, num_tokens, readers, now, until, on_stream=on_stream
             )
             state.counters.add(Counter.PUBLISHES)
@@ -100,7 +100,9 @@ class ChannelState:
                 f"{STATES[record.state]}"
             )
         for channel in channels:
-            stores += self._channels.sent(channel, handle.start_block, handle.generation, data)
+            stores += self._channels.stores_to_send(
+                channel, handle.start_block, handle.generation, data
+            )
         state.journal.commit(stores)
         # Wake while holding the lock, as `PoolState.wake_head` does and for its reason.
         for channel in channels:
@@ -139,7 +141,7 @@ class ChannelState:
     def _take(self, channel: int, message: Message, moment: int) -> Received | None:
         """One message and its lease in one commit; None: its blocks are not there any more."""
         state = self._state
-        head = self._channels.taken(channel)
+        head = self._channels.store_to_take(channel)
         record = state.blocks.record(message.start_block)
         is_there = (
             record.generation == message.generation
@@ -153,7 +155,9 @@ class ChannelState:
             return None
         stores, key = state.lease_stores(message.start_block, record, READS, moment)
         stores.append(head)
-        stores += state.blocks.noted_channel(key.slot, channel, message.data, message.number)
+        stores += state.blocks.stores_to_note_channel(
+            key.slot, channel, message.data, message.number
+        )
         state.journal.commit(stores)
         state.counters.add(Counter.OPENS)
         state.counters.observe(Histogram.PUBLISH_TO_OPEN, moment - record.published_ns)

@@ -114,7 +114,7 @@ class Channels:
             raise _damaged(f"a lease came by channel {channel} of {self._most_channels}")
         return bool(self._words[self._word(channel) + C_REDELIVER])
 
-    def made(self, name: str, capacity: int, redeliver: bool) -> list[Store] | str:
+    def stores_to_make(self, name: str, capacity: int, redeliver: bool) -> list[Store] | str:
         """The stores that make a channel, or why there is no room for one."""
         words = self._words
         count, first = self.count, words[H_MESSAGE_SLOTS]
@@ -167,7 +167,7 @@ class Channels:
             raise _damaged(f"channel {channel} begins at slot {first}")
         return self._layout.messages + (first + number % slots) * MESSAGE_BYTES
 
-    def sent(self, channel: int, start: int, generation: int, data: bytes) -> list[Store]:
+    def stores_to_send(self, channel: int, start: int, generation: int, data: bytes) -> list[Store]:
         """The stores that append a message."""
         word = self._word(channel)
         tail: int = self._words[word + C_TAIL]
@@ -193,12 +193,12 @@ class Channels:
             raise _damaged(f"a message of channel {channel} names block {start}")
         return Message(start, generation, data[:length], head)
 
-    def taken(self, channel: int) -> Store:
+    def store_to_take(self, channel: int) -> Store:
         """The store that takes the oldest message."""
         word = self._word(channel)
         return ((word + C_HEAD) * WORD, WORD_STRUCT.pack(self._words[word + C_HEAD] + 1))
 
-    def put_back(self, channel: int, message: Message) -> list[Store] | None:
+    def stores_to_put_back(self, channel: int, message: Message) -> list[Store] | None:
         """The stores that put a message in front of the first; None: there is no slot for it."""
         if channel >= self.count:
             raise _damaged(f"a lease came by channel {channel} of {self.count}")

@@ -80,13 +80,13 @@ class Claims:
         except ValueError:
             return -1
 
-    def taken(self, slot: int, owner: int, key: bytes, since_ns: int) -> list[Store]:
+    def stores_to_take(self, slot: int, owner: int, key: bytes, since_ns: int) -> list[Store]:
         """The stores that give a slot to an owner; its wake word and its sleepers stay."""
         offset = self._start + slot * CLAIM.size
         data = CLAIM.pack(owner, since_ns, key, 0, 0)[: _C_WAKE * WORD]
         return [(offset, data)]
 
-    def ended(self, slot: int) -> list[Store]:
+    def stores_to_end(self, slot: int) -> list[Store]:
         """The stores that end a claim."""
         word = self._word(slot)
         wake = (self._words[word + _C_WAKE] + 1) & 0xFFFFFFFF

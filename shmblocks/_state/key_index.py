@@ -99,7 +99,7 @@ class KeyIndex:
             yield link - 1
             link = words[self._records + (link - 1) * RECORD_WORDS + R_CHAIN]
 
-    def enter(self, start: int, key: bytes, hold_ns: int, now_ns: int) -> list[Store]:
+    def stores_to_enter(self, start: int, key: bytes, hold_ns: int, now_ns: int) -> list[Store]:
         """The stores that enter an allocation under a (stored) key that has none."""
         bucket = self._bucket(key)
         record = (self._records + start * RECORD_WORDS + R_KEYED) * WORD
@@ -110,7 +110,7 @@ class KeyIndex:
             self._changed(),
         ]
 
-    def take_out(self, start: int) -> list[Store]:
+    def stores_to_take_out(self, start: int) -> list[Store]:
         """The stores that take an entry out."""
         words = self._words
         mine = self._records + start * RECORD_WORDS

@@ -51,7 +51,7 @@ every layout version, so that any version can tell whether a pool is one, and wh
         on a stream that has not got there  24  request id, 64 bytes, a Pascal string
     23  settling: allocations given back
         while their owner's stream works    waiter words
-    24  next ticket of the wait queue       0   ticket, 0: free
+    24  next place of the wait queue        0   place, 0: free
     25  waiters: how many are in the queue  1   who waits, a participant word
     26  changes of the key index            2   blocks that it waits for
     28  epoch of the keys
@@ -133,7 +133,7 @@ H_NEXT_INCARNATION = 20
 H_UNCLAIMED = 21
 H_PENDING = 22
 H_SETTLING = 23
-H_NEXT_TICKET = 24
+H_NEXT_PLACE = 24
 H_WAITERS = 25
 H_EPOCH = 28
 H_ENTRIES = 29
@@ -294,7 +294,7 @@ class LeaseRecord(NamedTuple):
 class WaiterRecord(NamedTuple):
     """One slot of the wait queue, as the words above."""
 
-    ticket: int
+    place: int
     who: int
     num_blocks: int
     spare: int

@@ -134,7 +134,7 @@ class Mutex:
         self._what = what
         self.timeout = timeout
         # Seconds that single threads wait instead, by their idents.
-        self._patience: dict[int, float] = {}
+        self._timeouts: dict[int, float] = {}
         self.inside: dict[int, _Token] = {}
         # When the section began that is being timed, monotonic ns; 0: the one inside is not timed.
         self.timed_since_ns = 0
@@ -175,7 +175,7 @@ class Mutex:
     def wait(self, token: _Token, describe_holder: Callable[[], str]) -> None:
         """Take the lock that another thread or process holds."""
         self._refuse_nesting(token)
-        timeout = self._patience.get(token[0], self.timeout)
+        timeout = self._timeouts.get(token[0], self.timeout)
         deadline = time.monotonic() + timeout
         sleep = FIRST_SLEEP
         attempt = 0
@@ -194,18 +194,18 @@ class Mutex:
             sleep = min(sleep * 2, LONGEST_SLEEP)
 
     @contextlib.contextmanager
-    def patience(self, seconds: float) -> Iterator[None]:
+    def with_timeout(self, seconds: float) -> Iterator[None]:
         """In this context this thread waits for the lock so many seconds at most."""
         ident = _get_ident()
-        before = self._patience.get(ident)
+        before = self._timeouts.get(ident)
         try:
-            self._patience[ident] = seconds
+            self._timeouts[ident] = seconds
             yield
         finally:
             if before is None:
-                self._patience.pop(ident, None)
+                self._timeouts.pop(ident, None)
             else:
-                self._patience[ident] = before
+                self._timeouts[ident] = before
 
     def damaged(self, error: struct.error) -> DamagedPoolError:
         """A number read from the segment led to one that fits no word."""

@@ -52,7 +52,7 @@ from shmblocks._state.layout import (
     H_FREE_BLOCKS,
     H_NEXT_GENERATION,
     H_NEXT_INCARNATION,
-    H_NEXT_TICKET,
+    H_NEXT_PLACE,
     H_UNCLAIMED,
     H_WAITERS,
     HEADER_BYTES,
@@ -73,7 +73,7 @@ from shmblocks._state.pool_parts import PoolParts
 from shmblocks._state.reclaim import is_due, reap, reclaim
 from shmblocks._state.snapshot import RawState
 from shmblocks._state.states import NUMBER, STATES, State
-from shmblocks._state.wait_queue import Ticket
+from shmblocks._state.wait_queue import Place
 from shmblocks.config import PoolConfig
 from shmblocks.errors import (
     DamagedPoolError,
@@ -132,7 +132,7 @@ class Poll(NamedTuple):
     """What a waiter found: a handle, or else the word to sleep on, and for how long at most."""
 
     handle: BlockHandle | None
-    ticket: Ticket
+    place: Place
     slot: int
     seen: int
     longest_sleep: float
@@ -309,9 +309,9 @@ class PoolState(PoolParts):
 
     @transaction
     def _take_back(self, moment: int) -> None:
-        ticket = self.queue.find(self.participants.me_word, moment)
-        if ticket is not None:
-            self.queue.leave(ticket)
+        place = self.queue.find(self.participants.me_word, moment)
+        if place is not None:
+            self.queue.leave(place)
         for start in self.blocks.live_starts():
             record = self.blocks.record(start)
             if (record.state, record.owner, record.created_ns) == (
@@ -326,31 +326,31 @@ class PoolState(PoolParts):
     # ---- the wait queue ----------------------------------------------------------------------
 
     @transaction
-    def poll_queue(self, request: AllocRequest, ticket: Ticket | None = None) -> Poll:
+    def poll_queue(self, request: AllocRequest, place: Place | None = None) -> Poll:
         """One poll of a waiter, the first of which joins the queue; when it is served it leaves.
 
-        `ticket`: what the last poll gave.
+        `place`: what the last poll gave.
         """
         now = time.monotonic_ns()
         me = self.participants.me_word
-        if ticket is None or not self.queue.is_of(ticket, me):
+        if place is None or not self.queue.is_of(place, me):
             if self.queue.is_full:
                 self._reap()
-            ticket = self.queue.join(me, request.num_blocks, request.req_id, request.stamp)
+            place = self.queue.join(me, request.num_blocks, request.req_id, request.stamp)
         elif is_due(self.blocks, self.participants):
             self._reap()
         slot = ParticipantId.of(me).slot
         seen: int = self.segment.words[self.layout.wake_word(slot)]
         handle = None
-        if self.queue.is_head(ticket, self.participants.is_alive, now):
+        if self.queue.is_head(place, self.participants.is_alive, now):
             handle = self._reserve_now(request)
             if handle is not None:
-                self.queue.leave(ticket)
+                self.queue.leave(place)
                 self.wake_head()
                 self.counters.observe(Histogram.ALLOC_WAIT, time.monotonic_ns() - request.stamp)
         # A CUDA stream cannot wake us: poll faster while one is about to release blocks.
         longest = STREAM_POLL if self.blocks.waits_for_streams else LONGEST_SLEEP
-        return Poll(handle, ticket, slot, seen, longest)
+        return Poll(handle, place, slot, seen, longest)
 
     @transaction
     def count(self, counter: int) -> None:
@@ -433,7 +433,7 @@ class PoolState(PoolParts):
         named: Sequence[ParticipantId],
     ) -> None:
         now = time.monotonic_ns()
-        stores = self.blocks.published(
+        stores = self.blocks.stores_to_publish(
             handle.start_block,
             record,
             num_tokens,
@@ -667,14 +667,14 @@ class PoolState(PoolParts):
         """In a transaction: the stores of a new lease, if need be after giving back others'."""
         blocks, me = self.blocks, self.participants.me_word
         try:
-            return blocks.opened(start, record, kind, me, moment)
+            return blocks.stores_to_open(start, record, kind, me, moment)
         except TooManyLeasesError:
             if not self._collect() and not self._reap().leases:
                 raise
             again = blocks.record(start)
             if again.generation != record.generation:
                 raise
-            return blocks.opened(start, again, kind, me, moment)
+            return blocks.stores_to_open(start, again, kind, me, moment)
 
     def undo_opens(self, moment: int) -> None:
         """Give back all leases that an interrupted operation took at that moment."""
@@ -708,11 +708,11 @@ class PoolState(PoolParts):
         if channel < 0:
             return False
         message = Message(lease.start_block, lease.generation, data, number)
-        stores = self.channels.put_back(channel, message)
+        stores = self.channels.stores_to_put_back(channel, message)
         if stores is None:
             return False
         now = time.monotonic_ns()
-        stores += self.blocks.released(slot, lease, unread=True, now_ns=now)
+        stores += self.blocks.stores_to_release(slot, lease, unread=True, now_ns=now)
         until = now + self.unclaimed_ns
         if not 0 < self.blocks.unclaimed_ns <= until:
             stores.append((H_UNCLAIMED * WORD, until.to_bytes(WORD, "little")))
@@ -904,7 +904,7 @@ class PoolState(PoolParts):
         """In a transaction: end the claims of those who are gone."""
         for slot, claim in list(self.claims.all()):
             if is_gone(claim.owner):
-                self.journal.commit(self.claims.ended(slot))
+                self.journal.commit(self.claims.stores_to_end(slot))
                 Futex(self.segment.mapping, self.claims.wake_offset(slot)).wake()
 
     def _clear_dead(self) -> int:
@@ -957,7 +957,7 @@ def _write_header(fd: int, config: PoolConfig, pool_id: int) -> None:
         H_NEXT_GENERATION: 1,
         H_FREE_BLOCKS: config.total_blocks,
         H_NEXT_INCARNATION: 1,
-        H_NEXT_TICKET: 1,  # ticket 0 is a free slot of the queue
+        H_NEXT_PLACE: 1,  # place 0 is a free slot of the queue
     }
     for index, value in first_words.items():
         os.pwrite(fd, value.to_bytes(WORD, "little"), index * WORD)

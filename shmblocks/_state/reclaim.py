@@ -47,13 +47,13 @@ def reclaim(
     `is_gone` takes a participant word; `redeliver` puts the message of a lease back, if it can.
     """
     end_claims(is_gone)
-    for ticket, waiter in list(queue.waiters()) if queue.length else ():
+    for place, waiter in list(queue.waiters()) if queue.length else ():
         if is_gone(waiter.who):
-            queue.leave(ticket)
+            queue.leave(place)
     free_before = blocks.free_blocks
     leases = _release_leases(blocks, redeliver, is_gone)
     now = time.monotonic_ns()
-    patience = int(unclaimed_timeout * 1e9)
+    unclaimed_ns = int(unclaimed_timeout * 1e9)
     reservations = unclaimed = 0
     earliest = 0
     for start, head in blocks.heads():
@@ -63,16 +63,18 @@ def reclaim(
             reservations += 1
         elif published_ns and head[9] != head[1] and is_gone(owner):
             _end_unfinished(blocks, start, blocks.record(start))
-        elif state == _PUBLISHED and readers_left < UNBOUNDED and published_ns + patience <= now:
+        elif (
+            state == _PUBLISHED and readers_left < UNBOUNDED and published_ns + unclaimed_ns <= now
+        ):
             blocks.free(start, blocks.record(start))
             unclaimed += 1
         elif 0 < readers_left < UNBOUNDED:
-            moment = published_ns + patience
+            moment = published_ns + unclaimed_ns
             earliest = min(earliest, moment) if earliest else moment
-    overdue, next_due = _end_overdue(blocks, now - patience)
+    overdue, next_due = _end_overdue(blocks, now - unclaimed_ns)
     unclaimed += overdue
     if next_due:
-        earliest = min(earliest, next_due + patience) if earliest else next_due + patience
+        earliest = min(earliest, next_due + unclaimed_ns) if earliest else next_due + unclaimed_ns
     if blocks.unclaimed_ns != earliest:
         blocks.note_unclaimed(earliest)
     return ReapReport(

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from shmblocks._state.info import ParticipantId
 from shmblocks._state.journal import Journal
 from shmblocks._state.layout import (
-    H_NEXT_TICKET,
+    H_NEXT_PLACE,
     H_WAITERS,
     W_POLLED,
     WAITER,
@@ -43,7 +43,7 @@ PATIENCE_NS = 1_000_000_000
 IsAlive = Callable[[ParticipantId], bool]
 
 
-class Ticket(NamedTuple):
+class Place(NamedTuple):
     """An entry of the queue."""
 
     slot: int
@@ -72,14 +72,14 @@ class WaitQueue:
         """Whether nobody can join: reap, the entries may be of the dead."""
         return self.length >= self._layout.max_waiters
 
-    def waiters(self) -> Iterator[tuple[Ticket, WaiterRecord]]:
+    def waiters(self) -> Iterator[tuple[Place, WaiterRecord]]:
         """Everyone in the queue, first come first."""
         slots = self._layout.max_waiters
         first = self._layout.waiters // WORD
         numbers = self._words[first : first + slots * WAITER_WORDS : WAITER_WORDS].tolist()
         taken = zip(numbers, range(slots), strict=True)
         for number, slot in sorted(compress(taken, numbers)):
-            yield Ticket(slot, number), self._record(slot)
+            yield Place(slot, number), self._record(slot)
 
     def _record(self, slot: int) -> WaiterRecord:
         return WaiterRecord._make(WAITER.unpack_from(self._memory, self._offset(slot)))
@@ -87,10 +87,10 @@ class WaitQueue:
     def _offset(self, slot: int) -> int:
         return self._layout.waiters + slot * WAITER.size
 
-    def join(self, who: int, num_blocks: int, req_id: bytes, since_ns: int) -> Ticket:
+    def join(self, who: int, num_blocks: int, req_id: bytes, since_ns: int) -> Place:
         """Become the last in the queue."""
         words = self._words
-        number: int = words[H_NEXT_TICKET]
+        number: int = words[H_NEXT_PLACE]
         for slot in range(self._layout.max_waiters):
             if words[self._layout.waiter_word(slot)] == 0:
                 record = WAITER.pack(
@@ -99,52 +99,52 @@ class WaitQueue:
                 self._journal.commit(
                     (
                         (self._offset(slot), record),
-                        (H_NEXT_TICKET * WORD, WORD_STRUCT.pack(number + 1)),
+                        (H_NEXT_PLACE * WORD, WORD_STRUCT.pack(number + 1)),
                         self._counted(+1),
                     )
                 )
-                return Ticket(slot, number)
+                return Place(slot, number)
         raise TooManyWaitersError(
             f"{self._layout.max_waiters} threads and coroutines wait for blocks already; create "
             "the pool with a larger PoolConfig(max_waiters=...), or send fewer requests at once"
         )
 
-    def is_of(self, ticket: Ticket, who: int) -> bool:
+    def is_of(self, place: Place, who: int) -> bool:
         """Whether the entry is there still, and that participant's."""
-        word = self._layout.waiter_word(ticket.slot)
-        return bool(self._words[word] == ticket.number and self._words[word + 1] == who)
+        word = self._layout.waiter_word(place.slot)
+        return bool(self._words[word] == place.number and self._words[word + 1] == who)
 
-    def find(self, who: int, since_ns: int) -> Ticket | None:
+    def find(self, who: int, since_ns: int) -> Place | None:
         """The entry of one wait."""
         if not self.length:
             return None
-        for ticket, waiter in self.waiters():
+        for place, waiter in self.waiters():
             if waiter.who == who and waiter.since_ns == since_ns:
-                return ticket
+                return place
         return None
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, place: Place) -> None:
         """Leave the queue; nothing happens when it was left already."""
-        if self._words[self._layout.waiter_word(ticket.slot)] == ticket.number:
-            self._journal.commit(((self._offset(ticket.slot), bytes(WORD)), self._counted(-1)))
+        if self._words[self._layout.waiter_word(place.slot)] == place.number:
+            self._journal.commit(((self._offset(place.slot), bytes(WORD)), self._counted(-1)))
 
     def _counted(self, change: int) -> tuple[int, bytes]:
         return (H_WAITERS * WORD, WORD_STRUCT.pack(max(0, self.length + change)))
 
-    def head(self, is_alive: IsAlive, now_ns: int) -> tuple[Ticket, WaiterRecord] | None:
+    def head(self, is_alive: IsAlive, now_ns: int) -> tuple[Place, WaiterRecord] | None:
         """Who is served next; None when nobody is there who could be."""
-        for ticket, waiter in self.waiters():
+        for place, waiter in self.waiters():
             # (Ignore timestamps in the future.)
             polls = 0 <= now_ns - waiter.polled_ns <= PATIENCE_NS
             if polls and is_alive(ParticipantId.of(waiter.who)):
-                return ticket, waiter
+                return place, waiter
         return None
 
-    def is_head(self, ticket: Ticket, is_alive: IsAlive, now_ns: int) -> bool:
+    def is_head(self, place: Place, is_alive: IsAlive, now_ns: int) -> bool:
         """Whether this one is served next; notes that it has polled."""
-        self._words[self._layout.waiter_word(ticket.slot) + W_POLLED] = now_ns
+        self._words[self._layout.waiter_word(place.slot) + W_POLLED] = now_ns
         head = self.head(is_alive, now_ns)
-        return head is not None and head[0] == ticket
+        return head is not None and head[0] == place
 
     def head_to_wake(self, is_alive: IsAlive, now_ns: int) -> int | None:
         """Blocks came free: change the head's wake word; the slot whose word to wake."""

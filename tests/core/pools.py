@@ -10,6 +10,8 @@ from __future__ import annotations
 from shmblocks import BlockHandle, BlockPool, Field, PoolConfig
 from shmblocks._os.filelock import FileLocks
 from shmblocks._os.segment import open_existing
+from shmblocks._state.counters import BUCKETS, Histogram
+from shmblocks._state.layout import WORD
 
 BLOCK_SIZE = 4
 
@@ -74,11 +76,16 @@ def set_word(pool: BlockPool, index: int, value: int) -> None:
 
 
 def state_of(pool: BlockPool) -> bytes:
-    """Everything that is under the lock, but for the words that every entry writes."""
+    """Everything that is under the lock, but for the words that every entry writes: of any process,
+    as one that lists all pools of the machine."""
     state = pool.state
-    return bytes(state.segment.memory[4096 : state.layout.state_bytes]) + bytes(
-        state.segment.memory[16 * 8 : 21 * 8]
+    held = state.layout.counters + Histogram.LOCK_HELD * WORD
+    parts = (
+        (16 * WORD, 21 * WORD),
+        (4096, held),
+        (held + (1 + BUCKETS) * WORD, state.layout.state_bytes),
     )
+    return b"".join(bytes(state.segment.memory[start:end]) for start, end in parts)
 
 
 def is_entered(stranger: FileLocks) -> bool:

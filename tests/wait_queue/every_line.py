@@ -16,7 +16,7 @@ from shmblocks import BlockHandle, BlockPool, PoolTimeoutError
 from shmblocks import _alloc_wait as waits_module
 from shmblocks._os.wait import seconds_left
 from shmblocks._state.pool_state import AllocRequest, stamp
-from shmblocks._state.wait_queue import Ticket
+from shmblocks._state.wait_queue import Place
 from shmblocks.testing import (
     Coverage,
     Point,
@@ -53,7 +53,7 @@ class Scene:
     def __init__(self, survivor: BlockPool) -> None:
         self.survivor = survivor
         self.mine: BlockPool | None = None
-        self._tickets: list[Ticket] = []
+        self._places: list[Place] = []
         self.held = reserve(survivor, HELD)
         self.published: BlockHandle | None = None
         self.waiters = 0
@@ -63,12 +63,12 @@ class Scene:
         me = self.survivor.participant
         assert me is not None
         join, now = self.survivor.state.queue.join, time.monotonic_ns()
-        self._tickets.append(run_inside(self.survivor, join, me.word, HELD, b"survivor", now))
+        self._places.append(run_inside(self.survivor, join, me.word, HELD, b"survivor", now))
         self.waiters = 1
 
     def wake_up(self) -> None:
-        for ticket in self._tickets:
-            run_inside(self.survivor, self.survivor.state.queue.leave, ticket)
+        for place in self._places:
+            run_inside(self.survivor, self.survivor.state.queue.leave, place)
 
 
 @contextlib.contextmanager

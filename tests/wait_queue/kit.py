@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shmblocks import BlockHandle, BlockPool
 from shmblocks import _alloc_wait as waits_module
 from shmblocks._state.pool_state import AllocRequest, Poll
-from shmblocks._state.wait_queue import Ticket
+from shmblocks._state.wait_queue import Place
 from tests.core.pools import BLOCK_SIZE
 from tests.queue.kit import PATIENCE, Waiting
 from tests.support.children import Channel, Child, fork, wait_until
@@ -76,8 +76,8 @@ def count_polls(pool: BlockPool, monkeypatch: pytest.MonkeyPatch) -> list[Poll]:
     polls: list[Poll] = []
     poll_queue = pool.state.poll_queue
 
-    def counted(request: AllocRequest, ticket: Ticket | None = None) -> Poll:
-        poll = poll_queue(request, ticket)._replace(longest_sleep=0.002)
+    def counted(request: AllocRequest, place: Place | None = None) -> Poll:
+        poll = poll_queue(request, place)._replace(longest_sleep=0.002)
         if poll.handle is None:
             polls.append(poll)
         return poll

@@ -170,7 +170,7 @@ def test_who_waits_beside_blocks_that_are_there_is_a_violation(pool: BlockPool) 
     me = pool.participant
     assert me is not None
     long_ago = time.monotonic_ns() - 2 * SLOW_NS
-    ticket = run_inside(pool, queue_of(pool).join, me.word, 3, b"forgotten", long_ago)
+    place = run_inside(pool, queue_of(pool).join, me.word, 3, b"forgotten", long_ago)
     (violation,) = pool.check()
     assert violation.invariant == 5
     assert "waits for 3 blocks, 16 are there" in violation.message
@@ -180,7 +180,7 @@ def test_who_waits_beside_blocks_that_are_there_is_a_violation(pool: BlockPool) 
     handle = pool.alloc(1)
     assert handle is not None, "it holds up others"
     pool.free(handle)
-    run_inside(pool, queue_of(pool).leave, ticket)
+    run_inside(pool, queue_of(pool).leave, place)
     assert pool.check() == []
 
 
@@ -206,10 +206,10 @@ def test_a_poll_in_the_future_is_none(pool: BlockPool) -> None:
     """Written by something else, it would hold up the queue for ever."""
     me = pool.participant
     assert me is not None
-    ticket = run_inside(pool, queue_of(pool).join, me.word, 1, b"", time.monotonic_ns())
-    slot = pool.state.layout.waiter_word(ticket.slot)
+    place = run_inside(pool, queue_of(pool).join, me.word, 1, b"", time.monotonic_ns())
+    slot = pool.state.layout.waiter_word(place.slot)
     pools.set_word(pool, slot + W_POLLED, 2**63)
     handle = pool.alloc(1)
     assert handle is not None
     pool.free(handle)
-    run_inside(pool, queue_of(pool).leave, ticket)
+    run_inside(pool, queue_of(pool).leave, place)

@@ -19,7 +19,7 @@ from shmblocks import (
     ShmBlocksError,
     TooManyWaitersError,
 )
-from shmblocks._alloc_wait import _Patience
+from shmblocks._alloc_wait import _Deadline
 from shmblocks._state.pool_state import AllocRequest, Poll, stamp
 from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
@@ -40,7 +40,7 @@ A_WHILE = 0.05  # seconds
 
 
 def test_the_first_who_ever_waits_in_a_pool_is_served(no_net: None, pool: BlockPool) -> None:
-    """Found: its ticket was number 0, which says that a slot of the queue is free."""
+    """Found: its place was number 0, which says that a slot of the queue is free."""
     with all_but(pool, 0):
         first = waiter(pool, 3, 1)
     pool.free(first.result(SOON))
@@ -341,14 +341,14 @@ def test_close_between_a_poll_and_the_sleep_after_it_is_that_error_too(
 ) -> None:
     """Found: a ValueError about released memory."""
     pool = pools.create(pool_name)
-    before = _Patience.seconds_to_sleep
+    before = _Deadline.seconds_to_sleep
 
-    def close_and_go_on(self: _Patience, poll: Poll) -> float:
+    def close_and_go_on(self: _Deadline, poll: Poll) -> float:
         pool.close()
         return before(self, poll)
 
     with pools.attach(pool_name) as keeper, all_but(keeper, 0):
-        monkeypatch.setattr(_Patience, "seconds_to_sleep", close_and_go_on)
+        monkeypatch.setattr(_Deadline, "seconds_to_sleep", close_and_go_on)
         with pytest.raises(PoolClosedError, match="closed in this process"):
             wait_for(pool, 1)
 
