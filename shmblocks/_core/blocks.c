@@ -87,9 +87,10 @@ bool can_publish(const word record[BODY_WORDS])
 }
 
 void stores_to_publish(Core *c, Change *ch, word start, const word record[BODY_WORDS], word tokens,
-               word readers, word now)
+                       word readers, word now, bool on_stream)
 {
-    put(record_at(c, start) + R_READY, record[R_GENERATION]); /* before the commit, no part of it */
+    if (!on_stream) /* before the commit, and no part of it */
+        put(record_at(c, start) + R_READY, record[R_GENERATION]);
     memcpy(ch->record, record, RECORD_HEAD_WORDS * WORD);
     ch->record[R_STATE] = STATE_PUBLISHED;
     ch->record[R_NUM_TOKENS] = tokens;
@@ -102,11 +103,17 @@ void stores_to_publish(Core *c, Change *ch, word start, const word record[BODY_W
         change(ch, H_UNCLAIMED, 1, &ch->until);
 }
 
+/* Whether a reader may have a lease now; a stream may still write. */
+bool can_lease(const word record[BODY_WORDS])
+{
+    return (record[R_STATE] == STATE_PUBLISHED || record[R_STATE] == STATE_LEASED)
+           && record[R_READERS_LEFT] && !(record[R_READY] & FAILED);
+}
+
 /* Whether a reader may open it now, and needs to wait for nothing. */
 bool can_open(const word record[BODY_WORDS])
 {
-    return (record[R_STATE] == STATE_PUBLISHED || record[R_STATE] == STATE_LEASED)
-           && record[R_READERS_LEFT] && record[R_READY] == record[R_GENERATION];
+    return can_lease(record) && record[R_READY] == record[R_GENERATION];
 }
 
 word free_lease(Core *c)

@@ -73,7 +73,8 @@ static bool send(Core *c, const Sending *s)
     if (!ends(c, s->channel, &e) || e.length >= e.capacity || !find_exact(c, &s->h, record))
         return false;
     if (can_publish(record)) {
-        stores_to_publish(c, &ch, s->h.start, record, s->tokens, s->readers, now_ns());
+        stores_to_publish(c, &ch, s->h.start, record, s->tokens, s->readers, now_ns(),
+                          false);
         count(&c->s, COUNT_PUBLISHES, 1);
     } else if (record[R_STATE] != STATE_PUBLISHED && record[R_STATE] != STATE_LEASED) {
         return false;

@@ -172,8 +172,10 @@ word next_block(const Core *c, word from, word end, word flip);
 word search(const Core *c, word from, word blocks);
 Store marked(Core *c, word start, word blocks, bool used);
 bool can_publish(const word record[BODY_WORDS]);
+/* `on_stream`: a stream will say when it is ready. */
 void stores_to_publish(Core *c, Change *ch, word start, const word record[BODY_WORDS], word tokens,
-               word readers, word now);
+                       word readers, word now, bool on_stream);
+bool can_lease(const word record[BODY_WORDS]);
 bool can_open(const word record[BODY_WORDS]);
 word free_lease(Core *c);
 void stores_to_open(Core *c, Change *ch, word start, const word record[BODY_WORDS], word slot, word now);
@@ -209,6 +211,7 @@ PyObject *module_know(PyObject *module, PyObject *args);
 OPERATION(core_reserve);
 OPERATION(core_publish);
 OPERATION(core_open);
+OPERATION(core_lease);
 OPERATION(core_free);
 OPERATION(core_view);
 OPERATION(core_send);

@@ -86,6 +86,7 @@ static PyMethodDef core_methods[] = {
     { "reserve", FAST(core_reserve) },
     { "publish", FAST(core_publish) },
     { "open", FAST(core_open) },
+    { "lease", FAST(core_lease) },
     { "free", FAST(core_free) },
     { "view", FAST(core_view) },
     { "send", FAST(core_send) },

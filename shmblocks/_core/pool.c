@@ -81,18 +81,18 @@ OPERATION(core_reserve)
     Py_RETURN_NONE;
 }
 
-/* publish(handle, num_tokens, readers) -> True */
+/* publish(handle, num_tokens, readers, whether on a stream) -> True */
 OPERATION(core_publish)
 {
     Change ch = { .how_many = 0 };
     Handle h;
     word tokens, readers, record[BODY_WORDS];
-    if (n != 3 || !handle_read(c, args[0], &h) || !(tokens = whole(args[1]))
+    if (n != 4 || !handle_read(c, args[0], &h) || !(tokens = whole(args[1]))
         || !(readers = whole(args[2])) || tokens > h.blocks * c->block_size || !enter(&c->s))
         Py_RETURN_NONE;
     bool done = find_exact(c, &h, record) && can_publish(record);
     if (done) {
-        stores_to_publish(c, &ch, h.start, record, tokens, readers, now_ns());
+        stores_to_publish(c, &ch, h.start, record, tokens, readers, now_ns(), args[3] == Py_True);
         commit(&c->s, ch.stores, ch.how_many);
         count(&c->s, COUNT_PUBLISHES, 1);
     }
@@ -135,6 +135,34 @@ OPERATION(core_open)
     leave_pool(c);
     if (lease || PyErr_Occurred())
         return lease;
+    Py_RETURN_NONE;
+}
+
+/* lease(handle, moment) -> the words of a `LeaseKey`, and whether what is read is there already; for
+ * a pool whose leases are ordered by streams. */
+OPERATION(core_lease)
+{
+    Change ch = { .how_many = 0 };
+    Handle h;
+    word now, record[BODY_WORDS], slot;
+    PyObject *taken = NULL;
+    if (n != 2 || !handle_read(c, args[0], &h) || !(now = moment(args[1])) || !enter(&c->s))
+        Py_RETURN_NONE;
+    if (find_exact(c, &h, record) && can_lease(record) && !get(record_at(c, h.start) + R_ANNOUNCED)
+        && (slot = free_lease(c)) != NOWHERE) {
+        unsigned long long in[4] = { slot, h.generation, c->s.me, now };
+        PyObject *is_ready = record[R_READY] == record[R_GENERATION] ? Py_True : Py_False;
+        taken = Py_BuildValue("KKKKO", in[0], in[1], in[2], in[3], is_ready);
+        if (taken) {
+            stores_to_open(c, &ch, h.start, record, slot, now);
+            commit(&c->s, ch.stores, ch.how_many);
+            count(&c->s, COUNT_OPENS, 1);
+            observe(&c->s, HISTOGRAM_PUBLISH_TO_OPEN, record[R_PUBLISHED_NS], now);
+        }
+    }
+    leave_pool(c);
+    if (taken || PyErr_Occurred())
+        return taken;
     Py_RETURN_NONE;
 }
 

@@ -398,7 +398,7 @@ class PoolState(PoolParts):
         """Make a reservation readable; `on_stream`: a stream will say when it is ready; `named`:
         readers with a claim of their own."""
         core = self.core
-        if core is None or on_stream or named or not core.publish(handle, num_tokens, readers):
+        if core is None or named or not core.publish(handle, num_tokens, readers, on_stream):
             self._publish(handle, num_tokens, readers, on_stream, named)
 
     @transaction
@@ -621,6 +621,11 @@ class PoolState(PoolParts):
         """A lease of this process on published blocks, or as a writer on a reservation."""
         moment = stamp()
         try:
+            core = self.core
+            taken = None if core is None or for_write else core.lease(handle, moment)
+            if taken is not None:
+                slot, generation, holder, opened_ns, is_ready = taken
+                return Opened(LeaseKey(slot, generation, holder, opened_ns), is_ready)
             return self._open(handle, WRITES if for_write else READS, moment)
         except (PoolClosedError, PoolTimeoutError):
             raise  # nothing was taken, and the lock is not to be had

@@ -21,6 +21,7 @@ CASES = {
     ("pool", "alloc_that_wraps"): 80,
     ("pool", "publish_a_part"): 25,
     ("pool", "open_"): 45,
+    ("pool", "open_before_it_is_ready"): 40,
     ("pool", "open_one_of_any_number"): 45,
     ("pool", "release"): 25,
     ("pool", "release_the_last"): 25,

@@ -197,6 +197,24 @@ class Twins:
         if at >= 0:
             self.do(call)
 
+    def _publish_on_a_stream(self) -> None:
+        """As a pool on a GPU does: somebody will say when it is ready, maybe after it is opened."""
+        at, readers = self._pick(self.first.reserved), self.chance.choice([1, 2])
+        is_late = self.chance.random() < 0.5
+
+        def call(twin: Twin) -> object:
+            handle, state = twin.reserved.pop(at), twin.pool.state
+            state.publish(handle, handle.num_tokens, readers, on_stream=True)
+            opened = state.open(handle) if is_late else None
+            state.segment.words[state.layout.ready_word(handle.start_block)] = handle.generation
+            if opened is not None:
+                state.release(opened.key)
+            twin.published += [handle] * (readers - is_late)
+            return opened and (opened.is_ready, opened.key.slot)
+
+        if at >= 0:
+            self.do(call)
+
     def _publish_by_name(self) -> None:
         """To this process alone: such readers are Python's, and the core must see that."""
         at, again = self._pick(self.first.reserved), self.chance.random() < 0.3
@@ -363,6 +381,7 @@ class Twins:
 
 _STEPS = (
     "publish_by_name",
+    "publish_on_a_stream",
     *("alloc", "alloc", "alloc", "alloc_blocks", "grow", "publish", "publish", "send", "send"),
     *("send", "receive", "receive", "open", "open", "release", "release", "release", "release"),
     *("free", "stale", "get", "get", "find", "drop", "view", "odd", "open_for_write"),

@@ -289,6 +289,21 @@ def open_(scene: Scene) -> Callable[[], object]:
 
 
 @contextlib.contextmanager
+def published_on_a_stream() -> Iterator[Scene]:
+    """Blocks of the survivor that a stream has not got to yet."""
+    with survivor() as scene:
+        scene.handle = reserve(scene.pool, 17)
+        scene.pool.state.publish(scene.handle, 17, 2, on_stream=True)
+        yield scene
+
+
+@case(published_on_a_stream, undone=True)
+def open_before_it_is_ready(scene: Scene) -> Callable[[], object]:
+    pool = joined(scene)
+    return lambda: scene.kept_alive.append(pool.state.open(scene.the_handle))
+
+
+@contextlib.contextmanager
 def landing() -> Iterator[Scene]:
     """The survivor has reserved blocks for others to write into."""
     with survivor() as scene:
