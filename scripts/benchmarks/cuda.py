@@ -359,6 +359,7 @@ def main(rounds: int, json_file: Path | None) -> int:
     if not torch.cuda.is_available():
         print(f"--device cuda: torch {torch.__version__} finds no GPU")
         return 2
+    rounds = max(rounds, 2 * TURNS)  # each way has its turn so often
     found = handoffs(rounds)
     for label, idle in IDLE_SECONDS.items():
         for call, times in host_times(rounds, idle).items():
