@@ -99,7 +99,7 @@ class Served:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 @contextlib.contextmanager
@@ -273,7 +273,7 @@ def numbered_items_are_refused(bench: Bench) -> None:
 
 
 def nodes(bench: Bench) -> None:
-    """Two pools as two nodes: the second fetches what the first has encoded; then the first dies."""
+    """Two pools as two nodes: the second fetches what the first has encoded; the first dies."""
     with contextlib.ExitStack() as stack:
         there, here = (stack.enter_context(kept(bench)) for _ in range(2))
         node = stack.enter_context(served(there.name))
