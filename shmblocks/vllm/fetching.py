@@ -143,8 +143,8 @@ class Fetches:
             self._pool.drop(key)
             raise
         if found is not None:
-            self._pool.touch(key, hold=HOLD)
-            found.release()
+            with found:
+                self._pool.touch(key, hold=HOLD)
         self._count("fetches")
         self._count("fetch_bytes", lease.handle.num_tokens * self._pool.config.token_bytes)
         self._count("fetch_seconds", time.monotonic() - began)
