@@ -116,7 +116,7 @@ class Fetches:
             # Else it is here, or another instance is at it: the scheduler sees that by itself.
             failed = False
         except ShmBlocksError as error:
-            _log.warning("an item is not fetched: %s", error)
+            _log.warning("an item is not fetched: %s", str(error))  # its frames hold memory
             self._end_with(node, key)
         except Exception:  # noqa: BLE001  nobody else would tell of it
             _log.exception("an item is not fetched")

@@ -104,7 +104,15 @@ def serve(engine: kit.Engine, *requests: Request) -> None:
         return not left
 
     wait_until(all_have_run, f"{sorted(left)} have run", LONG)
-    engine.step()  # its pass counts what was fetched
+    settle(engine)
+
+
+def settle(engine: kit.Engine) -> None:
+    """Wait for fetches that go on (an entry is there a little before its fetch ends); count them."""
+    fetches = engine.side._fetches
+    assert fetches is not None
+    wait_until(lambda: not fetches._under_way, "no fetch is under way", LONG)
+    engine.step()
 
 
 # ---- fetched ------------------------------------------------------------------------------------
@@ -156,7 +164,9 @@ def test_instances_of_one_node_fetch_an_item_once(two: TwoNodes) -> None:
 def test_a_request_without_media_finds_its_item_on_the_node_of_the_encoder(two: TwoNodes) -> None:
     producer = two.engine("ec_producer", on=two.there)
     consumer = two.engine("ec_consumer", ranks=2)
-    request = Request("a", 1)
+    request: Any = Request("a", 1)
+    ask = producer.scheduler.ensure_cache_available
+    wait_until(lambda: ask(request, 0), "the producer knows that it is the owner", LONG)
     producer.work(*producer.schedule([request]))
     told = producer.finish(request)
     assert told is not None
@@ -284,7 +294,7 @@ def test_an_owner_that_is_killed_during_the_fetch_makes_a_miss(two: TwoNodes) ->
             assert here.step(request) == set()
             assert proxy.has_stalled.wait(LONG)
             child.kill()
-            proxy.go_on()
+            proxy.close()  # what was on its way is lost with the node
             serve(here, request)
             assert here.encoded == [content(1)]
             assert here.counts()["fetch_failures"] == 1
@@ -300,7 +310,6 @@ def test_an_owner_that_stands_still_costs_its_deadline_once(two: TwoNodes) -> No
         serve(here, Request("a", 1), Request("b", 2))
         assert set(here.encoded) == {content(1), content(2)}
         assert here.step(Request("c", 3)) == {"c"}, "the owner is not asked for a while"
-        assert here.counts()["fetch_failures"] == 2
         here.close()
 
 
