@@ -98,8 +98,11 @@ class Served:
             raise CaseError(f"shmblocks serve {pool} said {said!r}")
 
     def kill(self) -> None:
+        """Idempotent."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
 
 
 @contextlib.contextmanager
