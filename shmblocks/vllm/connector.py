@@ -287,11 +287,11 @@ def _fetches(cache: TensorCache, config: ConnectorConfig, key: bytes | None) -> 
     # Here: who has one node needs no network.
     from shmblocks.nodes import Nodes
     from shmblocks.nodes.nodes import KEY_TIMEOUT
-    from shmblocks.vllm.fetching import Fetches
+    from shmblocks.vllm.fetching import CONNECTIONS, Fetches
 
     _log.info("what is not in the pool is asked of %s", ", ".join(config.nodes))
-    timeout = min(KEY_TIMEOUT, config.wait_seconds)
-    return Fetches(cache, Nodes(cache.pool, config.nodes, key=key), timeout=timeout)
+    nodes = Nodes(cache.pool, config.nodes, key=key, connections=CONNECTIONS)
+    return Fetches(cache, nodes, timeout=min(KEY_TIMEOUT, config.wait_seconds))
 
 
 def _num_ranks(parallel: ParallelConfig) -> int:

@@ -1,15 +1,17 @@
 """Items of other nodes, fetched in the background of the scheduler's process, never in a hook.
 
-    the scheduler's thread                       the thread of `Fetches`
+    the scheduler's thread                       a thread of `Fetches`
     begin         another node owns the key      claim the key: nobody else here asks or encodes
     is_under_way  the request is held            fetch it into the pool of this node
                                                  end the claim
     the entry is there, and a hit; or it is not, and is encoded here
 
 Contract
-- Of the methods for the scheduler none but `close` waits, and none takes the pool's lock.
-- A fetch ends within `timeout` seconds, whatever its owner does. When an owner fails, all fetches
-  from it end with that, and it is not asked for some seconds (`Nodes.node_to_ask`).
+- Of the methods for the scheduler none but `close` waits, takes the pool's lock, or lets go of the
+  interpreter's: what has begun goes on when the hook has returned.
+- A fetch ends within `timeout` seconds from its `begin`, whatever its owner does. What stands in
+  line for an owner that fails ends with that, and the owner is not asked for some seconds
+  (`Nodes.node_to_ask`).
 - What was fetched is an entry as any other. One that contradicts itself is dropped.
 
 What it does not do: give other nodes what was encoded here. `shmblocks serve` does, when they ask.
@@ -17,17 +19,22 @@ What it does not do: give other nodes what was encoded here. `shmblocks serve` d
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import queue
 import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from shmblocks.cache import TensorCache
-from shmblocks.errors import KeyExistsError, ShmBlocksError
+from shmblocks.errors import KeyExistsError, PeerDiedError, ShmBlocksError
 from shmblocks.nodes import Nodes, RemotePool
 from shmblocks.vllm.tally import Tally
 
+# Fetches from one node at a time; each has a thread and a connection. Fewer: one that is large
+# holds up the others. More: threads that take the interpreter from the scheduler.
+CONNECTIONS = 2
 # Seconds that an item is not evicted after it was fetched. Shorter: a request that is held by a
 # long step finds it evicted, and fails if it has no media. Longer: room that others need.
 HOLD = 5.0
@@ -35,23 +42,30 @@ HOLD = 5.0
 _log = logging.getLogger("vllm.ec.shmblocks")
 
 
+class _Wanted(NamedTuple):
+    """A key, the node to ask, and until when, monotonic."""
+
+    key: bytes
+    node: RemotePool
+    deadline: float
+
+
 class Fetches:
     """Fetches of one scheduler. Owns the nodes, and borrows the cache that they fetch into."""
 
     def __init__(self, cache: TensorCache, nodes: Nodes, *, timeout: float) -> None:
-        """Starts the thread. `timeout`: seconds that one fetch may take."""
+        """Starts a thread. `timeout`: seconds that one fetch may take."""
         self._cache = cache
         self._pool = cache.pool
         self._nodes = nodes
         self._timeout = timeout
-        # Keys; the scheduler adds them, and the thread takes them out.
+        # Keys; the scheduler adds them, and the threads take them out.
         self._under_way: set[bytes] = set()
         self._counts: deque[tuple[str, float]] = deque()
         self._is_closed = False
-        # Of the thread alone.
-        self._tasks: dict[asyncio.Task[None], RemotePool] = {}
-        self._end = asyncio.Event()
-        self._loop = asyncio.new_event_loop()
+        # None: the end. To wake a thread by a loop of asyncio, or to start one, would let go of the
+        # interpreter's lock in the middle of a hook, which then waits for that thread's work.
+        self._wanted: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="shmblocks-vllm-nodes", daemon=True)
         self._thread.start()
 
@@ -64,7 +78,7 @@ class Fetches:
         node = self._nodes.node_to_ask(key)
         if node is not None:
             self._under_way.add(key)
-            self._loop.call_soon_threadsafe(self._start, key, node)
+            self._wanted.put(_Wanted(key, node, time.monotonic() + self._timeout))
 
     def is_under_way(self, key: bytes) -> bool:
         """Whether it is worth while to wait for a key."""
@@ -80,44 +94,39 @@ class Fetches:
         if self._is_closed:
             return
         self._is_closed = True
-        self._loop.call_soon_threadsafe(self._end.set)
+        self._nodes.close()  # ends those that are under way
+        self._wanted.put(None)
         self._thread.join()
-        self._nodes.close()
 
-    # ---- in the thread -------------------------------------------------------------------------
+    # ---- in the threads ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        """Hand each key to the threads of its node: one that stands still holds up no other."""
+        threads: dict[RemotePool, ThreadPoolExecutor] = {}
         try:
-            self._loop.run_until_complete(self._work())
+            for wanted in iter(self._wanted.get, None):
+                if wanted.node not in threads:
+                    threads[wanted.node] = ThreadPoolExecutor(CONNECTIONS, self._thread.name)
+                threads[wanted.node].submit(self._fetch, wanted)
         finally:
-            self._loop.close()
+            for each in threads.values():
+                each.shutdown(cancel_futures=True)
 
-    async def _work(self) -> None:
-        await self._end.wait()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _start(self, key: bytes, node: RemotePool) -> None:
-        task = self._loop.create_task(self._fetch(key, node))
-        self._tasks[task] = node
-        task.add_done_callback(self._tasks.pop)
-
-    async def _fetch(self, key: bytes, node: RemotePool) -> None:
+    def _fetch(self, wanted: _Wanted) -> None:
+        key = wanted.key
         failed = True
         try:
             claim = self._pool.claim(key)
             if claim.state == "mine":
                 try:
-                    await self._bring(key, node)
+                    self._bring(wanted)
                 finally:
                     self._pool.end_claim(key, claim)
             # Else it is here, or another instance is at it: the scheduler sees that by itself.
             failed = False
         except ShmBlocksError as error:
-            _log.warning("an item is not fetched: %s", str(error))  # its frames hold memory
-            self._end_with(node, key)
+            if not self._is_closed:
+                _log.warning("an item is not fetched: %s", str(error))  # its frames hold memory
         except Exception:  # noqa: BLE001  nobody else would tell of it
             _log.exception("an item is not fetched")
         finally:
@@ -126,11 +135,14 @@ class Fetches:
             # Last: a scheduler that does not see it under way any more sees what came of it.
             self._under_way.discard(key)
 
-    async def _bring(self, key: bytes, node: RemotePool) -> None:
+    def _bring(self, wanted: _Wanted) -> None:
         """Enter what the owner has into the own pool; nothing, if it has nothing."""
+        key, node, deadline = wanted
         began = time.monotonic()
+        if self._nodes.node_to_ask(key) is None and not node.is_own:
+            raise PeerDiedError(f"key {key.hex()}: its node has failed while it stood in line")
         try:
-            lease = await node.fetch_key_async(key, timeout=self._timeout)
+            lease = node.fetch_key(key, timeout=max(deadline - began, 0.0))
         except KeyExistsError:
             return  # somebody has encoded it here meanwhile
         if lease is None:
@@ -148,14 +160,6 @@ class Fetches:
         self._count("fetches")
         self._count("fetch_bytes", lease.handle.num_tokens * self._pool.config.token_bytes)
         self._count("fetch_seconds", time.monotonic() - began)
-
-    def _end_with(self, failed: RemotePool, key: bytes) -> None:
-        """When a node has failed, no other fetch waits for it until its own deadline."""
-        if self._nodes.node_to_ask(key) is failed:
-            return  # that fetch has failed, and not the node
-        for task, node in self._tasks.items():
-            if node is failed and task is not asyncio.current_task():
-                task.cancel()
 
     def _count(self, name: str, amount: float = 1) -> None:
         self._counts.append((name, amount))

@@ -202,7 +202,7 @@ class SchedulerSide:
             self.tally.add("lock_timeouts")
             return not needs  # one without media asks again in the next pass
         except ShmBlocksError as error:
-            _log.warning("%s: %s", feature.identifier, error)
+            _log.warning("%s: %s", feature.identifier, str(error))
             return not needs or self._lose(who, str(error))
 
     def _is_there_or_to_be_encoded(self, who: Who, rows: int, needs: bool) -> bool:
@@ -322,7 +322,7 @@ class SchedulerSide:
         except PoolTimeoutError:
             self.tally.add("lock_timeouts")
         except ShmBlocksError as error:
-            _log.warning("%s: %s", identifier, error)
+            _log.warning("%s: %s", identifier, str(error))
         if found is None:
             found = self._take_held(identifier)
         if found is None:

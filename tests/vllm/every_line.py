@@ -10,8 +10,8 @@ being saved is there as a whole or not at all, and no lease, ticket or claim is 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +30,7 @@ from shmblocks.testing import (
 )
 from shmblocks.vllm.config import ConnectorConfig
 from shmblocks.vllm.copies import HostCopies
-from shmblocks.vllm.fetching import Fetches
+from shmblocks.vllm.fetching import Fetches, _Wanted
 from shmblocks.vllm.identity import Identity
 from shmblocks.vllm.plan import Save, StepPlan
 from shmblocks.vllm.scheduler import SchedulerSide
@@ -247,7 +247,7 @@ def fetch_from_another_node(scene: Scene) -> Call:
     key, (node,) = scene.key(NEW), nodes.nodes
 
     def fetch() -> None:
-        asyncio.run(fetches._fetch(key, node))
+        fetches._fetch(_Wanted(key, node, math.inf))
         assert cache.pool.find(key) is not None
 
     return fetch

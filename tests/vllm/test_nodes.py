@@ -20,7 +20,7 @@ from shmblocks.nodes import Nodes, NodeServer, RemotePool
 from shmblocks.nodes import nodes as nodes_module
 from shmblocks.nodes.address import Address, address_text
 from shmblocks.vllm.config import MAX_NODES, ConnectorConfig
-from shmblocks.vllm.fetching import Fetches
+from shmblocks.vllm.fetching import CONNECTIONS, Fetches
 from shmblocks.vllm.tally import Tally
 from tests.nodes.kit import KEY, LONG, Proxy
 from tests.support.children import Channel, fork, run_program, wait_until
@@ -84,7 +84,7 @@ def two(tmp_path: Path) -> Iterator[TwoNodes]:
             yield nodes
         finally:
             nodes.close()
-        assert not [each for each in threading.enumerate() if each.name == "shmblocks-vllm-nodes"]
+        assert not [each for each in threading.enumerate() if "vllm-nodes" in each.name]
         for pool in (here, there):
             assert len(pool.participants()) == 1
             assert pool.stats().leases == 0
@@ -334,30 +334,31 @@ def test_a_node_that_comes_back_is_asked_again(
     assert here.encoded == [content(1), content(3)]
 
 
-def test_when_an_owner_fails_no_fetch_waits_for_it_any_longer(two: TwoNodes) -> None:
+def test_what_stands_in_line_for_an_owner_ends_when_that_fails(two: TwoNodes) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as mute,
         closing_fetches(two.here, mute.getsockname(), timeout=LONG) as fetches,
     ):
-        keys = [bytes([number] * 16) for number in range(3)]
+        keys = [bytes([number] * 16) for number in range(CONNECTIONS + 3)]
         for key in keys:
             fetches.begin(key)
-        first, _ = mute.accept()
-        second, _ = mute.accept()
+        asked = [mute.accept()[0] for _ in range(CONNECTIONS)]
         assert all(map(fetches.is_under_way, keys))
-        first.close()
-        wait_until(lambda: not any(map(fetches.is_under_way, keys)), "all of them end", 0.5 * LONG)
-        second.close()
+        for each in asked:
+            each.close()
+        wait_until(lambda: not any(map(fetches.is_under_way, keys)), "all of them end", LONG)
         tally = Tally()
         fetches.count_in(tally)
-        assert tally.totals == {"fetch_failures": 3}
+        assert tally.totals == {"fetch_failures": len(keys)}
+        assert two.here.stats().counters.node_failures == CONNECTIONS, "the others have not asked"
         fetches.begin(keys[0])
         assert not fetches.is_under_way(keys[0]), "it is not asked for a while"
 
 
 @contextlib.contextmanager
 def closing_fetches(pool: BlockPool, address: Address, timeout: float) -> Iterator[Fetches]:
-    fetches = Fetches(TensorCache(pool), Nodes(pool, [address], key=KEY), timeout=timeout)
+    nodes = Nodes(pool, [address], key=KEY, connections=CONNECTIONS)
+    fetches = Fetches(TensorCache(pool), nodes, timeout=timeout)
     try:
         yield fetches
     finally:
@@ -384,20 +385,15 @@ def test_what_is_being_fetched_is_given_back_when_the_engine_stops(two: TwoNodes
 
 def test_no_hook_fetches(two: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> None:
     """The node is asked on another thread; the hooks answer while it stands still there."""
-    fetch: Callable[..., Any] = RemotePool.fetch_key_async
+    fetch: Callable[..., Lease | None] = RemotePool.fetch_key
     asked_on, may_ask = list[threading.Thread](), threading.Event()
 
-    async def late(remote: RemotePool, key: bytes, **how: object) -> Lease | None:
+    def late(remote: RemotePool, key: bytes, **how: object) -> Lease | None:
         asked_on.append(threading.current_thread())
         may_ask.wait(LONG)
-        found: Lease | None = await fetch(remote, key, **how)
-        return found
+        return fetch(remote, key, **how)
 
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("the scheduler's thread has fetched")
-
-    monkeypatch.setattr(RemotePool, "fetch_key_async", late)
-    monkeypatch.setattr(RemotePool, "fetch_key", forbidden)
+    monkeypatch.setattr(RemotePool, "fetch_key", late)
     here = two.engine()
     two.put(here, 1)
     request = Request("a", 1)
@@ -413,10 +409,10 @@ def test_no_hook_fetches(two: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_error_in_the_thread_is_told_and_ends_the_wait(
     two: TwoNodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def fails(*_: object, **__: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise LookupError("of a test")
 
-    monkeypatch.setattr(RemotePool, "fetch_key_async", fails)
+    monkeypatch.setattr(RemotePool, "fetch_key", fails)
     here = two.engine()
     serve(here, Request("a", 1))
     assert here.encoded == [content(1)]
