@@ -318,8 +318,7 @@ class TensorCache:
                 f"tensor: expected 0 to {MAX_DIMS} dimensions and at least one element, got "
                 f"{list(tensor.shape)}"
             )
-        size = tensor.numel() * tensor.dtype.itemsize
-        num_rows = -(-size // self._row_bytes)
+        num_rows = self._rows_of(tensor.numel() * tensor.dtype.itemsize)
         if self.pool.config.blocks_for(num_rows) > self.pool.config.total_blocks:
             return None
         return self.pool.reserve_now(num_rows)
@@ -398,8 +397,7 @@ class TensorCache:
         if found is None:
             return None
         try:
-            number, shape = _entry_of(found.aux, found.handle)
-            dtype = _DTYPES[number]
+            dtype, shape = self._entry_of(found.aux, found.handle)
             return TensorTickets(found.tickets, dtype, shape, math.prod(shape) * DTYPES[dtype][0])
         except BaseException:
             for ticket in found.tickets:
@@ -414,12 +412,28 @@ class TensorCache:
         import torch
 
         try:
-            number, shape = _entry_of(lease.memory("aux"), lease.handle)
-            dtype: torch.dtype = getattr(torch, DTYPES[_DTYPES[number]][1])
+            name, shape = self._entry_of(lease.memory("aux"), lease.handle)
+            dtype: torch.dtype = getattr(torch, DTYPES[name][1])
             return CacheLease(lease, dtype, shape)
         except BaseException:
             lease.release()
             raise
+
+    def _entry_of(
+        self, aux: bytes | memoryview, handle: BlockHandle
+    ) -> tuple[str, tuple[int, ...]]:
+        """The dtype and the shape that stand in `aux`; IncompatibleConfigError when the entry's
+        rows are not those of such a tensor."""
+        mark, number, dims, *lengths = _ENTRY.unpack_from(aux)
+        if mark == _MARK and number < len(_DTYPES) and dims <= MAX_DIMS:
+            dtype, shape = _DTYPES[number], tuple(lengths[:dims])
+            if self._rows_of(math.prod(shape) * DTYPES[dtype][0]) == handle.num_tokens:
+                return dtype, shape
+        raise IncompatibleConfigError(f"{handle}: expected an entry that a TensorCache has put")
+
+    def _rows_of(self, num_bytes: int) -> int:
+        """Rows of the pool that a tensor takes."""
+        return -(-num_bytes // self._row_bytes)
 
     def get_or_claim(
         self,
@@ -566,14 +580,6 @@ def _nodes_of(pool: BlockPool, nodes: Nodes | Sequence[tuple[str, int] | str]) -
     if isinstance(nodes, str):
         raise TypeError(f"nodes: expected a list of addresses, got the text {nodes!r}")
     return Nodes(pool, nodes, key=key_from_environment()) if nodes else None
-
-
-def _entry_of(aux: bytes | memoryview, handle: BlockHandle) -> tuple[int, tuple[int, ...]]:
-    """The dtype's number and the shape that stand in `aux`."""
-    mark, number, dims, *shape = _ENTRY.unpack_from(aux)
-    if mark != _MARK or number >= len(_DTYPES) or dims > MAX_DIMS:
-        raise IncompatibleConfigError(f"{handle}: expected an entry that a TensorCache has put")
-    return number, tuple(shape[:dims])
 
 
 def _left(started: float, timeout: float | None) -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +83,36 @@ def kept(bench: Bench, pool_bytes: int = POOL_BYTES) -> Iterator[BlockPool]:
         expect("leases at the end", pool.stats().leases, 0)
         expect("participants at the end", len(pool.participants()), 1)
     expect("/dev/shm", leftovers(name), [])
+
+
+class Served:
+    """`shmblocks serve` of a pool, at a port of its own."""
+
+    def __init__(self, pool: str) -> None:
+        command = [sys.executable, "-m", "shmblocks.cli", "serve", pool, "--listen", "127.0.0.1:0"]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        said = self._process.stderr.readline() if self._process.stderr is not None else ""
+        self.address = said.rpartition(" at ")[2].strip()
+        if not self.address:
+            self.kill()
+            raise CaseError(f"shmblocks serve {pool} said {said!r}")
+
+    def kill(self) -> None:
+        """Idempotent."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+
+@contextlib.contextmanager
+def served(pool: str) -> Iterator[Served]:
+    """Serve a pool to other nodes."""
+    server = Served(pool)
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 def announced(engine: Engine, *names: str) -> list[list[Any]]:
@@ -243,6 +275,28 @@ def numbered_items_are_refused(bench: Bench) -> None:
     expect("/dev/shm", leftovers(name), [])
 
 
+def nodes(bench: Bench) -> None:
+    """Two pools as two nodes: the second fetches what the first has encoded; the first dies."""
+    with contextlib.ExitStack() as stack:
+        there, here = (stack.enter_context(kept(bench)) for _ in range(2))
+        node = stack.enter_context(served(there.name))
+        settings = {"pool_bytes": POOL_BYTES, "nodes": [node.address]}
+        first, second = (
+            stack.enter_context(bench.start(name, transfer("ec_both", pool.name, **settings)))
+            for name, pool in (("node-1", there), ("node-2", here))
+        )
+        bench.same(first.ready(), *photos.NAMES)
+        bench.same(second.ready(), *photos.NAMES)
+        expect("encoded", first.counted("misses", "fetches"), {"misses": 3, "fetches": 0})
+        expect("fetched", second.counted("misses", "fetches"), {"misses": 0, "fetches": 3})
+        names = ("fetch_misses", "fetch_failures", "misses")
+        bench.same(second, "grace:1")
+        expect("nobody has it", list(second.counted(*names).values()), [1, 0, 1])
+        node.kill()
+        bench.same(second, "china:1", "flower:1")
+        expect("the node is dead", list(second.counted(*names).values()), [1, 1, 3])
+
+
 def without_a_keeper(bench: Bench) -> None:
     """The last engine that leaves in an orderly way removes the pool."""
     name = bench.pool()
@@ -261,6 +315,7 @@ CASES: tuple[Case, ...] = (
     replicas,
     pools_that_are_too_small,
     numbered_items_are_refused,
+    nodes,
     without_a_keeper,
 )
 SHORT: tuple[Case, ...] = (producer_and_consumers, encoder_killed_while_a_consumer_waits)

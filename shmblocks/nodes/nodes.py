@@ -208,6 +208,16 @@ class Nodes:
             raise ValueError("addresses: the list of nodes is empty, so that no key has an owner")
         return self._nodes[self._owners.owner_of(key)].address
 
+    def node_to_ask(self, key: bytes) -> RemotePool | None:
+        """A key's owner, if it is another node, and has not failed in the last seconds.
+
+        For those who ask it themselves (`RemotePool.fetch_key`), under a claim on the key.
+        """
+        if not self._nodes:
+            return None
+        node = self._nodes[self._owners.owner_of(key)]
+        return None if node.is_own or node.seconds_since_failure < PAUSE else node
+
     def get(
         self,
         key: bytes,
@@ -280,7 +290,7 @@ class Nodes:
         For a process that has claimed the key, or does without: its claim ends when this gives a
         lease, and stays when it gives None, so that the key can be encoded under it.
         """
-        node = self._whom_to_ask(key)
+        node = self.node_to_ask(key)
         if node is None:
             return None
         try:
@@ -300,7 +310,7 @@ class Nodes:
         req_id: str | None = None,
     ) -> Lease | None:
         """`fetch_key` for asyncio."""
-        node = self._whom_to_ask(key)
+        node = self.node_to_ask(key)
         if node is None:
             return None
         try:
@@ -323,13 +333,6 @@ class Nodes:
             return None, answer
         # It came between the two, or is of another length, or a stream has not completed it.
         return _only(self._pool.get(key, num_tokens=num_tokens)), None
-
-    def _whom_to_ask(self, key: bytes) -> RemotePool | None:
-        """A key's owner, if it is another node, and has not failed just now."""
-        if not self._nodes:
-            return None
-        node = self._nodes[self._owners.owner_of(key)]
-        return None if node.is_own or node.seconds_since_failure < PAUSE else node
 
     # ---- whose it is -------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@
     config       what an operator may set              identity    which items, under which key
     scheduler    promises, in the scheduler's process  plan        what it tells the workers
     worker       loads and saves, in each worker       copies cuda how, on a CPU and with streams
-    connector    vLLM's hooks; needs vllm              stats tally what is counted
+    fetching     what other nodes have                 stats tally what is counted
+    connector    vLLM's hooks; needs vllm
     signatures   what vLLM's hooks look like, for `shmblocks doctor --vllm`
 
 Importing this imports neither vllm nor torch: three kinds of vLLM's processes do. `connector` and

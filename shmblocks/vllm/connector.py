@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ECConnectorOutput
     from vllm.v1.request import Request
 
+    from shmblocks.vllm.fetching import Fetches
+
 # Seconds that a scheduler waits for the pool in GPU memory, which a worker makes. Smaller: workers
 # that start slowly are called missing. Larger: a failed start is told later.
 CUDA_POOL_PATIENCE = 120.0
@@ -104,6 +106,7 @@ class ShmBlocksECConnector(ECConnectorBase):
         identity = Identity(namespace, only_content_hashes=config.only_content_hashes)
         transfer = vllm_config.ec_transfer_config
         label = f"vllm {transfer.ec_role if transfer else ''} scheduler"
+        key = config.nodes_key() if config.nodes else None  # what is wrong with it is told first
         pool = _open_pool(config, label, is_worker=False)
         _log.info(
             "pool %s of %s, %d participants; namespace %s of %s",
@@ -113,8 +116,9 @@ class ShmBlocksECConnector(ECConnectorBase):
             identity.name,
             namespace.model,
         )
+        cache = TensorCache(pool)
         return SchedulerSide(
-            TensorCache(pool),
+            cache,
             identity,
             self._resolver.fields_for,
             is_producer=self.is_producer,
@@ -122,6 +126,7 @@ class ShmBlocksECConnector(ECConnectorBase):
             ranks=_num_ranks(vllm_config.parallel_config),
             wait_seconds=config.wait_seconds,
             hold_seconds=config.hold_seconds,
+            fetches=_fetches(cache, config, key) if config.nodes else None,
         )
 
     def shutdown(self) -> None:
@@ -276,6 +281,17 @@ def _open_pool(config: ConnectorConfig, label: str, *, is_worker: bool) -> Block
             config.pool, timeout=CUDA_POOL_PATIENCE, role=label, prefault=prefault
         )
     return BlockPool.ensure(config.pool, wanted, role=label, prefault=prefault)
+
+
+def _fetches(cache: TensorCache, config: ConnectorConfig, key: bytes | None) -> Fetches:
+    # Here: who has one node needs no network.
+    from shmblocks.nodes import Nodes
+    from shmblocks.nodes.nodes import KEY_TIMEOUT
+    from shmblocks.vllm.fetching import CONNECTIONS, Fetches
+
+    _log.info("what is not in the pool is asked of %s", ", ".join(config.nodes))
+    nodes = Nodes(cache.pool, config.nodes, key=key, connections=CONNECTIONS)
+    return Fetches(cache, nodes, timeout=min(KEY_TIMEOUT, config.wait_seconds))
 
 
 def _num_ranks(parallel: ParallelConfig) -> int:

@@ -19,6 +19,9 @@ Contract
 - No method waits, and none raises. The pool's lock is given up after `LOCK_TIMEOUT` as a miss.
 - Every lease that is taken here is given to a worker, given back, or ends with this process.
 
+An item that another node owns is asked of that node, once for each request (`fetching.py`). The
+request waits for it as for an instance of this node that encodes.
+
 What it does not do: read or write what is in the pool (`worker.py`).
 """
 
@@ -30,13 +33,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from shmblocks.cache import TensorCache, TensorTickets
 from shmblocks.errors import PoolTimeoutError, ShmBlocksError
 from shmblocks.vllm.identity import Identity
 from shmblocks.vllm.plan import Save, StepPlan
 from shmblocks.vllm.tally import Tally
+
+if TYPE_CHECKING:
+    from shmblocks.vllm.fetching import Fetches
 
 # Seconds that a hook waits for the pool's lock. Shorter: misses under load. Longer: a process that
 # was stopped inside holds up every request of the engine for as long.
@@ -126,9 +132,10 @@ class SchedulerSide:
         ranks: int,
         wait_seconds: float,
         hold_seconds: float,
+        fetches: Fetches | None = None,
     ) -> None:
         """`ranks`: workers that load each item. `placeholder_fields`: of a modality, the keys of a
-        feature's data that are no media."""
+        feature's data that are no media. `fetches`: from other nodes; closed with this."""
         self._cache = cache
         self._pool = cache.pool
         self._identity = identity
@@ -138,6 +145,7 @@ class SchedulerSide:
         self._ranks = ranks
         self._wait_seconds = wait_seconds
         self._hold_seconds = hold_seconds
+        self._fetches = fetches
         self.tally = Tally()
         self._plan = StepPlan()
         # Rows that an item must have, by identifier, as the requests of this pass say.
@@ -149,6 +157,8 @@ class SchedulerSide:
         self._served: dict[Who, int] = {}
         # Since when a request waits, monotonic; None: it has given up.
         self._waiting: dict[Who, float | None] = {}
+        # Whose item was asked of the node that owns it.
+        self._asked: set[Who] = set()
         self._lost: set[str] = set()
         # What the engine's own encoder cache holds, or is going to.
         self._in_engine: set[str] = set()
@@ -192,7 +202,7 @@ class SchedulerSide:
             self.tally.add("lock_timeouts")
             return not needs  # one without media asks again in the next pass
         except ShmBlocksError as error:
-            _log.warning("%s: %s", feature.identifier, error)
+            _log.warning("%s: %s", feature.identifier, str(error))
             return not needs or self._lose(who, str(error))
 
     def _is_there_or_to_be_encoded(self, who: Who, rows: int, needs: bool) -> bool:
@@ -201,6 +211,8 @@ class SchedulerSide:
         found = self._pool.find(key)
         if found is None or not found.is_ready:
             is_here = identifier in self._in_engine and not needs
+            if not is_here and found is None:
+                self._ask_owner(who, key)
             if not is_here and self._waits(who, key, is_in_flight=found is not None):
                 return False
         self._end_wait(who)
@@ -211,13 +223,26 @@ class SchedulerSide:
             self._plan.republish[identifier] = key
         return True
 
+    def _ask_owner(self, who: Who, key: bytes) -> None:
+        """Have an item fetched, if another node owns it. Once: a request that does not find it then
+        goes on without it, however long it waits for its turn."""
+        if self._fetches is not None and who not in self._asked:
+            self._asked.add(who)
+            self._fetches.begin(key)
+
+    def _is_under_way(self, key: bytes) -> bool:
+        """Whether another instance encodes it, or it is being fetched."""
+        if self._fetches is not None and self._fetches.is_under_way(key):
+            return True
+        return self._pool.claimant(key) not in (None, self._pool.participant)
+
     def _waits(self, who: Who, key: bytes, *, is_in_flight: bool) -> bool:
-        """Whether to wait on for one who encodes it."""
+        """Whether to wait on for one who encodes or fetches it."""
         if is_in_flight:
             since = self._waiting.get(who)
             if since is not None and time.monotonic() - since > IN_FLIGHT_PATIENCE:
                 is_in_flight = self._is_still_in_flight(key)
-        if not is_in_flight and self._pool.claimant(key) in (None, self._pool.participant):
+        if not is_in_flight and not self._is_under_way(key):
             return False
         now = time.monotonic()
         if who not in self._waiting:
@@ -231,8 +256,8 @@ class SchedulerSide:
         self.tally.add("wait_seconds", now - since)
         self._waiting[who] = None
         _log.warning(
-            "request %s: waited %.1f s for item %s, which another instance encodes; going on "
-            "without it",
+            "request %s: waited %.1f s for item %s, which another instance encodes or a node is to "
+            "send; going on without it",
             *(who[0], now - since, who[1]),
         )
         return False
@@ -297,7 +322,7 @@ class SchedulerSide:
         except PoolTimeoutError:
             self.tally.add("lock_timeouts")
         except ShmBlocksError as error:
-            _log.warning("%s: %s", identifier, error)
+            _log.warning("%s: %s", identifier, str(error))
         if found is None:
             found = self._take_held(identifier)
         if found is None:
@@ -362,6 +387,8 @@ class SchedulerSide:
             self._revoke(found.tickets)  # promised, then not scheduled
         self._promised.clear()
         self._rows.clear()
+        if self._fetches is not None:
+            self._fetches.count_in(self.tally)
         self._in_engine.difference_update(freed)
         plan, self._plan = self._plan, StepPlan()
         now = time.monotonic()
@@ -400,6 +427,7 @@ class SchedulerSide:
         self._served.pop(who, None)
         self._end_wait(who)
         self._waiting.pop(who, None)
+        self._asked.discard(who)
         self._let_go(who)
 
     def _let_go(self, who: Who) -> None:
@@ -421,5 +449,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Give everything back, and leave the pool. Idempotent."""
+        if self._fetches is not None:
+            self._fetches.close()
         with contextlib.suppress(ShmBlocksError):
             self._pool.close()

@@ -6,7 +6,7 @@ from __future__ import annotations
 COUNTS = {
     "hits": "items that were in the pool, and were not encoded",
     "misses": "items that had to be encoded here",
-    "waits": "requests that waited for another instance that encoded their item",
+    "waits": "requests that waited for another instance that encoded their item, or for a node",
     "wait_seconds": "seconds that those requests waited",
     "lost": "requests without media that failed, since their item is not in the pool any more",
     "mismatches": "items in the pool of another size than expected: a reused uuid",
@@ -16,6 +16,11 @@ COUNTS = {
     "saves": "items that workers put into the pool",
     "save_bytes": "bytes of those",
     "save_seconds": "seconds that workers spent on saving (CUDA: on enqueuing it)",
+    "fetches": "items that were fetched from another node, and were not encoded",
+    "fetch_bytes": "bytes of those",
+    "fetch_seconds": "seconds that those took",
+    "fetch_misses": "items that were asked of the node that owns them, which had not got them",
+    "fetch_failures": "fetches that failed: the owner is dead, slow, or not one of ours",
     "no_room": "items that were not put into the pool, since nothing could be evicted",
     "lock_timeouts": "lookups given up, since another process held the pool's lock too long",
 }

@@ -11,12 +11,14 @@ being saved is there as a whole or not at all, and no lease, ticket or claim is 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import shmblocks.vllm
 from shmblocks import UNBOUNDED, BlockPool, Namespace
 from shmblocks.cache import _DTYPES, _ENTRY, _MARK, FIELD, TensorCache
+from shmblocks.nodes import Nodes, NodeServer
 from shmblocks.testing import (
     Coverage,
     Point,
@@ -28,6 +30,7 @@ from shmblocks.testing import (
 )
 from shmblocks.vllm.config import ConnectorConfig
 from shmblocks.vllm.copies import HostCopies
+from shmblocks.vllm.fetching import Fetches, _Wanted
 from shmblocks.vllm.identity import Identity
 from shmblocks.vllm.plan import Save, StepPlan
 from shmblocks.vllm.scheduler import SchedulerSide
@@ -74,6 +77,8 @@ class Scene:
     def __init__(self, survivor: BlockPool) -> None:
         self.survivor = survivor
         self.keep: list[object] = []
+        # Of another node, which has the new item.
+        self.server: NodeServer | None = None
         put(survivor, self.key(THERE), THERE)
         given = survivor.get_tickets(self.key(THERE), leases=2)
         # Of the scheduler, which outlives its workers here.
@@ -115,6 +120,18 @@ def one_item_and_torch() -> Iterator[Scene]:
 
     torch.set_num_threads(1)
     with one_item() as scene:
+        yield scene
+
+
+@contextlib.contextmanager
+def two_nodes_and_torch() -> Iterator[Scene]:
+    with (
+        one_item_and_torch() as scene,
+        BlockPool.create(new_pool_name(), CONFIG, role="other node", prefault="off") as there,
+        NodeServer(there, ("127.0.0.1", 0)) as scene.server,
+    ):
+        put(there, scene.key(NEW), NEW)
+        scene.survivor.end_claim(scene.key(NEW))
         yield scene
 
 
@@ -218,6 +235,22 @@ def stop_a_scheduler(scene: Scene) -> Call:
     side = scene.scheduler()
     assert side.has(THERE)
     return side.close
+
+
+@case(two_nodes_and_torch, saves=True)
+def fetch_from_another_node(scene: Scene) -> Call:
+    """What the thread of a scheduler does."""
+    assert scene.server is not None
+    cache = scene.attach()
+    nodes = Nodes(cache.pool, [scene.server.address])
+    fetches = Fetches(cache, nodes, timeout=30.0)
+    key, (node,) = scene.key(NEW), nodes.nodes
+
+    def fetch() -> None:
+        fetches._fetch(_Wanted(key, node, math.inf))
+        assert cache.pool.find(key) is not None
+
+    return fetch
 
 
 # ---- a worker ----------------------------------------------------------------------------------
