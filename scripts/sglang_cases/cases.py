@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -376,6 +378,22 @@ def _kill_while_pixels_travel(run: Run, mono: Server) -> None:
     run.lab.events()
 
 
+def send_killed(run: Run) -> None:
+    """Without servers: SGLang's own `_send` with the plug-in, killed at every line."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "sglang_cases.sending",
+        str(run.model),
+        run.pool,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    run.require(done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    print(f"    {done.stdout.splitlines()[-1]}")
+
+
 Case = Callable[[Run], None]
 SHORT: tuple[Case, ...] = (one_rank, one_encoder_killed)
 ALL: tuple[Case, ...] = (
@@ -386,4 +404,5 @@ ALL: tuple[Case, ...] = (
     two_ranks,
     two_encoders,
     pixels,
+    send_killed,
 )

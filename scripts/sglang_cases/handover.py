@@ -46,6 +46,15 @@ HEADINGS = (
 )
 WIDTH = 3584
 WARM_UP = 2
+# For SGLang's own classes in a process without a GPU and without a network.
+ON_A_CPU = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "SGLANG_HOST_IP": "127.0.0.1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 # More than any embedding: everything goes as bytes.
 NO_HANDLES = 1 << 40
 
@@ -358,15 +367,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=15, help="embeddings of each kind")
     parser.add_argument("--json", type=Path, help="where all samples are written")
     arguments = parser.parse_args()
-    os.environ |= {
+    os.environ |= ON_A_CPU | {
         "SHMBLOCKS_SGLANG_POOL": f"sglang-handover-{secrets.token_hex(4)}",
         "SHMBLOCKS_SGLANG_POOL_MB": "256",
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "SGLANG_HOST_IP": "127.0.0.1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TORCHDYNAMO_DISABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
     folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"sglang-handover-{os.getuid()}"
     model = build(folder / "model")
