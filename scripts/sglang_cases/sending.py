@@ -3,7 +3,7 @@
     python -m sglang_cases.sending MODEL POOL      (POOL: what the names of its pools begin with)
 
 A forked child is the encoder: its embedding is given, everything behind it is SGLang's and the
-plug-in's. The parent is the rank that the embedding is announced to, with a socket for its messages.
+plug-in's. The parent is the rank that the embedding is announced to; it has a socket for messages.
 After each death all blocks are free, or hold an embedding that was announced to the rank, whole.
 """
 

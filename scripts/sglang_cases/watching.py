@@ -91,7 +91,7 @@ def seconds_until_empty(name: str, longest: float) -> float:
 
 
 def holders(name: str) -> list[str]:
-    """The allocations of a pool that are no entries of the cache; none when there is no pool."""
+    """The allocations of a pool; none when there is no pool."""
     try:
         with PoolInspector(name) as pool:
             return [f"{each.state} {each.req_id}" for each in pool.allocations()]
