@@ -15,6 +15,7 @@ It runs in one thread, beside those of the agent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import mmap
@@ -99,13 +100,11 @@ def _serve(parent: socket.socket) -> None:
         memory = [_mapped(region) for region in setup.regions]
         agent = _agent(setup, memory)
     except (AgentError, OSError) as error:
-        parent.send(pack(Ended(0, str(error))))
+        _say(parent, Ended(0, str(error)))
         return
     try:
-        parent.send(pack(Ready(agent.metadata, tuple(address for address, _ in memory))))
+        _say(parent, Ready(agent.metadata, tuple(address for address, _ in memory)))
         _Reads(parent, agent, memory[0][0]).run()
-    except OSError:
-        return  # the parent is gone
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(CLOSING_SECONDS)
@@ -134,7 +133,7 @@ class _Reads:
         while True:
             readable, _, _ = select.select([self._parent], [], [], pause if self._going else None)
             if readable:
-                data = self._parent.recv(MAX_BYTES)
+                data = _heard(self._parent)
                 if not data:
                     return
                 self._begin(unpack(data, Begin))
@@ -161,7 +160,21 @@ class _Reads:
         self._tell(number, problem)
 
     def _tell(self, number: int, problem: str) -> None:
-        self._parent.send(pack(Ended(number, problem)))
+        _say(self._parent, Ended(number, problem))
+
+
+def _heard(parent: socket.socket) -> bytes:
+    """The next datagram; nothing when the parent is gone."""
+    try:
+        return parent.recv(MAX_BYTES)
+    except OSError:
+        return b""
+
+
+def _say(parent: socket.socket, message: Ready | Ended) -> None:
+    # A parent that is gone shows when it is heard again.
+    with contextlib.suppress(OSError):
+        parent.send(pack(message))
 
 
 def _mapped(region: Region) -> tuple[int, int]:

@@ -1,0 +1,123 @@
+"""Two nodes with agents: NIXL's where it is installed, and fake ones that do what a test wants."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shmblocks import BlockPool, PoolConfig
+from shmblocks.nodes import NodeServer, RemotePool, nixl_agent
+from shmblocks.nodes.agent_process import AgentProcess
+from tests.nodes import fake_agent
+from tests.nodes.kit import KEY, LARGE, LARGE_TOKENS, LONG, Pair, two_pools
+from tests.support.children import wait_until
+
+TOTAL_BYTES = LARGE_TOKENS * 4096
+
+
+def use_fake_agents() -> None:
+    """In a child of a test; a test itself has the fixture `agents`."""
+    vars(nixl_agent)["CLASS"] = fake_agent.CLASS
+    vars(nixl_agent)["is_installed"] = lambda: True
+
+
+@dataclass
+class Agents:
+    """Which agents a test uses, and how they are held up in the middle of a read."""
+
+    is_fake: bool
+    folder: Path
+    _stopped: list[int] = field(default_factory=list)
+
+    def tell(self, what: str) -> None:
+        """Make the fake ones do something (`fake_agent.py`)."""
+        (self.folder / what).touch()
+
+    def untell(self, what: str) -> None:
+        (self.folder / what).unlink()
+
+    def hold(self, server: NodeServer, size: int = TOTAL_BYTES) -> None:
+        """Reads of so many bytes do not come to their end from now on."""
+        if self.is_fake:
+            self.tell(f"hold-{size}")
+        else:
+            pid = agent_of(server)
+            os.kill(pid, signal.SIGSTOP)
+            self._stopped.append(pid)
+
+    def go_on(self) -> None:
+        for each in self.folder.glob("hold-*"):
+            each.unlink()
+        stopped, self._stopped = self._stopped, []
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def agent_of(node: NodeServer | RemotePool) -> int:
+    """The process of its agent."""
+    assert node._nixl is not None
+    pid = node._nixl.agent_pid
+    assert pid is not None
+    return pid
+
+
+def processes_of(remote: RemotePool) -> list[AgentProcess]:
+    assert remote._nixl is not None
+    return list(remote._nixl._processes)
+
+
+def wait_for_read(remote: RemotePool, count: int = 1) -> None:
+    """Until so many reads are under way."""
+    wait_until(
+        lambda: sum(len(each._readings) for each in processes_of(remote)) >= count,
+        "an agent reads",
+        LONG,
+    )
+
+
+def wait_for_rows(pool: BlockPool) -> None:
+    """Until something has come into the first allocation of a pool."""
+    first = pool.state.layout.fields[pool.config.fields[0].name]
+    memory = pool.state.segment.memory[first : first + 4096]
+    wait_until(lambda: any(memory), "the first rows are here", LONG)
+    memory.release()
+
+
+def assert_quarantine_ends(remote: RemotePool) -> None:
+    """Its agents have ended, and with them everything that they kept."""
+    wait_until(lambda: remote.stats().quarantined == 0, "nothing is quarantined", LONG)
+    wait_until(
+        lambda: all(each.is_over or each.is_usable for each in processes_of(remote)),
+        "no retired agent is left",
+        LONG,
+    )
+
+
+@contextlib.contextmanager
+def two_nixl_nodes(
+    of: PoolConfig | None = LARGE,
+    *,
+    connections: int = 2,
+    patience: float = 10.0,
+    checksum: bool = False,
+) -> Iterator[Pair]:
+    """A server that offers NIXL, and a reader that uses it."""
+    with (
+        two_pools(of) as (here, there),
+        NodeServer(there, ("127.0.0.1", 0), key=KEY, patience=patience, nixl=True) as server,
+        RemotePool(
+            here,
+            server.address,
+            key=KEY,
+            connections=connections,
+            patience=patience,
+            checksum=checksum,
+            engine="nixl",
+        ) as remote,
+    ):
+        yield Pair(here, there, server, remote)
