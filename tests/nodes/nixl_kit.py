@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from shmblocks import BlockPool, PoolConfig
 from shmblocks.nodes import NodeServer, RemotePool, nixl_agent
 from shmblocks.nodes.agent_process import AgentProcess
 from tests.nodes import fake_agent
-from tests.nodes.kit import KEY, LARGE, LARGE_TOKENS, LONG, Pair, two_pools
+from tests.nodes.kit import KEY, LARGE, LARGE_TOKENS, LONG, Fetching, Pair, two_pools
 from tests.support.children import wait_until
 
 TOTAL_BYTES = LARGE_TOKENS * 4096
@@ -58,12 +59,27 @@ class Agents:
                 os.kill(pid, signal.SIGCONT)
 
 
+def current_agent(node: NodeServer | RemotePool) -> int | None:
+    """The process of its agent, if it has one."""
+    assert node._nixl is not None
+    return node._nixl.agent_pid
+
+
 def agent_of(node: NodeServer | RemotePool) -> int:
     """The process of its agent."""
-    assert node._nixl is not None
-    pid = node._nixl.agent_pid
+    pid = current_agent(node)
     assert pid is not None
     return pid
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is no more, or a zombie with all its threads: it has no memory, lock or
+    descriptor then."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(os.listdir(f"/proc/{pid}/task")) == 1
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def processes_of(remote: RemotePool) -> list[AgentProcess]:
@@ -80,12 +96,16 @@ def wait_for_read(remote: RemotePool, count: int = 1) -> None:
     )
 
 
-def wait_for_rows(pool: BlockPool) -> None:
-    """Until something has come into the first allocation of a pool."""
-    first = pool.state.layout.fields[pool.config.fields[0].name]
-    memory = pool.state.segment.memory[first : first + 4096]
-    wait_until(lambda: any(memory), "the first rows are here", LONG)
-    memory.release()
+def wait_for_rows(pool: BlockPool, fetching: Fetching) -> None:
+    """Until something has come into a pool that was all zeros, or the fetch is over."""
+    layout, field = pool.state.layout, pool.config.fields[0]
+    first, size = layout.fields[field.name], pool.config.total_tokens * field.token_bytes
+    # One byte of each block: random ones, few of which are zero.
+    sample = pool.state.segment.memory[first : first + size : pool.config.block_size * 4096]
+    # With hardly a pause: the other rows follow at once.
+    while not any(sample) and not fetching.is_over:
+        time.sleep(0.0002)
+    sample.release()
 
 
 def assert_quarantine_ends(remote: RemotePool) -> None:
