@@ -4,7 +4,7 @@
     Setup{agent, name, regions}  ---->
               <----  Ready{metadata, addresses}     or Ended{0, problem}, and its end
     Begin{number, metadata, rows}  ---->            any number of them at a time
-              <----  Ended{number, problem}         no problem: all rows are here
+              <----  Ended{number, problem, was_begun}   no problem: all rows are here
 
 One datagram of a socket pair (SOCK_SEQPACKET) each, so that borders need no framing. When either
 end closes it, or dies, the other one ends.
@@ -64,10 +64,14 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A read is over. `problem` empty: all rows are here, and nothing more comes. Else something
-    may come until the agent process has ended. Number 0: there is no agent."""
+    may come until the agent process has ended. Number 0: there is no agent.
+
+    `was_begun` False: the agent did not even begin, as one whose connection was lost before.
+    """
 
     number: int
     problem: str
+    was_begun: bool = True
 
 
 _encoder = msgspec.msgpack.Encoder()

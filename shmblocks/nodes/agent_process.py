@@ -87,14 +87,18 @@ class RetiredError(Exception):
 
 
 class AgentRead:
-    """One read. `over` is set when it has ended, with `problem` empty when all rows are here."""
+    """One read. `over` is set when it has ended, with `problem` empty when all rows are here;
+    `released` when nothing comes into its blocks any more."""
 
     def __init__(self, lease: Lease, blocks: int) -> None:
         """Takes over a writer's lease on so many blocks: where the rows are to land."""
         # That has begun it.
         self.process: AgentProcess | None = None
         self.over = threading.Event()
+        self.released = threading.Event()
         self.problem = ""
+        # Whether the agent has begun to read, as far as is known.
+        self.was_begun = True
         # Whether it ended because its agent process did.
         self.lost_agent = False
         self.blocks = blocks
@@ -114,6 +118,7 @@ class AgentRead:
             self._lease.release()
         except ShmBlocksError as error:
             _log.warning("%s: %s (it ends with its pool)", self._lease, str(error))
+        self.released.set()
 
 
 class AgentProcess:
@@ -277,7 +282,7 @@ class AgentProcess:
         elif not answer.number:
             self.problem = answer.problem
         elif answer.problem:
-            self._fail(answer.number, answer.problem)
+            self._fail(answer)
         else:
             self._complete(answer.number)
         self._end_if_idle()
@@ -289,12 +294,13 @@ class AgentProcess:
             reading.release()
             reading.over.set()
 
-    def _fail(self, number: int, problem: str) -> None:
+    def _fail(self, answer: Ended) -> None:
         with self._lock:
-            reading = self._readings.get(number)
+            reading = self._readings.get(answer.number)
             if reading is None:
                 return
-            blocks = self._quarantine(reading, problem)
+            reading.was_begun = answer.was_begun
+            blocks = self._quarantine(reading, answer.problem)
         self._count(blocks)
         reading.over.set()
 
@@ -302,6 +308,7 @@ class AgentProcess:
         """Wait for the end of the process, and give back what was kept for it."""
         code = self._wait()
         ending = f"ended with code {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
+        ending = f"(pid {self.pid}) {ending}"
         with self._lock:
             self._is_over = True
             readings, self._readings = list(self._readings.values()), {}

@@ -147,7 +147,7 @@ class _Reads:
         try:
             self._going[begin.number] = self._agent.begin(begin.metadata, copies)
         except AgentError as error:
-            self._tell(begin.number, str(error))
+            _say(self._parent, Ended(begin.number, str(error), was_begun=False))
 
     def _ask(self, number: int) -> None:
         try:
@@ -157,9 +157,6 @@ class _Reads:
         except AgentError as error:
             problem = str(error)
         del self._going[number]
-        self._tell(number, problem)
-
-    def _tell(self, number: int, problem: str) -> None:
         _say(self._parent, Ended(number, problem))
 
 

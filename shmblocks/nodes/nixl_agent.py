@@ -86,7 +86,11 @@ class NixlAgent:
             self._agent.register_memory(regions, _MEMORY)
             self.metadata: bytes = self._agent.get_agent_metadata()
         except Exception as error:  # its errors have no base class of their own
-            raise AgentError(f"NIXL makes no agent: {_text(error)}") from error
+            chosen = [f"{name}={os.environ.get(name)}" for name in ("UCX_TLS", "UCX_NET_DEVICES")]
+            raise AgentError(
+                f"NIXL makes no agent: {_text(error)} ({', '.join(chosen)}; more is told with "
+                "UCX_LOG_LEVEL=info and NIXL_LOG_LEVEL=INFO)"
+            ) from error
         # Of the server that is read from: its metadata, and the name that NIXL knows it by.
         self._known = (b"", "")
         self._going = 0

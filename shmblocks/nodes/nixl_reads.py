@@ -146,8 +146,33 @@ class NixlReads:
         When it raises, the blocks are in quarantine, and may be freed as any.
         """
         rows = self._rows(granted, landing, first_token, num_tokens)
-        blocks = self._pool.config.blocks_for(landing.num_tokens)
+        # How often the server is told, in seconds.
         interval = min(max(granted.patience_ms / 1000 / _TOLD_PER_PATIENCE, LOOK), 60.0)
+        reading = self._try(attempt, stream, granted, landing, rows, interval)
+        if reading.problem and not reading.was_begun:
+            # The agent's connection was lost while nobody used it, which shows now. Another agent
+            # makes another one, as soon as nothing can come by this one any more.
+            _wait(reading.released, attempt, stream, interval)
+            reading = self._try(attempt, stream, granted, landing, rows, interval)
+        if reading.lost_agent:
+            raise PeerDiedError(
+                f"node {self._peer}: the NIXL agent of this process {reading.problem} while it "
+                "read: fetch again, another one is started"
+            )
+        if reading.problem:
+            raise ConnectionLostError(reading.problem)
+
+    def _try(
+        self,
+        attempt: Attempt,
+        stream: Stream,
+        granted: Granted,
+        landing: BlockHandle,
+        rows: list[Rows],
+        interval: float,
+    ) -> AgentRead:
+        """A read that is over, somehow."""
+        blocks = self._pool.config.blocks_for(landing.num_tokens)
         reading = AgentRead(self._pool.open_for_write(landing), blocks)
         try:
             while reading.process is None:
@@ -159,13 +184,7 @@ class NixlReads:
         except BaseException:
             reading.give_up()
             raise
-        if reading.lost_agent:
-            raise PeerDiedError(
-                f"node {self._peer}: the NIXL agent of this process (pid {reading.process.pid}) "
-                f"{reading.problem} while it read: fetch again, another one is started"
-            )
-        if reading.problem:
-            raise ConnectionLostError(reading.problem)
+        return reading
 
     def _rows(
         self, granted: Granted, landing: BlockHandle, first_token: int, num_tokens: int

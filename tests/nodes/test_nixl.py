@@ -488,7 +488,7 @@ def test_a_killed_agent_of_the_reader_is_told_and_another_one_is_started(
         os.kill(first, signal.SIGKILL)
         error = fetching.wait().error
         assert isinstance(error, PeerDiedError)
-        assert f"pid {first}) was killed by SIGKILL" in str(error)
+        assert f"(pid {first}) was killed by SIGKILL" in str(error)
         assert pair.remote.stats().quarantined == 0, "its death is the end of it"
         assert_nothing_held(pair.here)
         agents.go_on()
