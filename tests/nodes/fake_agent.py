@@ -6,6 +6,7 @@ What goes wrong stands in the folder that SHMBLOCKS_TEST_AGENT names:
 
     no-agent        there can be none
     hold-SIZE       reads of so many bytes stop after the first piece, until the file goes
+    refuse-SIZE     the next one is not begun; the file goes with that
     fail-SIZE       they fail after the first piece
     die-SIZE        the process is killed after the first piece
     hang            it does not let itself be closed
@@ -61,7 +62,11 @@ class FakeAgent:
 
     def begin(self, metadata: bytes, copies: Sequence[Copy]) -> object:
         parts = msgspec.msgpack.decode(metadata, type=list[Part])
-        return _Read(list(copies), parts, sum(copy.size for copy in copies))
+        size = sum(copy.size for copy in copies)
+        if self._is_told(f"refuse-{size}"):
+            Path(os.environ[FOLDER_VARIABLE], f"refuse-{size}").unlink()
+            raise AgentError("told to refuse")
+        return _Read(list(copies), parts, size)
 
     def is_done(self, read: object) -> bool:
         assert isinstance(read, _Read)

@@ -15,6 +15,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -397,6 +398,21 @@ def test_a_failed_read_is_an_error_of_the_node(fakes: Agents, rng: random.Random
         assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
 
 
+def test_an_agent_that_has_lost_its_connection_is_replaced_within_the_fetch(
+    fakes: Agents, rng: random.Random
+) -> None:
+    with two_nixl_nodes() as pair:
+        warm_up(pair, rng)
+        first = agent_of(pair.remote)
+        published = publish(pair.there, LARGE_TOKENS, rng)
+        fakes.tell(f"refuse-{TOTAL_BYTES}")
+        assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
+        assert has_ended(first), "before the other one read into the same blocks"
+        assert agent_of(pair.remote) != first
+        assert pair.remote.stats().failed == 0
+        assert_nothing_held(pair.there)
+
+
 def test_an_agent_that_does_not_let_itself_be_closed_is_killed(
     fakes: Agents, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,7 +548,7 @@ def test_a_server_that_dies_or_stands_still_costs_nothing_here(
     with two_pools(LARGE) as (here, there):
         arguments = (there.name, LONG, agents.is_fake)
         with spawn(nixl_in_processes.serve, *arguments) as serving:
-            address, source = serving.receive()  # type: ignore[misc]
+            address, source = cast("tuple[tuple[str, int], int]", serving.receive())
             with RemotePool(here, address, key=KEY, engine="nixl") as remote:
                 small = publish(there, 1, rng)
                 assert_arrived(here, remote.fetch(small.handle, timeout=LONG), small)
