@@ -13,7 +13,6 @@ import random
 import signal
 import ssl
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -31,7 +30,7 @@ from shmblocks.cli.main import main
 from shmblocks.metrics import read_metrics
 from shmblocks.nodes import Nodes, NodeServer, RemotePool, agent_process, nixl_agent
 from shmblocks.testing import assert_survives, remember
-from tests.nodes import fake_agent, nixl_in_processes
+from tests.nodes import nixl_in_processes
 from tests.nodes.kit import (
     BLOCK,
     BLOCKS,
@@ -74,38 +73,6 @@ ENTRY = b"the key of 16 B."
 SMALL_TOKENS = 128
 SMALL_BYTES = SMALL_TOKENS * 4096
 PATIENCE = 1.0
-
-
-@pytest.fixture(params=["fake", "nixl"])
-def agents(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Agents]:
-    """Both kinds, one after the other."""
-    yield from _agents(request.param == "fake", monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Agents]:
-    """For what only a fake one does on demand."""
-    yield from _agents(True, monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Agents]:
-    """For what a fake one would prove nothing about."""
-    yield from _agents(False, monkeypatch, tmp_path)
-
-
-def _agents(is_fake: bool, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Agents]:
-    if is_fake:
-        monkeypatch.setenv(fake_agent.FOLDER_VARIABLE, str(folder))
-        monkeypatch.setattr(nixl_agent, "CLASS", fake_agent.CLASS)
-        monkeypatch.setattr(nixl_agent, "is_installed", lambda: True)
-    elif not nixl_agent.is_installed():
-        pytest.skip("NIXL is not installed (pip install 'shmblocks[nixl]')")
-    agents = Agents(is_fake, folder)
-    yield agents
-    agents.go_on()
 
 
 def warm_up(pair: Pair, rng: random.Random) -> None:
