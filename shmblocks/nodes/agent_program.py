@@ -106,7 +106,9 @@ def _serve(parent: socket.socket) -> None:
         _say(parent, Ready(agent.metadata, tuple(address for address, _ in memory)))
         _Reads(parent, agent, memory[0][0]).run()
     finally:
+        # Whatever the parent has made of it.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.alarm(CLOSING_SECONDS)
         agent.close()
 

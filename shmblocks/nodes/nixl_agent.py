@@ -25,7 +25,7 @@ CLASS = f"{__name__}:NixlAgent"
 _MEMORY = "DRAM"
 # Microseconds that its thread sleeps when nothing happens; something wakes it at once. NIXL's
 # Python sets 0, with which it never sleeps: an idle agent took 21 to 47% of a core here, and a read
-# of 64 KB 3 ms instead of 0.5 (two agents on two busy cores). Smaller: more CPU for nothing. Larger:
+# of 64 KB 3 ms instead of 0.5 (two agents, two busy cores). Smaller: more CPU for nothing. Larger:
 # what shows only when it looks, such as a lost connection, shows later.
 THREAD_DELAY = 100_000
 
