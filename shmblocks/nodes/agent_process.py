@@ -42,6 +42,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from shmblocks.errors import ShmBlocksError
 from shmblocks.lease import Lease
 from shmblocks.nodes.agent_messages import (
@@ -214,7 +216,8 @@ class AgentProcess:
                 raise RetiredError
             number = next(self._numbers)
             self._readings[number] = reading
-            # Behind the other: interrupted between the two, the lease is nobody's to release.
+            # Behind the other: interrupted between the two, nothing was posted, and its owner
+            # releases it.
             reading.process = self
         # An agent process that has just died is told by the end of its socket.
         with contextlib.suppress(OSError):
@@ -250,7 +253,10 @@ class AgentProcess:
 
     def _end_if_idle(self) -> None:
         with self._lock:
-            goes_on = any(not each.is_quarantined for each in self._readings.values())
+            goes_on = any(
+                not each.is_quarantined and not each.released.is_set()
+                for each in self._readings.values()
+            )
             if self._is_over or not self._is_retired or goes_on:
                 return
         self._hang_up()
@@ -266,7 +272,11 @@ class AgentProcess:
         try:
             while data := self._receive():
                 self._hear(unpack_answer(data))
+        except msgspec.DecodeError as error:
+            # Whoever reaches the agent can write over it.
+            _log.warning("agent process %d says what none says: %s", self.pid, str(error))
         finally:
+            self._hang_up()
             self._bury()
 
     def _receive(self) -> bytes:

@@ -29,6 +29,7 @@ from shmblocks import (
 from shmblocks.cli.main import main
 from shmblocks.metrics import read_metrics
 from shmblocks.nodes import Nodes, NodeServer, RemotePool, agent_process, nixl_agent
+from shmblocks.nodes.agent_messages import unpack_answer
 from shmblocks.testing import assert_survives, remember
 from tests.nodes import nixl_in_processes
 from tests.nodes.kit import (
@@ -394,6 +395,26 @@ def test_an_agent_that_does_not_let_itself_be_closed_is_killed(
         assert_quarantine_ends(pair.remote)
         assert_nothing_held(pair.here)
         fakes.go_on()
+        assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
+
+
+def test_an_agent_that_says_what_none_says_is_ended(
+    fakes: Agents, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that a peer has written over."""
+    with two_nixl_nodes() as pair:
+        warm_up(pair, rng)
+        first = agent_of(pair.remote)
+        published = publish(pair.there, LARGE_TOKENS, rng)
+        fakes.hold(pair.server)
+        fetching = Fetching(pair.remote, published.handle)
+        wait_for_read(pair.remote)
+        with monkeypatch.context() as patched:
+            patched.setattr(agent_process, "unpack_answer", lambda _: unpack_answer(b"garbage"))
+            fakes.go_on()
+            assert isinstance(fetching.wait().error, PeerDiedError)
+        assert has_ended(first)
+        assert_nothing_held(pair.here)
         assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
 
 
