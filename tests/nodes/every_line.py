@@ -182,6 +182,8 @@ def kill_reader_with_an_agent(folder: str) -> Coverage:
     """`folder`: for fake agents, an empty one."""
     os.environ[FOLDER_VARIABLE] = folder
     use_fake_agents()
+    # Waiting is one step, however long an agent takes: the points are to be the same each time.
+    vars(nixl_reads)["LOOK"] = LONG
     scope = Scope([nixl_reads, agent_process], library=False)
     return kill_at_every_line(
         a_server_with_an_agent, fetch_by_agent, _judge_reader_with_an_agent, scope=scope
