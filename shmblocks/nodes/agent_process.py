@@ -198,8 +198,8 @@ class AgentProcess:
 
     @property
     def is_over(self) -> bool:
-        """Whether its process has ended and nothing is quarantined for it."""
-        return self._is_over
+        """Whether its process has ended, and all that was kept for it is given back."""
+        return self._thread is None or not self._thread.is_alive()
 
     @property
     def quarantined_blocks(self) -> int:
