@@ -35,12 +35,7 @@ from collections.abc import Iterator
 from shmblocks._state.counters import Counter
 from shmblocks._state.key_index import stored_key
 from shmblocks._state.layout import UNBOUNDED
-from shmblocks.errors import (
-    InvalidStateError,
-    KeyExistsError,
-    ShmBlocksError,
-    StaleHandleError,
-)
+from shmblocks.errors import InvalidStateError, KeyExistsError, ShmBlocksError, StaleHandleError
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease
 from shmblocks.nodes.address import Address, address_text, checked_address
@@ -434,12 +429,7 @@ class RemotePool:
             self._connections.drop(stream)
             raise
 
-    def _receive(
-        self,
-        attempt: Attempt,
-        landing: Lands,
-        part: Part,
-    ) -> Stream:
+    def _receive(self, attempt: Attempt, landing: Lands, part: Part) -> Stream:
         """Ask, and receive into the landing; the connection, which waits for `Done`."""
         stream = self._stream(attempt)
         try:
