@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -14,7 +15,17 @@ from shmblocks import BlockPool, PoolConfig
 from shmblocks.nodes import NodeServer, RemotePool, nixl_agent
 from shmblocks.nodes.agent_process import AgentProcess
 from tests.nodes import fake_agent
-from tests.nodes.kit import KEY, LARGE, LARGE_TOKENS, LONG, Fetching, Pair, two_pools
+from tests.nodes.kit import (
+    KEY,
+    LARGE,
+    LARGE_TOKENS,
+    LONG,
+    Fetching,
+    Pair,
+    assert_arrived,
+    publish,
+    two_pools,
+)
 from tests.support.children import wait_until
 
 TOTAL_BYTES = LARGE_TOKENS * 4096
@@ -141,3 +152,9 @@ def two_nixl_nodes(
         ) as remote,
     ):
         yield Pair(here, there, server, remote)
+
+
+def warm_up(pair: Pair, rng: random.Random) -> None:
+    """One fetch, so that the agents are there and know each other."""
+    published = publish(pair.there, 1, rng)
+    assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)

@@ -11,27 +11,20 @@ import contextlib
 import os
 import random
 import signal
-import ssl
-import sys
-from pathlib import Path
-from typing import cast
 
 import pytest
 
 from shmblocks import (
-    AuthenticationError,
     BlockPool,
-    IncompatibleConfigError,
     PeerDiedError,
     PoolClosedError,
     PoolTimeoutError,
 )
 from shmblocks.cli.main import main
 from shmblocks.metrics import read_metrics
-from shmblocks.nodes import Nodes, NodeServer, RemotePool, agent_process, nixl_agent
+from shmblocks.nodes import Nodes, RemotePool, agent_process
 from shmblocks.nodes.agent_messages import unpack_answer
-from shmblocks.testing import assert_survives, remember
-from tests.nodes import nixl_in_processes
+from shmblocks.testing import remember
 from tests.nodes.kit import (
     BLOCK,
     BLOCKS,
@@ -51,22 +44,20 @@ from tests.nodes.kit import (
     publish,
     publish_entry,
     read,
-    two_nodes,
-    two_pools,
 )
 from tests.nodes.nixl_kit import (
     TOTAL_BYTES,
     Agents,
     agent_of,
     assert_quarantine_ends,
-    current_agent,
     has_ended,
     processes_of,
     two_nixl_nodes,
     wait_for_read,
     wait_for_rows,
+    warm_up,
 )
-from tests.support.children import run_in_child, run_in_fork, run_program, spawn, wait_until
+from tests.support.children import wait_until
 from tests.support.naming import new_pool_name
 
 ENTRY = b"the key of 16 B."
@@ -74,12 +65,6 @@ ENTRY = b"the key of 16 B."
 SMALL_TOKENS = 128
 SMALL_BYTES = SMALL_TOKENS * 4096
 PATIENCE = 1.0
-
-
-def warm_up(pair: Pair, rng: random.Random) -> None:
-    """One fetch, so that the agents are there and know each other."""
-    published = publish(pair.there, 1, rng)
-    assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
 
 
 def assert_arrives_elsewhere(pair: Pair, published: Published) -> None:
@@ -474,338 +459,3 @@ def test_closing_in_the_middle_ends_the_agent_before_it_returns(
         assert_nothing_held(pair.here)
         agents.go_on()
         assert_fetchable(pair.there, published)
-
-
-# ---- deaths ------------------------------------------------------------------------------------
-
-
-def test_a_killed_agent_of_the_reader_is_told_and_another_one_is_started(
-    agents: Agents, rng: random.Random
-) -> None:
-    with two_nixl_nodes() as pair:
-        warm_up(pair, rng)
-        published = publish(pair.there, LARGE_TOKENS, rng)
-        agents.hold(pair.server)
-        first = agent_of(pair.remote)
-        fetching = Fetching(pair.remote, published.handle)
-        wait_for_read(pair.remote)
-        os.kill(first, signal.SIGKILL)
-        error = fetching.wait().error
-        assert isinstance(error, PeerDiedError)
-        assert f"(pid {first}) was killed by SIGKILL" in str(error)
-        assert pair.remote.stats().quarantined == 0, "its death is the end of it"
-        assert_nothing_held(pair.here)
-        agents.go_on()
-        assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
-        # Between two fetches as well.
-        second = agent_of(pair.remote)
-        os.kill(second, signal.SIGKILL)
-        wait_until(lambda: current_agent(pair.remote) != second, "its death is known", LONG)
-        warm_up(pair, rng)
-
-
-def test_a_killed_agent_of_the_server_is_told_and_another_one_is_started(
-    real: Agents, rng: random.Random
-) -> None:
-    with two_nixl_nodes() as pair:
-        warm_up(pair, rng)
-        published = publish(pair.there, LARGE_TOKENS, rng)
-        real.hold(pair.server)
-        fetching = Fetching(pair.remote, published.handle)
-        wait_for_read(pair.remote)
-        os.kill(agent_of(pair.server), signal.SIGKILL)
-        error = fetching.wait().error
-        assert isinstance(error, PeerDiedError)
-        assert "NIXL" in str(error)
-        assert_quarantine_ends(pair.remote)
-        assert_nothing_held(pair.here)
-        assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
-        # Between two fetches: the reader's agent still knows the dead one.
-        reader, source = agent_of(pair.remote), agent_of(pair.server)
-        os.kill(source, signal.SIGKILL)
-        wait_until(lambda: current_agent(pair.server) != source, "its death is known", LONG)
-        warm_up(pair, rng)
-        assert agent_of(pair.remote) == reader
-        assert_nothing_held(pair.there)
-
-
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_server_that_dies_or_stands_still_costs_nothing_here(
-    how: str, agents: Agents, rng: random.Random
-) -> None:
-    with two_pools(LARGE) as (here, there):
-        arguments = (there.name, LONG, agents.is_fake)
-        with spawn(nixl_in_processes.serve, *arguments) as serving:
-            address, source = cast("tuple[tuple[str, int], int]", serving.receive())
-            with RemotePool(here, address, key=KEY, engine="nixl") as remote:
-                small = publish(there, 1, rng)
-                assert_arrived(here, remote.fetch(small.handle, timeout=LONG), small)
-                published = publish(there, LARGE_TOKENS, rng, readers=2)
-                if agents.is_fake:
-                    agents.tell(f"hold-{TOTAL_BYTES}")
-                else:
-                    os.kill(source, signal.SIGSTOP)
-                fetching = Fetching(
-                    remote, published.handle, timeout=LONG if how == "killed" else 2
-                )
-                wait_for_read(remote)
-                if how == "killed":
-                    serving.kill()
-                    assert isinstance(fetching.wait().error, PeerDiedError)
-                else:
-                    serving.stop()
-                    assert isinstance(fetching.wait().error, PoolTimeoutError)
-                    serving.resume()
-                assert_quarantine_ends(remote)
-                assert_nothing_held(here)
-                # The agent of a dead server ends with it; one that is stopped, when it goes on.
-                os.kill(source, signal.SIGCONT)
-            if how == "stopped":
-                wait_until(lambda: not holds_leases(there), "it has given up", LONG)
-                serving.say("end")
-        there.reap()
-        assert read(there, published.handle) == published.content
-        wait_until(lambda: has_ended(source), "its agent has ended", LONG)
-        there.drop_all()
-        for info in there.allocations():
-            there.free(there.handle_at(info.start_block))
-
-
-def test_blocks_of_a_killed_reader_are_nobodys_until_its_agent_has_ended(
-    agents: Agents, rng: random.Random
-) -> None:
-    with two_nixl_nodes() as pair:
-        small, published = publish(pair.there, 1, rng), publish(pair.there, LARGE_TOKENS, rng)
-        if agents.is_fake:
-            agents.hold(pair.server)
-        arguments = (
-            pair.here.name,
-            pair.server.address,
-            (small.handle, published.handle),
-            LONG,
-            agents.is_fake,
-        )
-        with spawn(nixl_in_processes.fetch, *arguments) as reader:
-            agent = reader.receive()
-            assert isinstance(agent, int)
-            wait_until(lambda: holds_leases(pair.there), "it fetches", LONG)
-            wait_until(lambda: len(pair.here.allocations()) == 1, "it has blocks", LONG)
-            # It does not hear of the death: as an agent that a busy machine does not let run.
-            os.kill(agent, signal.SIGSTOP)
-            reader.kill()
-        wait_until(lambda: pair.server.stats().given_back == 1, "the server has noticed", LONG)
-        pair.here.reap()
-        assert len(pair.here.allocations()) == 1, "something may still come into it"
-        os.kill(agent, signal.SIGCONT)
-        wait_until(lambda: has_ended(agent), "it has heard of it", LONG)
-        assert_survives(pair.here)
-        assert_nothing_held(pair.here)
-        agents.go_on()
-        assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
-
-
-def test_a_stopped_reader_loses_its_lease_and_publishes_nothing(
-    agents: Agents, rng: random.Random
-) -> None:
-    with two_nixl_nodes(patience=PATIENCE) as pair:
-        small, published = publish(pair.there, 1, rng), publish(pair.there, LARGE_TOKENS, rng)
-        agents_of_the_reader = (
-            pair.here.name,
-            pair.server.address,
-            (small.handle, published.handle),
-            LONG,
-            agents.is_fake,
-        )
-        if agents.is_fake:
-            agents.hold(pair.server)
-        with spawn(nixl_in_processes.fetch, *agents_of_the_reader) as reader:
-            reader.receive()
-            wait_until(lambda: holds_leases(pair.there), "it fetches", LONG)
-            reader.stop()
-            wait_until(lambda: pair.server.stats().given_back == 1, "it had enough", LONG)
-            agents.go_on()
-            reader.resume()
-            reader.hear("PeerDiedError")
-        assert_nothing_held(pair.here)
-        assert_fetchable(pair.there, published)
-
-
-# ---- who may, and with what --------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("agents")
-def test_without_the_key_nobody_learns_where_the_agent_is(rng: random.Random) -> None:
-    with two_nixl_nodes(config()) as pair:
-        published = publish(pair.there, 9, rng)
-        other = b"another secret of 16 bytes or more"
-        with (
-            RemotePool(pair.here, pair.server.address, key=other, engine="nixl") as remote,
-            pytest.raises(AuthenticationError),
-        ):
-            remote.fetch(published.handle, timeout=LONG)
-        assert processes_of(remote) == [], "no agent is started before"
-        assert_nothing_held(pair.here)
-        assert_fetchable(pair.there, published)
-
-
-@pytest.mark.usefixtures("fakes")
-def test_a_server_that_does_not_offer_it_says_so(rng: random.Random) -> None:
-    with two_nodes() as pair:
-        published = publish(pair.there, 9, rng)
-        with (
-            RemotePool(pair.here, pair.server.address, key=KEY, engine="nixl") as remote,
-            pytest.raises(IncompatibleConfigError, match=r"nixl=True"),
-        ):
-            remote.fetch(published.handle, timeout=LONG)
-        assert_nothing_held(pair.here)
-        # And one that offers it serves streams as before.
-        with (
-            NodeServer(pair.there, ("127.0.0.1", 0), key=KEY, nixl=True) as server,
-            RemotePool(pair.here, server.address, key=KEY) as remote,
-        ):
-            assert_arrived(pair.here, remote.fetch(published.handle, timeout=LONG), published)
-            assert_nothing_held(pair.there)
-
-
-def test_without_nixl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nixl_agent, "PACKAGES", ("no_such_package_of_nixl",))
-    with two_pools() as (here, there):
-        with pytest.raises(ImportError, match=r"pip install 'shmblocks\[nixl\]'"):
-            RemotePool(here, ("127.0.0.1", 1), engine="nixl")
-        with pytest.raises(ImportError, match=r"pip install 'shmblocks\[nixl\]'"):
-            NodeServer(there, ("127.0.0.1", 0), nixl=True)
-
-
-@pytest.mark.usefixtures("fakes")
-def test_what_it_cannot_keep_is_refused() -> None:
-    with two_pools() as (here, there):
-        with pytest.raises(ValueError, match="expected one of tcp, nixl"):
-            RemotePool(here, ("127.0.0.1", 1), engine="rdma")
-        with pytest.raises(ValueError, match="rows would cross as they are"):
-            RemotePool(
-                here, ("127.0.0.1", 1), engine="nixl", tls=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            )
-        with pytest.raises(ValueError, match="rows would cross as they are"):
-            NodeServer(
-                there, ("127.0.0.1", 0), nixl=True, tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            )
-    with two_pools(config(fields=())) as (here, _), pytest.raises(ValueError, match="no rows"):
-        RemotePool(here, ("127.0.0.1", 1), engine="nixl")
-
-
-def test_an_agent_that_does_not_start_is_told(fakes: Agents, rng: random.Random) -> None:
-    with two_nixl_nodes(config()) as pair:
-        published = publish(pair.there, 9, rng)
-        fakes.tell("no-agent")
-        with pytest.raises(PeerDiedError, match="does not start: told to be none"):
-            pair.remote.fetch(published.handle, timeout=LONG)
-        with pytest.raises(PeerDiedError, match="told to be none"):
-            NodeServer(pair.there, ("127.0.0.1", 0), key=KEY, nixl=True)
-        fakes.untell("no-agent")
-        assert_nothing_held(pair.here)
-        assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
-
-
-@pytest.mark.usefixtures("agents")
-def test_agents_hold_the_fields_and_nothing_else() -> None:
-    with two_nixl_nodes(config()) as pair:
-        warm_up(pair, random.Random(1))
-        for node, pool, access in (
-            (pair.server, pair.there, "r--s"),
-            (pair.remote, pair.here, "rw-s"),
-        ):
-            pid = agent_of(node)
-            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-            (mapped,) = (line.split() for line in maps if "/dev/shm" in line)
-            first = min(pool.state.layout.fields.values())
-            inode = os.stat(f"/dev/shm{pool.name}").st_ino
-            assert (mapped[1], int(mapped[2], 16), int(mapped[4])) == (access, first, inode)
-            links = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
-            assert not [link for link in links if "/dev/shm" in link]
-            limits = Path(f"/proc/{pid}/limits").read_text()
-            assert "Max core file size        0" in limits
-            assert os.getsid(pid) == pid
-
-
-@pytest.mark.usefixtures("real")
-def test_a_peer_that_writes_kills_the_agent_of_the_server_and_changes_nothing(
-    rng: random.Random,
-) -> None:
-    """NIXL checks neither the right nor the place; the kernel does."""
-    with two_nixl_nodes(config()) as pair:
-        published = publish(pair.there, 9, rng)
-        source = agent_of(pair.server)
-        arguments = (pair.server.address, published.handle)
-        assert run_in_child(nixl_in_processes.write_over, *arguments) == "nixlRemoteDisconnectError"
-        wait_until(lambda: current_agent(pair.server) != source, "it is dead", LONG)
-        assert_arrived(pair.here, pair.remote.fetch(published.handle, timeout=LONG), published)
-        assert_nothing_held(pair.there)
-
-
-# ---- processes ---------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("agents")
-def test_a_forked_child_has_agents_of_its_own(rng: random.Random) -> None:
-    with two_nixl_nodes(config()) as pair:
-        warm_up(pair, rng)
-        parents = agent_of(pair.remote)
-        second, third = publish(pair.there, 9, rng), publish(pair.there, 9, rng)
-
-        def fetch() -> tuple[bool, int]:
-            assert current_agent(pair.server) is None
-            with pair.remote as remote:
-                assert_arrived(pair.here, remote.fetch(second.handle, timeout=LONG), second)
-                pid = agent_of(remote)
-            pair.server.close()
-            return has_ended(pid), pid
-
-        is_over, childs = run_in_fork(fetch)
-        assert is_over
-        assert childs != parents
-        assert_arrived(pair.here, pair.remote.fetch(third.handle, timeout=LONG), third)
-        assert agent_of(pair.remote) == parents
-        assert_nothing_held(pair.here)
-        assert_nothing_held(pair.there)
-
-
-ENDS = """
-import os, sys
-from shmblocks import BlockPool, Field, PoolConfig
-from shmblocks.nodes import NodeServer, RemotePool
-if {is_fake}:
-    from tests.nodes.nixl_kit import use_fake_agents
-    use_fake_agents()
-config = PoolConfig(total_tokens=64, fields=(Field("x", (), "int32"),), block_size=4)
-here = BlockPool.create(sys.argv[1] + "-here", config, prefault="off")
-there = BlockPool.create(sys.argv[1] + "-there", config, prefault="off")
-server = NodeServer(there, ("127.0.0.1", 0), nixl=True)
-remote = RemotePool(here, server.address, engine="nixl")
-with there.reserve(9) as r:
-    handle = r.publish()
-print(remote.fetch(handle).num_tokens, not any("nixl_cu" in name for name in sys.modules))
-print(server._nixl.agent_pid, remote._nixl.agent_pid)
-{end}
-"""
-
-
-@pytest.mark.parametrize("end", ["", "sys.exit(0)", "del server, remote", "os._exit(0)"])
-def test_a_process_that_ends_without_closing_anything_leaves_no_agent(
-    pool_name: str, end: str, agents: Agents
-) -> None:
-    program = ENDS.format(end=end and f"sys.stdout.flush()\n{end}", is_fake=agents.is_fake)
-    ended = run_program([sys.executable, "-W", "error", "-c", program, pool_name])
-    told, *pids = ended.stdout.replace("\n", " ").split(" True ")
-    assert told == "9"
-    assert ended.stderr == ""
-    for pid in pids[0].split():
-        wait_until(lambda pid=pid: has_ended(pid), "it has ended", LONG)  # type: ignore[misc]
-    left = [name for name in os.listdir("/dev/shm") if pool_name in name]
-    assert not left or end == "os._exit(0)"
-    for name in left:
-        os.unlink(f"/dev/shm/{name}")
-
-
-def test_nothing_of_nixl_is_imported_unless_it_is_asked_for() -> None:
-    program = "import sys, shmblocks.nodes; print([n for n in sys.modules if n.startswith('nixl')])"
-    assert run_program([sys.executable, "-c", program]).stdout.strip() == "[]"
