@@ -135,6 +135,10 @@ _COUNTERS = {
     "shmblocks_node_fetches_total": ("node_fetches", "Fetches from other nodes that succeeded."),
     "shmblocks_node_received_bytes_total": ("node_received_bytes", "Size of what was fetched."),
     "shmblocks_node_failures_total": ("node_failures", "Fetches from other nodes that failed."),
+    "shmblocks_node_quarantined_blocks_total": (
+        "node_quarantined",
+        "Blocks kept apart after a fetch that failed, since bytes could still come (NIXL).",
+    ),
 }
 _HISTOGRAMS = {
     "shmblocks_alloc_wait_seconds": (

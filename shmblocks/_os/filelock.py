@@ -39,6 +39,9 @@ PLACE_BYTE = 64
 PLACE_BYTES = 65536 - PLACE_BYTE
 # Held by those who use a GPU, on the description that they have mapped; see participants.py.
 GPU_BYTE = 65536
+# Held, each with the others, by processes that write into blocks for a participant, on descriptions
+# that they have mapped; see participants.py.
+WRITER_BYTE = 2 * GPU_BYTE
 
 # Operations of flock, for the mutex's hot path.
 ENTER = fcntl.LOCK_EX | fcntl.LOCK_NB
@@ -91,6 +94,10 @@ class FileLocks:
         answer = fcntl.fcntl(self.file.fileno(), fcntl.F_OFD_GETLK, request)
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
+    def open_again(self, mode: str = "r+b") -> io.FileIO:
+        """A new description of the file, with none of the locks; the caller closes it."""
+        return _open_again(self.file.fileno(), mode)
+
     def reopen_after_fork(self) -> None:
         """In a forked child: open a description of our own, and close the parent's."""
         parents = self.file
@@ -105,14 +112,14 @@ class FileLocks:
         self.file.close()
 
 
-def _open_again(fd: int) -> io.FileIO:
+def _open_again(fd: int, mode: str = "r+b") -> io.FileIO:
     """A new open file description of the file behind `fd`.
 
     A file object, since it closes and forgets its descriptor in one step that no interrupt can
     split, and closes when it is lost. By /proc, which reaches the inode whatever has become of its
     name.
     """
-    return io.FileIO(f"/proc/self/fd/{fd}", "r+b")
+    return io.FileIO(f"/proc/self/fd/{fd}", mode)
 
 
 def try_set(fd: int, request: bytes) -> bool:
@@ -129,6 +136,11 @@ def try_set(fd: int, request: bytes) -> bool:
 def lock_byte(fd: int, byte: int) -> bool:
     """Lock a byte through this descriptor's description; False when another one holds it."""
     return try_set(fd, _request(fcntl.F_WRLCK, byte, 1))
+
+
+def share_byte(fd: int, byte: int) -> bool:
+    """Lock a byte for reading, which others may do too; False when somebody has it to himself."""
+    return try_set(fd, _request(fcntl.F_RDLCK, byte, 1))
 
 
 def unlock_byte(fd: int, byte: int) -> None:

@@ -47,6 +47,7 @@ class Counter:
     NODE_FETCHES: Final = 37
     NODE_RECEIVED_BYTES: Final = 38
     NODE_FAILURES: Final = 39
+    NODE_QUARANTINED: Final = 40
 
 
 class Histogram:
@@ -124,6 +125,7 @@ def counter_values(region: bytes) -> CounterValues:
         node_fetches=words[Counter.NODE_FETCHES],
         node_received_bytes=words[Counter.NODE_RECEIVED_BYTES],
         node_failures=words[Counter.NODE_FAILURES],
+        node_quarantined=words[Counter.NODE_QUARANTINED],
         alloc_wait=_histogram(words, Histogram.ALLOC_WAIT),
         publish_to_open=_histogram(words, Histogram.PUBLISH_TO_OPEN),
         lock_held=_histogram(words, Histogram.LOCK_HELD),

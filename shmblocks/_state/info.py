@@ -136,7 +136,8 @@ class CounterValues(msgspec.Struct, frozen=True, kw_only=True):
     Between nodes, of the servers of this pool: `node_reads` that readers have confirmed, their
     `node_sent_bytes`; `node_given_back`: begun, and left to be fetched again; `node_refusals`:
     questions answered with an error; `node_turned_away`: connections without the key, or too many.
-    Of those who fetch into this pool: `node_fetches`, `node_received_bytes`, `node_failures`.
+    Of those who fetch into this pool: `node_fetches`, `node_received_bytes`, `node_failures`;
+    `node_quarantined`: blocks that were kept apart since bytes could still come into them.
 
     Histograms: `alloc_wait` from the call to the blocks, of those that had to wait;
     `publish_to_open` for each lease; `lock_held` of one in 64 sections under the pool's lock.
@@ -168,6 +169,7 @@ class CounterValues(msgspec.Struct, frozen=True, kw_only=True):
     node_fetches: int
     node_received_bytes: int
     node_failures: int
+    node_quarantined: int
     alloc_wait: HistogramValues
     publish_to_open: HistogramValues
     lock_held: HistogramValues

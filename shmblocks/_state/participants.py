@@ -32,11 +32,18 @@ byte changed after 0 to 5 ms, the first lock fell after 41 to 65 ms, the second 
 A forked child has its parent's mapping, and with it the parent's description: if it lives on, its
 dead parent's blocks stay apart for as long. Nothing else waits for them.
 
+A *writer* is a process that writes into blocks for a participant, and is none itself (the agent of
+`shmblocks.nodes` with NIXL, which ends when it hears of its owner's death, and no sooner). It holds
+the byte WRITER_BYTE + slot, through a description that its owner has opened and locked for it and
+that it has mapped: until the kernel has taken that mapping away, its owner is dead and not gone.
+Several writers of one participant share the byte.
+
 What it does not do: give back what the dead held (`reclaim.py`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -46,8 +53,10 @@ from shmblocks._os.filelock import (
     GPU_BYTE,
     PLACE_BYTE,
     PLACE_BYTES,
+    WRITER_BYTE,
     FileLocks,
     lock_byte,
+    share_byte,
     unlock_byte,
 )
 from shmblocks._os.process import is_exiting, pid_namespace, start_ticks
@@ -186,12 +195,35 @@ class Participants:
         return who.incarnation != 0 and self._byte_is_held(who.slot)
 
     def is_gone(self, who: ParticipantId) -> bool:
-        """Whether it is dead and, if it used a GPU, its last copy is provably over."""
+        """Whether it is dead, if it used a GPU its last copy is provably over, and nobody writes
+        into blocks for it any more."""
         if self.is_alive(who):
             return False
         if not self.is_recorded(who):
             return True  # its slot was emptied, which comes after all this
-        return not self._locks.is_locked_by_others(GPU_BYTE + who.slot)
+        return not (
+            self._locks.is_locked_by_others(GPU_BYTE + who.slot) or self._has_writer(who.slot)
+        )
+
+    def open_for_writer(self) -> io.FileIO:
+        """Under the lock: a description of the segment for a process that writes for this one.
+
+        While it is open or mapped anywhere, what we hold goes to nobody else.
+        """
+        me = self.me
+        if me is None:
+            raise InvalidStateError("only a participant has writers")
+        file = self._locks.open_again()
+        # Nobody takes this byte for himself, so that it is never refused.
+        share_byte(file.fileno(), WRITER_BYTE + me.slot)
+        return file
+
+    def have_writer(self) -> bool:
+        """Whether some process still writes for this one."""
+        return self.me is not None and self._has_writer(self.me.slot)
+
+    def _has_writer(self, slot: int) -> bool:
+        return self._locks.is_locked_by_others(WRITER_BYTE + slot)
 
     def becomes_gpu_user(self, mapped_fd: int) -> None:
         """Under the lock: hold the second byte, and say so.

@@ -87,6 +87,6 @@ class PeerState:
         self._count(Counter.NODE_RECEIVED_BYTES, num_bytes)
 
     @transaction
-    def count(self, counter: int) -> None:
+    def count(self, counter: int, count: int = 1) -> None:
         """Count something else."""
-        self._count(counter)
+        self._count(counter, count)

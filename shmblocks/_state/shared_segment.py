@@ -30,6 +30,7 @@ so that nobody joins a segment that is being replaced or removed, and nobody rem
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import os
 import time
@@ -256,6 +257,12 @@ class SharedSegment:
         return self.participants.infos()
 
     @transaction
+    def open_for_writer(self) -> io.FileIO:
+        """A description of the segment for a process that writes into blocks for this one: until
+        its last copy and mapping are gone, nobody else gets what this process holds."""
+        return self.participants.open_for_writer()
+
+    @transaction
     def is_alive(self, who: ParticipantId) -> bool:
         """Whether that process is attached and lives."""
         return self.participants.is_alive(who)
@@ -306,8 +313,10 @@ class SharedSegment:
         """
         me = self.participants.me
         if me is not None:
-            self._give_back(me)
-            self.participants.clear(me.slot)
+            if not self.participants.have_writer():
+                self._give_back(me)
+                self.participants.clear(me.slot)
+            # Else others give it back, as a dead one's, as soon as nobody writes for us any more.
             self._was_last = not self.participants.others_stay()
             if self._was_last:
                 self.segment.words[H_REMOVED] = 1

@@ -71,9 +71,10 @@ def _serve(arguments: Namespace) -> Answer:
                     tls=_tls(arguments),
                     patience=arguments.patience,
                     max_connections=arguments.max_connections,
+                    nixl=arguments.nixl,
                 )
             )
-        except ValueError as error:
+        except (ImportError, ValueError) as error:
             raise UsageError(f"serve: {error}") from None
         _say(server)
         signal.sigwait(_ENDINGS)
@@ -146,6 +147,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="for one megabyte, after which a reader's connection is lost (3)",
     )
     add("--max-connections", metavar="N", type=int, default=64, help="of readers, at once (64)")
+    add("--nixl", action="store_true", help="also let agents of NIXL read (experimental)")
 
 
 def _address(text: str) -> tuple[str, int]:

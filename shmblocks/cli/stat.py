@@ -19,7 +19,7 @@ from shmblocks._state.info import (
     WaiterInfo,
 )
 from shmblocks._state.layout import UNBOUNDED
-from shmblocks._words import bytes_text
+from shmblocks._words import bytes_text, count_text
 from shmblocks.cli.commands import Answer, Command, add_name
 from shmblocks.cli.render import (
     Document,
@@ -183,6 +183,8 @@ def _nodes(counted: CounterValues) -> list[tuple[str, Line]]:
             f"{counted.node_fetches} fetches, {bytes_text(counted.node_received_bytes)}; "
             f"{counted.node_failures} failed"
         )
+        if counted.node_quarantined:
+            fetched += f", {count_text(counted.node_quarantined, 'block')} quarantined"
         rows.append(("from other nodes", line(fetched)))
     return rows
 

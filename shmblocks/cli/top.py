@@ -211,7 +211,7 @@ def _nodes(stats: PoolStats, before: CounterValues | None, seconds: float) -> st
     return (
         f"nodes: {count_text(stats.node_peers, 'peer')}, {bytes_text(sent)}{per} out, "
         f"{bytes_text(received)}{per} in, {now.node_refusals} refused, {now.node_given_back} given "
-        f"back, {now.node_failures} failed"
+        f"back, {now.node_failures} failed, {now.node_quarantined} blocks quarantined"
     )
 
 

@@ -10,7 +10,8 @@ with NodeServer(pool_a, ("10.0.0.1", 7400), key=key): ...          # on node 1
 with RemotePool(pool_b, ("10.0.0.1", 7400), key=key) as node1:     # on node 2
     local = node1.fetch(handle, readers=m)
 
-Sockets of the standard library and threads; no dependency. `docs/nodes.md` says what to expect when
+Sockets of the standard library and threads; no dependency. With `engine="nixl"` an agent of NIXL
+reads the rows, in a process of its own (experimental). `docs/nodes.md` says what to expect when
 something dies.
 """
 

@@ -13,18 +13,27 @@ from __future__ import annotations
 
 import itertools
 import logging
-from typing import NamedTuple
+import operator
+from typing import NamedTuple, Protocol
 
-from shmblocks.errors import ForeignHandleError, IncompatibleConfigError, ShmBlocksError
+from shmblocks.errors import (
+    ForeignHandleError,
+    IncompatibleConfigError,
+    InvalidStateError,
+    ShmBlocksError,
+)
 from shmblocks.handle import BlockHandle
 from shmblocks.nodes.attempt import Attempt
 from shmblocks.nodes.messages import (
     Absent,
+    Commit,
     Done,
     Fetch,
     Find,
     Found,
+    Granted,
     Ping,
+    Read,
     Refused,
     Sent,
     ServedPool,
@@ -33,6 +42,7 @@ from shmblocks.nodes.messages import (
     error_of,
     layout_of,
 )
+from shmblocks.nodes.nixl_reads import NixlReads
 from shmblocks.nodes.rows import AUX, Checksum, HasMemory, rows_of, sliced
 from shmblocks.nodes.stream import ConnectionLostError, Stream
 from shmblocks.pool import BlockPool
@@ -50,11 +60,22 @@ class Part(NamedTuple):
     offset: int
 
 
+class Lands(HasMemory, Protocol):
+    """Blocks in host memory, to be written: a reservation, or a writer's lease on one."""
+
+    @property
+    def handle(self) -> BlockHandle: ...
+
+
 class Conversation:
     """The questions of one reader to one node; borrows the reader's pool."""
 
-    def __init__(self, pool: BlockPool, peer: str, checksum: bool) -> None:
-        """`peer` names the node in messages; `checksum`: compare that of all rows."""
+    def __init__(
+        self, pool: BlockPool, peer: str, checksum: bool, nixl: NixlReads | None = None
+    ) -> None:
+        """`peer` names the node in messages; `checksum`: compare that of all rows; `nixl`: rows
+        come by it, and not over the connection; borrowed."""
+        self._nixl = nixl
         self._pool = pool
         self._peer = peer
         self._checksum = checksum
@@ -140,23 +161,20 @@ class Conversation:
         self,
         attempt: Attempt,
         stream: Stream,
-        landing: HasMemory,
+        landing: Lands,
         part: Part,
     ) -> ShmBlocksError | None:
         """Everything up to `Sent`; the error of a refusal, after which the connection is fine."""
-        deadline, checked, handle = attempt.deadline, self._checksum, part.handle
-        encoded = handle.encode()
-        rid = attempt.rid = next(self._rids)
+        attempt.rid = next(self._rids)
+        if self._nixl is not None:
+            return self._read(attempt, stream, landing, part, self._nixl)
+        deadline, checked, rid = attempt.deadline, self._checksum, attempt.rid
+        encoded = part.handle.encode()
         attempt.waits_for = "an answer"
         stream.send(Fetch(rid, encoded, part.first_token, part.num_tokens, checked), deadline)
         taken = stream.receive(deadline, Taken, Refused)
-        _require_answer(rid, taken.rid)
-        if isinstance(taken, Refused):
-            return error_of(taken, f"{handle}: node {self._peer}")
-        if taken.num_tokens != handle.num_tokens:
-            raise ConnectionLostError(
-                f"it has {taken.num_tokens} tokens under a handle of {handle.num_tokens}"
-            )
+        if (refusal := self._refusal(attempt, part, taken)) or isinstance(taken, Refused):
+            return refusal
         attempt.waits_for = "its rows"
         checksum = Checksum(encoded, part.first_token, part.num_tokens, taken.aux)
         for rows in rows_of(self._pool.config, landing, part.offset, part.num_tokens):
@@ -164,12 +182,52 @@ class Conversation:
                 stream.receive_into(some, deadline)
                 if checked:
                     checksum.add(some)
-        sent = stream.receive(deadline, Sent)
-        _require_answer(rid, sent.rid)
-        if checked and sent.checksum != checksum.value:
-            raise ConnectionLostError("the rows were changed on their way (their checksum says so)")
+        self._receive_sent(attempt, stream, checksum)
         landing.memory(AUX)[:] = taken.aux
         return None
+
+    def _read(
+        self, attempt: Attempt, stream: Stream, landing: Lands, part: Part, nixl: NixlReads
+    ) -> ShmBlocksError | None:
+        """The same with an agent that reads the rows (`nixl_reads.py`)."""
+        nixl.prepare(attempt, stream)
+        encoded = part.handle.encode()
+        attempt.waits_for = "an answer"
+        question = Read(attempt.rid, encoded, part.first_token, part.num_tokens)
+        stream.send(question, attempt.deadline)
+        granted = stream.receive(attempt.deadline, Granted, Refused)
+        if (refusal := self._refusal(attempt, part, granted)) or isinstance(granted, Refused):
+            return refusal
+        nixl.read(attempt, stream, granted, landing.handle, part.offset, part.num_tokens)
+        attempt.waits_for = "word that its lease was still open"
+        stream.send(Commit(attempt.rid, self._checksum), attempt.deadline)
+        checksum = Checksum(encoded, part.first_token, part.num_tokens, granted.aux)
+        if self._checksum:
+            for rows in rows_of(self._pool.config, landing, part.offset, part.num_tokens):
+                checksum.add(rows)
+        self._receive_sent(attempt, stream, checksum)
+        landing.memory(AUX)[:] = granted.aux
+        return None
+
+    def _refusal(
+        self, attempt: Attempt, part: Part, answer: Taken | Granted | Refused
+    ) -> ShmBlocksError | None:
+        """The error of a refusal; None: it has what was asked for."""
+        _require_answer(attempt.rid, answer.rid)
+        if isinstance(answer, Refused):
+            return error_of(answer, f"{part.handle}: node {self._peer}")
+        if answer.num_tokens != part.handle.num_tokens:
+            raise ConnectionLostError(
+                f"it has {answer.num_tokens} tokens under a handle of {part.handle.num_tokens}"
+            )
+        return None
+
+    def _receive_sent(self, attempt: Attempt, stream: Stream, checksum: Checksum) -> None:
+        """The server's word that all of it was whole."""
+        sent = stream.receive(attempt.deadline, Sent)
+        _require_answer(attempt.rid, sent.rid)
+        if self._checksum and sent.checksum != checksum.value:
+            raise ConnectionLostError("the rows were changed on their way (their checksum says so)")
 
     def done(self, attempt: Attempt, stream: Stream, keep_claim: bool) -> None:
         """Everything is here."""
@@ -179,3 +237,25 @@ class Conversation:
 def _require_answer(asked: int, answered: int) -> None:
     if answered != asked:
         raise ConnectionLostError("it answered something that was not asked")
+
+
+def require_foreign(handle: BlockHandle, pool: BlockPool) -> None:
+    """Raises unless it is a handle that can be fetched into that pool."""
+    if not isinstance(handle, BlockHandle):
+        raise TypeError(f"handle: expected BlockHandle, got {type(handle).__name__}")
+    if handle.is_fake:
+        raise InvalidStateError(f"{handle}: a fake handle names no blocks to fetch")
+    if handle.pool_id == pool.pool_id:
+        raise ForeignHandleError(
+            f"{handle}: it is of this node's own pool {pool.name}: open it there"
+        )
+
+
+def require_part(what: str, first: int, count: int, handle: BlockHandle) -> None:
+    """Raises ValueError unless these tokens are a part of the handle's."""
+    first, count = operator.index(first), operator.index(count)
+    if first < 0 or count < 1 or first + count > handle.num_tokens:
+        raise ValueError(
+            f"{what}: expected a part of the {handle.num_tokens} tokens of {handle}, got {count} "
+            f"tokens from token {first} on"
+        )

@@ -49,6 +49,8 @@ class RemotePoolStats(msgspec.Struct, frozen=True, kw_only=True):
     in_flight        fetches that have a connection, or wait for blocks with one reserved for them
     idle             open connections that wait for the next fetch
     received_bytes   rows, of fetches that succeeded
+    quarantined      blocks here that wait for the end of a NIXL agent, since something may still
+                     come into them though their fetches failed
     """
 
     address: str
@@ -57,3 +59,4 @@ class RemotePoolStats(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int
     idle: int
     received_bytes: int
+    quarantined: int

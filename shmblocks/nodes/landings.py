@@ -50,6 +50,11 @@ class GpuLanding:
         """Of the CUDA pool."""
         return self._gpu.handle
 
+    @property
+    def host(self) -> Reservation:
+        """Where the rows land first; it ends with this."""
+        return self._host
+
     def memory(self, name: str) -> memoryview:
         """The rows in host memory: what a socket can write."""
         return self._host.memory(name)
@@ -79,6 +84,11 @@ class GpuLanding:
             self._gpu.free()
 
 
+def landed(landing: Landing) -> Landing | Reservation:
+    """The blocks that rows are received into: in host memory."""
+    return landing.host if isinstance(landing, GpuLanding) else landing
+
+
 class Landings:
     """Reserves where rows are to land."""
 
@@ -99,6 +109,11 @@ class Landings:
             require_host_pool(host).pin()
         self._pool = pool
         self._host = host if pool.config.is_on_gpu else None
+
+    @property
+    def host_pool(self) -> BlockPool:
+        """The pool that rows are received into."""
+        return self._pool if self._host is None else self._host
 
     @property
     def is_on_gpu(self) -> bool:

@@ -24,6 +24,17 @@ class Closes(Protocol):
     def close(self) -> None: ...
 
 
+class AllOf:
+    """Closes one after the other; borrows them."""
+
+    def __init__(self, *each: Closes | None) -> None:
+        self._each = [closes for closes in each if closes is not None]
+
+    def close(self) -> None:
+        for closes in self._each:
+            closes.close()
+
+
 def close_at_exit(owner: object, closes: Closes) -> weakref.finalize[..., object]:
     """Close it when `owner` is collected or the process ends; `detach()` takes that back."""
     if "multiprocessing.util" in sys.modules:

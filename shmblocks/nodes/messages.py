@@ -14,6 +14,14 @@
     Ping{rid}  ---->
               <----  Ping{rid}
 
+With NIXL the rows take another way, and the server says afterwards whether they count:
+
+    Read{rid, handle, first, num}  ---->
+              <----  Granted{rid, num_tokens, aux, patience_ms, metadata, addresses}
+    StillReading{rid}  ---->                    again and again, while the reader's agent reads
+    Commit{rid, checked}  ---->
+              <----  Sent{rid, checksum}        then Done, as above
+
 A frame is four bytes (little-endian length) and one MessagePack array of at most 4,096 bytes. Raw
 rows have no frame: the reader knows from its own config and from what it asked for how many bytes
 come, and takes no length from the wire.
@@ -33,6 +41,7 @@ from shmblocks.config import Field, PoolConfig
 from shmblocks.errors import (
     AuthenticationError,
     ForeignHandleError,
+    IncompatibleConfigError,
     InvalidStateError,
     MalformedHandleError,
     MalformedMessageError,
@@ -55,6 +64,11 @@ MAC_BYTES = 32
 DIGEST_BYTES = 32
 AUX_BYTES = 64
 KEY_LENGTHS = (16, 32)
+# Of a NIXL agent: where it can be reached and what it has registered. Its devices decide, and 300
+# bytes are usual for one. Smaller: servers with many devices cannot offer NIXL.
+MAX_METADATA_BYTES = 2500
+# As many as a pool can have.
+MAX_FIELDS = 64
 # Letters of a pool's description in a Welcome; the digest decides, this is for the error's text.
 DESCRIPTION_LETTERS = 160
 
@@ -67,6 +81,7 @@ _ERRORS: dict[str, type[ShmBlocksError]] = {
     for error in (
         AuthenticationError,
         ForeignHandleError,
+        IncompatibleConfigError,
         InvalidStateError,
         MalformedHandleError,
         PoolTimeoutError,
@@ -180,6 +195,44 @@ class Taken(Message, frozen=True):
     aux: AuxBytes
 
 
+class Read(Message, frozen=True):
+    """Reader: let my NIXL agent read `num_tokens` tokens of the handle, from `first_token` on."""
+
+    rid: UInt64
+    handle: HandleBytes
+    first_token: Tokens
+    num_tokens: SomeTokens
+
+
+class Granted(Message, frozen=True):
+    """Server: I hold a lease on it, and my agent lets yours read.
+
+    `addresses`: where the rows of each field begin, in the memory of my agent. `patience_ms`: I
+    give the lease back when I hear nothing for so long.
+    """
+
+    rid: UInt64
+    num_tokens: SomeTokens
+    aux: AuxBytes
+    patience_ms: UInt64
+    metadata: Annotated[bytes, msgspec.Meta(max_length=MAX_METADATA_BYTES)]
+    addresses: Annotated[tuple[UInt64, ...], msgspec.Meta(max_length=MAX_FIELDS)]
+
+
+class StillReading(Message, frozen=True):
+    """Reader: my agent still reads. Nothing is answered."""
+
+    rid: UInt64
+
+
+class Commit(Message, frozen=True):
+    """Reader: my agent has read all of it. Was your lease open until now? `checked`: and what is
+    the checksum?"""
+
+    rid: UInt64
+    checked: bool
+
+
 class Sent(Message, frozen=True):
     """Server: those were the rows, and my lease was open until the last byte had left.
 
@@ -206,7 +259,22 @@ class Refused(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello | Prove | Welcome | Ping | Find | Found | Absent | Fetch | Taken | Sent | Done | Refused
+    Hello
+    | Prove
+    | Welcome
+    | Ping
+    | Find
+    | Found
+    | Absent
+    | Fetch
+    | Taken
+    | Read
+    | Granted
+    | StillReading
+    | Commit
+    | Sent
+    | Done
+    | Refused
 )
 
 _encoder = msgspec.msgpack.Encoder()

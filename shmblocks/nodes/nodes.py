@@ -90,6 +90,7 @@ class Nodes:
         patience: float = 3.0,
         checksum: bool = False,
         host: BlockPool | None = None,
+        engine: str = "tcp",
     ) -> None:
         """Connects to nobody yet; the arguments are those of `RemotePool`, `connections` per node.
 
@@ -107,6 +108,7 @@ class Nodes:
                 patience=patience,
                 checksum=checksum,
                 host=host,
+                engine=engine,
             )
             for address in dict.fromkeys(map(checked_address, addresses))
         )

@@ -35,28 +35,20 @@ from collections.abc import Iterator
 from shmblocks._state.counters import Counter
 from shmblocks._state.key_index import stored_key
 from shmblocks._state.layout import UNBOUNDED
-from shmblocks.errors import (
-    ForeignHandleError,
-    InvalidStateError,
-    KeyExistsError,
-    ShmBlocksError,
-    StaleHandleError,
-)
+from shmblocks.errors import InvalidStateError, KeyExistsError, ShmBlocksError, StaleHandleError
 from shmblocks.handle import BlockHandle
 from shmblocks.lease import Lease
 from shmblocks.nodes.address import Address, address_text, checked_address
 from shmblocks.nodes.attempt import Attempt, in_thread
 from shmblocks.nodes.connections import Connections
-from shmblocks.nodes.conversation import Conversation, Part
+from shmblocks.nodes.conversation import Conversation, Lands, Part, require_foreign, require_part
 from shmblocks.nodes.dialing import Dialer
 from shmblocks.nodes.handshake import checked_key
 from shmblocks.nodes.info import RemotePoolStats
-from shmblocks.nodes.landings import Landing, Landings
-from shmblocks.nodes.leaving import close_at_exit
-from shmblocks.nodes.messages import (
-    ServedPool,
-)
-from shmblocks.nodes.rows import HasMemory
+from shmblocks.nodes.landings import Landing, Landings, landed
+from shmblocks.nodes.leaving import AllOf, close_at_exit
+from shmblocks.nodes.messages import ServedPool
+from shmblocks.nodes.nixl_reads import NixlReads, is_nixl
 from shmblocks.nodes.stream import (
     ConnectionLostError,
     DeadlinePassedError,
@@ -92,6 +84,7 @@ class RemotePool:
         patience: float = 3.0,
         checksum: bool = False,
         host: BlockPool | None = None,
+        engine: str = "tcp",
     ) -> None:
         """Connects at the first fetch.
 
@@ -105,6 +98,11 @@ class RemotePool:
                      costs both nodes more than the transfer does
         host         for a pool on a GPU: a pool in host memory with the same fields (a spill pool).
                      Rows land there, and go on to the GPU on torch's current stream; this pins it
+        engine       how rows come: "tcp", over the connection; or "nixl", read by an agent of NIXL
+                     in a process of its own (experimental; `shmblocks[nixl]`, and a server with
+                     `nixl=True`)
+
+        Raises ValueError, `ImportError` (NIXL is not installed).
         """
         self._pool = pool
         self._landings = Landings(pool, host)
@@ -115,12 +113,16 @@ class RemotePool:
         patience = checked_patience(patience)
         self._connections = Connections(connections, f"RemotePool of node {self._peer}")
         self._dialer = Dialer(self._address, checked_key(key), tls, patience, self._connections)
-        self._conversation = Conversation(pool, self._peer, checksum)
+        self._nixl = None
+        if is_nixl(engine, tls):
+            self._nixl = NixlReads(self._landings.host_pool, self._peer, patience)
+        self._conversation = Conversation(pool, self._peer, checksum, self._nixl)
         self._fetched = 0
         self._failed = 0
         self._received_bytes = 0
         self._failed_at = -math.inf
-        self._finalizer = close_at_exit(self, self._connections)
+        self._ends = AllOf(self._connections, self._nixl)
+        self._finalizer = close_at_exit(self, self._ends)
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class RemotePool:
 
     def close(self) -> None:
         """End all connections; fetches of other threads raise. Idempotent."""
-        self._connections.close()
+        self._ends.close()
         self._finalizer.detach()
 
     def __enter__(self) -> RemotePool:
@@ -163,6 +165,7 @@ class RemotePool:
             in_flight=self._connections.in_use,
             idle=self._connections.idle,
             received_bytes=self._received_bytes,
+            quarantined=0 if self._nixl is None else self._nixl.quarantined_blocks,
         )
 
     # ---- fetching ----------------------------------------------------------------------------
@@ -191,7 +194,7 @@ class RemotePool:
             attempt.waits_for = f"blocks in pool {self._pool.name}"
             whole = Part(handle, 0, handle.num_tokens, 0)
             with self._landings.reserve(handle.num_tokens, req_id, attempt.seconds_left) as landing:
-                stream = self._receive(attempt, landing, whole)
+                stream = self._receive(attempt, landed(landing), whole)
                 return self._publish(attempt, stream, landing, readers)
 
     async def fetch_async(
@@ -217,7 +220,7 @@ class RemotePool:
                 )
                 with landing:
                     stream = await in_thread(
-                        lambda: self._receive(attempt, landing, whole),
+                        lambda: self._receive(attempt, landed(landing), whole),
                         attempt.cancel,
                         self._connections.drop,
                     )
@@ -249,8 +252,8 @@ class RemotePool:
         """
         attempt = self._attempt(handle, timeout)
         count = handle.num_tokens - first_token if num_tokens is None else num_tokens
-        _require_part("first_token, num_tokens", first_token, count, handle)
-        _require_part("offset, num_tokens", offset, count, landing)
+        require_part("first_token, num_tokens", first_token, count, handle)
+        require_part("offset, num_tokens", offset, count, landing)
         if self._landings.is_on_gpu:
             raise ValueError(
                 f"landing: expected a reservation in host memory, {self._pool.name} lies on "
@@ -343,7 +346,9 @@ class RemotePool:
             return None
         with landing:
             try:
-                stream = self._receive(attempt, landing, Part(handle, 0, handle.num_tokens, 0))
+                stream = self._receive(
+                    attempt, landed(landing), Part(handle, 0, handle.num_tokens, 0)
+                )
             except (StaleHandleError, InvalidStateError):
                 return None  # evicted, or dropped, since it was found
             return self._enter(attempt, stream, landing, key)
@@ -389,14 +394,7 @@ class RemotePool:
     # ---- the parts of a fetch ----------------------------------------------------------------
 
     def _attempt(self, handle: BlockHandle, timeout: float | None) -> Attempt:
-        if not isinstance(handle, BlockHandle):
-            raise TypeError(f"handle: expected BlockHandle, got {type(handle).__name__}")
-        if handle.is_fake:
-            raise InvalidStateError(f"{handle}: a fake handle names no blocks to fetch")
-        if handle.pool_id == self._pool.pool_id:
-            raise ForeignHandleError(
-                f"{handle}: it is of this node's own pool {self._pool.name}: open it there"
-            )
+        require_foreign(handle, self._pool)
         return Attempt(self, str(handle), timeout)
 
     @contextlib.contextmanager
@@ -431,12 +429,7 @@ class RemotePool:
             self._connections.drop(stream)
             raise
 
-    def _receive(
-        self,
-        attempt: Attempt,
-        landing: HasMemory,
-        part: Part,
-    ) -> Stream:
+    def _receive(self, attempt: Attempt, landing: Lands, part: Part) -> Stream:
         """Ask, and receive into the landing; the connection, which waits for `Done`."""
         stream = self._stream(attempt)
         try:
@@ -498,15 +491,6 @@ class RemotePool:
     def seconds_since_failure(self) -> float:
         """Since the node last failed, as opposed to what it was asked for; infinite: it has not."""
         return time.monotonic() - self._failed_at
-
-
-def _require_part(what: str, first: int, count: int, handle: BlockHandle) -> None:
-    first, count = operator.index(first), operator.index(count)
-    if first < 0 or count < 1 or first + count > handle.num_tokens:
-        raise ValueError(
-            f"{what}: expected a part of the {handle.num_tokens} tokens of {handle}, got {count} "
-            f"tokens from token {first} on"
-        )
 
 
 def _release(lease: Lease | None) -> None:

@@ -23,12 +23,14 @@ from shmblocks.errors import (
     ShmBlocksError,
 )
 from shmblocks.nodes.address import Address, Endpoint, address_text, checked_address, resolve
+from shmblocks.nodes.devices import device_of
 from shmblocks.nodes.handshake import checked_key
 from shmblocks.nodes.info import NodeServerStats
 from shmblocks.nodes.leaving import close_at_exit
 from shmblocks.nodes.messages import (
     MAX_POOLS,
 )
+from shmblocks.nodes.nixl_offer import NixlOffer
 from shmblocks.nodes.rows import require_host_pool
 from shmblocks.nodes.service import Service
 from shmblocks.nodes.stream import (
@@ -63,6 +65,7 @@ class NodeServer:
         tls: ssl.SSLContext | None = None,
         patience: float = 3.0,
         max_connections: int = 64,
+        nixl: bool = False,
     ) -> None:
         """Listens when this returns.
 
@@ -72,6 +75,12 @@ class NodeServer:
         tls              a server's context; None: rows cross as they are
         patience         seconds for one megabyte, after which a reader's connection is lost
         max_connections  readers' connections at once; more are told to come back later
+        nixl             also let readers with `engine="nixl"` read (experimental; `docs/nodes.md`).
+                         It opens a second port, of a process that has the pools' fields mapped: who
+                         reaches that port reads all of them, with no key
+
+        Raises OSError (the address), ValueError, `ImportError` (no NIXL here), `PeerDiedError` (its
+        agent does not start).
         """
         listed = [pools] if isinstance(pools, BlockPool) else list(pools)
         if not 1 <= len(listed) <= MAX_POOLS:
@@ -82,8 +91,18 @@ class NodeServer:
         for pool in listed:
             require_host_pool(pool)
         key = checked_key(key)
-        self._service = Service(listed, key, tls, patience, max_connections)
-        self._listener = _Listener(_endpoint(checked_address(address), key), self._service)
+        if nixl and tls is not None:
+            raise ValueError("nixl: rows would cross as they are; leave out `tls`, or NIXL")
+        endpoint = _endpoint(checked_address(address), key)
+        device = device_of(str(endpoint.address[0]))
+        self._nixl = NixlOffer(listed, device, patience) if nixl else None
+        self._service = Service(listed, key, tls, patience, max_connections, self._nixl)
+        try:
+            self._listener = _Listener(endpoint, self._service, self._nixl)
+        except BaseException:
+            if self._nixl is not None:
+                self._nixl.close()
+            raise
         self._finalizer = close_at_exit(self, self._listener)
 
     @property
@@ -130,10 +149,12 @@ def _endpoint(address: Address, key: bytes | None) -> Endpoint:
 
 
 class _Listener:
-    """Owns the listening socket and the threads."""
+    """Owns the listening socket and the threads, and the agent process of NIXL."""
 
-    def __init__(self, endpoint: Endpoint, service: Service) -> None:
+    def __init__(self, endpoint: Endpoint, service: Service, nixl: NixlOffer | None) -> None:
+        """Closes `nixl` at its end."""
         self._service = service
+        self._nixl = nixl
         self._socket = socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -200,6 +221,8 @@ class _Listener:
         for thread in list(self._threads):
             # A thread that waits for a pool's lock comes back when that gives up.
             thread.join()
+        if self._nixl is not None:
+            self._nixl.close()
         self._socket.close()
 
     def forget_parent(self) -> None:

@@ -5,6 +5,13 @@
      Taken, rows, Sent  ---->               2  send() copies out of the pool under the lease
      <---- Done                             3  lease.release()
 
+     Read{handle}  ---->                    1  as above; the reader's NIXL agent reads by itself
+     Granted
+     <---- StillReading ...
+     <---- Commit
+     Sent                                   2  only if the lease is still open
+     <---- Done                             3
+
 Contract
 - What is sent was read under an open lease: `Sent` follows the last byte only if the lease was
   still open then. A reader publishes nothing without it.
@@ -12,7 +19,8 @@ Contract
   (the connection is cut, the reader stands still, this server is closed) gives it back as if it had
   never been: the reader is still to come, here or from elsewhere.
 - A reader that takes less than a megabyte in `patience` seconds, or says nothing for so long after
-  everything was acknowledged, has lost its connection.
+  everything was acknowledged, or while its agent reads, has lost its connection. Its agent may read
+  on then, of blocks that are others': nothing of it is published, since nobody says `Sent`.
 
 What it does not do: look at the bytes, keep anything after the lease, or have a thread or a socket
 of its own.
@@ -33,6 +41,7 @@ from shmblocks._state.peers import NO_ROW
 from shmblocks.errors import (
     AuthenticationError,
     ForeignHandleError,
+    IncompatibleConfigError,
     MalformedHandleError,
     ShmBlocksError,
 )
@@ -43,18 +52,22 @@ from shmblocks.nodes.info import NodeServerStats, PeerInfo
 from shmblocks.nodes.messages import (
     BUSY,
     Absent,
+    Commit,
     Done,
     Fetch,
     Find,
     Found,
     Ping,
+    Read,
     Refused,
     Sent,
+    StillReading,
     Taken,
     refusal,
     refused,
     served,
 )
+from shmblocks.nodes.nixl_offer import NixlOffer
 from shmblocks.nodes.rows import AUX, Checksum, rows_of, sliced
 from shmblocks.nodes.stream import ConnectionLostError, DeadlinePassedError, Stream, secured
 from shmblocks.pool import BlockPool
@@ -94,7 +107,9 @@ class Service:
         tls: ssl.SSLContext | None,
         patience: float,
         max_connections: int,
+        nixl: NixlOffer | None = None,
     ) -> None:
+        """`nixl`: what agents of readers read from; borrowed."""
         self._pools = {pool.pool_id: pool for pool in pools}
         self._served = tuple(served(pool.config, pool.pool_id, pool.name) for pool in pools)
         self._by_layout: dict[bytes, list[BlockPool]] = {}
@@ -104,6 +119,7 @@ class Service:
         self._tls = tls
         self.patience = patience
         self._max_connections = max_connections
+        self._nixl = nixl
         self._lock = threading.Lock()
         self._peers: set[_Peer] = set()
         self.is_closed = False
@@ -222,8 +238,8 @@ class Service:
 
     def _answer_all(self, peer: _Peer) -> None:
         while True:
-            question = peer.stream.receive(None, Fetch, Find, Ping)
-            if isinstance(question, Fetch):
+            question = peer.stream.receive(None, Fetch, Read, Find, Ping)
+            if isinstance(question, Fetch | Read):
                 self._answer(peer, question)
             elif isinstance(question, Find):
                 peer.stream.send(self._find(question), deadline_of(self.patience))
@@ -247,8 +263,10 @@ class Service:
 
     # ---- one fetch ---------------------------------------------------------------------------
 
-    def _answer(self, peer: _Peer, fetch: Fetch) -> None:
+    def _answer(self, peer: _Peer, fetch: Fetch | Read) -> None:
         try:
+            if isinstance(fetch, Read):
+                self._require_nixl()
             lease, pool = self._open(fetch)
         except ShmBlocksError as error:
             with self._lock:
@@ -258,7 +276,10 @@ class Service:
             return
         try:
             peer.is_sending = True
-            self._send(peer, fetch, pool, lease)
+            if isinstance(fetch, Read):
+                self._let_read(peer, fetch, pool, lease)
+            else:
+                self._send(peer, fetch, pool, lease)
             done = self._receive_done(peer.stream)
             if done.rid != fetch.rid:
                 raise ConnectionLostError("it has done what it did not ask for")
@@ -278,7 +299,7 @@ class Service:
             row = peer.rows.get(pool.pool_id, NO_ROW)
             pool.peer_state.served(row, fetch.num_tokens * pool.config.token_bytes)
 
-    def _open(self, fetch: Fetch) -> tuple[Lease, BlockPool]:
+    def _open(self, fetch: Fetch | Read) -> tuple[Lease, BlockPool]:
         """A lease for the reader. Everything in `fetch` is somebody else's word."""
         handle = BlockHandle.decode(fetch.handle)
         pool = self._pools.get(handle.pool_id)
@@ -301,15 +322,56 @@ class Service:
                 if fetch.checked:
                     checksum.add(part)
                 stream.send_bytes(part, patience)
-            peer.sent_bytes += len(rows)
-            with self._lock:
-                self._sent_bytes += len(rows)
-        if lease.is_released:
-            # The pool was closed under our hands, by another thread or at the end of the process:
-            # some of what was sent may be of others.
-            raise ConnectionLostError("the pool was closed on this node")
+            self._count_sent(peer, len(rows))
+        _require_open(lease)
         sent = Sent(fetch.rid, checksum.value if fetch.checked else 0)
         stream.send(sent, deadline_of(patience))
+
+    def _count_sent(self, peer: _Peer, size: int) -> None:
+        peer.sent_bytes += size
+        with self._lock:
+            self._sent_bytes += size
+
+    # ---- one fetch with NIXL -----------------------------------------------------------------
+
+    def _require_nixl(self) -> NixlOffer:
+        if self._nixl is None:
+            raise IncompatibleConfigError(
+                "this server does not offer NIXL: make it NodeServer(..., nixl=True) (`shmblocks "
+                "serve --nixl`), or fetch without engine='nixl'"
+            )
+        return self._nixl
+
+    def _let_read(self, peer: _Peer, read: Read, pool: BlockPool, lease: Lease) -> None:
+        """Everything up to `Sent`. Where the lease goes meanwhile, what was read does not count."""
+        stream = peer.stream
+        try:
+            granted = self._require_nixl().grant(read, pool, lease)
+        except ShmBlocksError as error:
+            # Seen from there, the death of a peer; and this connection has no next message.
+            stream.send(refusal(read.rid, error), deadline_of(self.patience))
+            raise ConnectionLostError(str(error)) from error
+        stream.send(granted, deadline_of(self.patience))
+        commit = self._receive_commit(stream, read.rid)
+        value = 0
+        if commit.checked:
+            encoded = lease.handle.encode()
+            checksum = Checksum(encoded, read.first_token, read.num_tokens, granted.aux)
+            for rows in rows_of(pool.config, lease, read.first_token, read.num_tokens):
+                checksum.add(rows)
+            value = checksum.value
+        self._count_sent(peer, read.num_tokens * pool.config.token_bytes)
+        _require_open(lease)
+        stream.send(Sent(read.rid, value), deadline_of(self.patience))
+
+    def _receive_commit(self, stream: Stream, rid: int) -> Commit:
+        """What ends a read; its reader says that it goes on, more often than `patience` seconds."""
+        while True:
+            said = stream.receive(deadline_of(self.patience), Commit, StillReading)
+            if said.rid != rid:
+                raise ConnectionLostError("it speaks of what it did not ask for")
+            if isinstance(said, Commit):
+                return said
 
     def _receive_done(self, stream: Stream) -> Done:
         """`patience` begins anew while the other node's kernel still takes bytes."""
@@ -351,3 +413,10 @@ class Service:
         self._lock = threading.Lock()
         self._peers = set()
         self.is_closed = True
+
+
+def _require_open(lease: Lease) -> None:
+    if lease.is_released:
+        # The pool was closed under our hands, by another thread or at the end of the process: some
+        # of what went away may be of others.
+        raise ConnectionLostError("the pool was closed on this node")

@@ -54,6 +54,7 @@ _ABORTED = "ended by this process"
 M = TypeVar("M", bound=Message)
 N = TypeVar("N", bound=Message)
 K = TypeVar("K", bound=Message)
+L = TypeVar("L", bound=Message)
 T = TypeVar("T")
 
 
@@ -113,6 +114,17 @@ class Stream:
     def receive(
         self, deadline: float | None, expected: type[M], other: type[N], third: type[K], /
     ) -> M | N | K: ...
+
+    @overload
+    def receive(
+        self,
+        deadline: float | None,
+        expected: type[M],
+        other: type[N],
+        third: type[K],
+        fourth: type[L],
+        /,
+    ) -> M | N | K | L: ...
 
     def receive(self, deadline: float | None, *expected: type[Message]) -> Message:
         """The next message, which must be one of the expected."""
@@ -206,6 +218,12 @@ class Stream:
     def is_quiet(self) -> bool:
         """Whether it is open and nothing has come: what an idle connection must be."""
         return self._socket.fileno() >= 0 and not _poll(self._socket, select.POLLIN, 0.0)
+
+    @property
+    def local_host(self) -> str:
+        """The address of this end, of the node's interface that leads to the other one."""
+        host: str = self._socket.getsockname()[0]
+        return host
 
     @property
     def unacknowledged_bytes(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shmblocks._os.filelock import FileLocks
+from shmblocks._os.filelock import FileLocks, share_byte
 from tests.support.children import Channel, fork, run_in_fork
 
 
@@ -71,6 +71,21 @@ def test_who_is_inside_and_which_bytes_are_locked_are_two_things(fd: int) -> Non
     assert second.try_enter()
     first.close()
     second.close()
+
+
+def test_a_shared_byte_is_held_until_its_last_description_is_closed(fd: int) -> None:
+    locks = FileLocks(fd)
+    first, second = locks.open_again(), locks.open_again("rb")
+    assert share_byte(first.fileno(), 7)
+    assert share_byte(second.fileno(), 7)
+    assert not locks.try_lock(7)
+    first.close()
+    assert locks.is_locked_by_others(7)
+    second.close()
+    assert locks.try_lock(7)
+    with locks.open_again() as third:
+        assert not share_byte(third.fileno(), 7)
+    locks.close()
 
 
 def test_closing_is_idempotent_and_says_so_with_its_descriptor(fd: int) -> None:

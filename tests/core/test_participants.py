@@ -386,3 +386,63 @@ def test_killed_between_locking_its_slot_and_writing_its_record_nobody_was_there
         assert other.participant is not None
         assert other.participant.slot == 1
         require_right(pool)
+
+
+# --- processes that write for others -----------------------------------------------------------
+
+
+def test_what_a_dead_process_held_waits_for_those_who_write_for_it(pool: BlockPool) -> None:
+    with fork(_hold_with_a_writer, pool.name) as holder:
+        writer = holder.receive()
+        assert isinstance(writer, int)
+        holder.kill()
+    dead = next(each for each in pool.participants() if not each.is_self)
+    assert not dead.is_alive
+    for _ in range(2):
+        pool.reap()
+        assert len(pool.allocations()) == 1
+    os.kill(writer, signal.SIGKILL)
+    wait_until(lambda: pool.reap().participants == 1, "nobody writes any more")
+    assert pool.allocations() == []
+    require_right(pool)
+
+
+def _hold_with_a_writer(channel: Channel, name: str) -> None:
+    """Reserve, and start a process that maps what `open_for_writer` gave, and has nothing else."""
+    pool = pools.attach(name)
+    pools.take(pool, 3)
+    file = pool.state.open_for_writer()
+    program = (
+        "import mmap, os, signal, sys; fd = int(sys.argv[1]); mapping = mmap.mmap(fd, 4096); "
+        "os.close(fd); print(flush=True); signal.pause()"
+    )
+    with file:
+        command = [sys.executable, "-c", program, str(file.fileno())]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[file.fileno()])
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    channel.say(writer.pid)
+    channel.receive()
+
+
+def test_leaving_gives_nothing_back_while_somebody_writes_for_the_leaver(pool: BlockPool) -> None:
+    other = pools.attach(pool.name)
+    pools.take(other, 3)
+    first, second = other.state.open_for_writer(), other.state.open_for_writer()
+    first.close()
+    other.close()
+    pool.reap()
+    assert len(pool.allocations()) == 1
+    second.close()
+    assert pool.reap().participants == 1
+    assert pool.allocations() == []
+    require_right(pool)
+
+
+def test_a_living_process_is_not_changed_by_those_who_write_for_it(pool: BlockPool) -> None:
+    handle = pools.take(pool, 3)
+    with pool.state.open_for_writer():
+        assert all(each.is_alive for each in pool.participants())
+        pool.free(handle)
+        assert pool.allocations() == []
+    require_right(pool)

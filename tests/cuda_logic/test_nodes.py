@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import pytest
 
 from shmblocks import UNBOUNDED, BlockHandle, BlockPool
-from shmblocks.nodes import NodeServer, RemotePool
+from shmblocks.nodes import NodeServer, RemotePool, nixl_agent
 from tests.core.conftest import require_right
 from tests.cuda_logic.fakes import STREAM, FakeGpu
+from tests.nodes import fake_agent
 from tests.nodes.kit import KEY, LONG, Content, fill, holds_leases
 from tests.support.children import wait_until
 
@@ -63,6 +65,23 @@ def read(pools: Pools, handle: BlockHandle) -> Content:
         found["aux"] = bytes(lease.memory("aux"))
     pools.gpu.run(STREAM)
     return found
+
+
+def test_rows_that_an_agent_reads_land_in_the_host_pool_too(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(fake_agent.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(nixl_agent, "CLASS", fake_agent.CLASS)
+    monkeypatch.setattr(nixl_agent, "is_installed", lambda: True)
+    with (
+        NodeServer(pools.there, ("127.0.0.1", 0), key=KEY, nixl=True) as server,
+        RemotePool(pools.cuda, server.address, key=KEY, host=pools.host, engine="nixl") as remote,
+    ):
+        handle, content = publish(pools.there, 9)
+        local = remote.fetch(handle, timeout=LONG)
+        pools.gpu.run(STREAM)
+        assert read(pools, local) == content
+        wait_until(lambda: not holds_leases(pools.there), "it is confirmed", LONG)
 
 
 def test_rows_come_to_the_gpu_and_the_host_blocks_come_back_behind_the_copies(

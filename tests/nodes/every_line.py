@@ -7,16 +7,18 @@ the lines of `shmblocks.nodes`: the pool's operations between them are killed by
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 from collections.abc import Callable, Iterator
 
 import shmblocks.nodes
 from shmblocks import BlockHandle, BlockPool, PeerDiedError, State
-from shmblocks.nodes import Nodes, NodeServer, RemotePool
+from shmblocks.nodes import Nodes, NodeServer, RemotePool, agent_process, nixl_reads
 from shmblocks.nodes.service import Service
 from shmblocks.nodes.stream import plain_stream
 from shmblocks.testing import Coverage, Point, Scope, assert_survives, kill_at_every_line
+from tests.nodes.fake_agent import FOLDER_VARIABLE
 from tests.nodes.kit import (
     KEY,
     LONG,
@@ -28,6 +30,7 @@ from tests.nodes.kit import (
     publish_entry,
     read,
 )
+from tests.nodes.nixl_kit import use_fake_agents
 from tests.support.children import wait_until
 from tests.support.naming import new_pool_name
 
@@ -150,6 +153,52 @@ def _judge_reader(scene: Scene, _: Point) -> None:
     # A landing dies with its process, after the server was told; else nothing is lost.
     assert arrived or left or server.stats().fetched == 1
     assert scene.here.available_blocks() == scene.here.config.total_blocks
+
+
+# ---- the reader dies, whose agent reads ---------------------------------------------------------
+
+
+@contextlib.contextmanager
+def a_server_with_an_agent() -> Iterator[Scene]:
+    """The survivor serves, by a fake agent."""
+    with (
+        two_survivors() as scene,
+        NodeServer(scene.there, ("127.0.0.1", 0), key=KEY, nixl=True) as server,
+    ):
+        scene.server = server
+        yield scene
+
+
+def fetch_by_agent(scene: Scene) -> Call:
+    """Starts an agent, which reads; the connection is there."""
+    assert scene.server is not None
+    pool = BlockPool.attach(scene.here.name, role="victim", prefault="off")
+    remote = RemotePool(pool, scene.server.address, key=KEY, engine="nixl")
+    remote.ping(LONG)
+    return lambda: remote.fetch(scene.published.handle, timeout=LONG)
+
+
+def kill_reader_with_an_agent(folder: str) -> Coverage:
+    """`folder`: for fake agents, an empty one."""
+    os.environ[FOLDER_VARIABLE] = folder
+    use_fake_agents()
+    # Waiting is one step, however long an agent takes: the points are to be the same each time.
+    vars(nixl_reads)["LOOK"] = LONG
+    scope = Scope([nixl_reads, agent_process], library=False)
+    return kill_at_every_line(
+        a_server_with_an_agent, fetch_by_agent, _judge_reader_with_an_agent, scope=scope
+    )
+
+
+def _judge_reader_with_an_agent(scene: Scene, point: Point) -> None:
+    """As any; what the dead one held comes back when its agent has heard of it."""
+
+    def nobody_is_dead() -> bool:
+        scene.here.reap()
+        return all(each.is_alive for each in scene.here.participants())
+
+    wait_until(nobody_is_dead, "the agent of the dead has ended", LONG)
+    _judge_reader(scene, point)
 
 
 # ---- the reader dies, by key -------------------------------------------------------------------

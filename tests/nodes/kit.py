@@ -188,6 +188,10 @@ class Fetching:
             # Its type and text: its frames would keep the pool's mapping.
             self.error = type(error)(str(error))
 
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
     def wait(self) -> Fetching:
         self._thread.join()
         return self

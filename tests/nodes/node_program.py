@@ -1,6 +1,6 @@
 """What runs in a node of the namespace tests: does what it is told, line by line, in JSON.
 
-["create", patience]                  a pool and a server; answers the pool's name
+["create", patience, engine]          a pool and a server; answers the pool's name
 ["publish", num_tokens]               answers [handle in hex, sha256 of the rows]
 ["fetch", address, handle, timeout]   answers ["ok", sha256] or [error's class, text, seconds]
 ["fill"], ["unchanged"]               fill all blocks with a pattern; whether it is still there
@@ -29,11 +29,14 @@ PATTERN = b"\xa5"
 class Node:
     """The pool, the server and the readers of this process."""
 
-    def __init__(self, patience: float, stack: contextlib.ExitStack) -> None:
+    def __init__(self, patience: float, engine: str, stack: contextlib.ExitStack) -> None:
         self.pool = stack.enter_context(BlockPool.create("node", CONFIG, prefault="off"))
         self.server = stack.enter_context(
-            NodeServer(self.pool, ("0.0.0.0", PORT), key=KEY, patience=patience)
+            NodeServer(
+                self.pool, ("0.0.0.0", PORT), key=KEY, patience=patience, nixl=engine == "nixl"
+            )
         )
+        self._engine = engine
         self._patience = patience
         self._stack = stack
         self._remotes: dict[str, RemotePool] = {}
@@ -50,7 +53,13 @@ class Node:
         remote = self._remotes.get(address)
         if remote is None:
             remote = self._stack.enter_context(
-                RemotePool(self.pool, (address, PORT), key=KEY, patience=self._patience)
+                RemotePool(
+                    self.pool,
+                    (address, PORT),
+                    key=KEY,
+                    patience=self._patience,
+                    engine=self._engine,
+                )
             )
             self._remotes[address] = remote
         began = time.monotonic()
@@ -86,7 +95,8 @@ def main() -> None:
         for line in sys.stdin:
             word, *arguments = cast("list[object]", json.loads(line))
             if node is None:
-                node = Node(cast("float", arguments[0]), stack)
+                patience, engine = arguments
+                node = Node(cast("float", patience), str(engine), stack)
                 answer: object = node.pool.name
             else:
                 answer = getattr(node, str(word))(*arguments)

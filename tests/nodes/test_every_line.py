@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,15 @@ def test_a_reader_that_is_killed_at_any_line_costs_neither_node_a_block(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
     coverage = run_without_core(every_line.kill_reader, name)
+    record_property(SUMMARY, f"nodes, {coverage}")
+    assert len(coverage.points) >= FEWEST
+
+
+@pytest.mark.slow
+def test_a_reader_with_an_agent_that_is_killed_at_any_line_costs_neither_node_a_block(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    coverage = run_without_core(every_line.kill_reader_with_an_agent, str(tmp_path))
     record_property(SUMMARY, f"nodes, {coverage}")
     assert len(coverage.points) >= FEWEST
 

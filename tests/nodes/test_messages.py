@@ -13,28 +13,37 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import msgspec
 import pytest
 
 from fuzzing.mutate import mutated
 from shmblocks import BlockHandle, BlockPool, MalformedMessageError, ShmBlocksError
+from shmblocks.lease import Lease
 from shmblocks.nodes import RemotePool
+from shmblocks.nodes.agent_process import AgentRead
 from shmblocks.nodes.messages import (
+    MAX_FIELDS,
     MAX_MESSAGE_BYTES,
+    MAX_METADATA_BYTES,
     MAX_POOLS,
     Absent,
     AnyMessage,
+    Commit,
     Done,
     Fetch,
     Find,
     Found,
+    Granted,
     Hello,
     Message,
     Ping,
     Prove,
+    Read,
     Sent,
     ServedPool,
+    StillReading,
     Taken,
     Welcome,
     decode,
@@ -42,6 +51,8 @@ from shmblocks.nodes.messages import (
     frame_length,
     refused,
 )
+from shmblocks.nodes.nixl_offer import NixlOffer
+from shmblocks.nodes.nixl_reads import NixlReads
 from shmblocks.nodes.service import Service
 from shmblocks.nodes.stream import Stream
 from tests.nodes.kit import (
@@ -57,6 +68,7 @@ from tests.nodes.kit import (
     two_nodes,
     two_pools,
 )
+from tests.nodes.nixl_kit import two_nixl_nodes
 
 MUTATIONS = int(os.environ.get("SHMBLOCKS_NODES_MUTATIONS", "5000"))
 TOKENS = 5
@@ -76,6 +88,17 @@ LARGEST: list[Message] = [
     Absent((1 << 64) - 1, (1 << 64) - 1),
     Fetch((1 << 64) - 1, HANDLE.encode(), (1 << 44) - 1, (1 << 44) - 1, True),
     Taken((1 << 64) - 1, (1 << 44) - 1, bytes(64)),
+    Read((1 << 64) - 1, HANDLE.encode(), (1 << 44) - 1, (1 << 44) - 1),
+    Granted(
+        (1 << 64) - 1,
+        (1 << 44) - 1,
+        bytes(64),
+        (1 << 64) - 1,
+        bytes(MAX_METADATA_BYTES),
+        ((1 << 64) - 1,) * MAX_FIELDS,
+    ),
+    StillReading((1 << 64) - 1),
+    Commit((1 << 64) - 1, True),
     Sent((1 << 64) - 1, (1 << 64) - 1),
     Done((1 << 64) - 1, True),
     refused((1 << 64) - 1, 64 * "k", 5000 * "\N{SNOWMAN}"),
@@ -188,11 +211,44 @@ def test_a_server_survives_every_changed_conversation(rng: random.Random) -> Non
         pair.here.drop_all()
 
 
+@pytest.mark.usefixtures("_same_nonces", "fakes")
+@pytest.mark.watchdog(600 + MUTATIONS // 50)
+def test_a_server_survives_every_changed_conversation_about_reads(rng: random.Random) -> None:
+    with two_nixl_nodes(config(), checksum=True) as pair:
+        published = publish(pair.there, TOKENS, rng, readers=READERS)
+
+        def converse(proxy: Proxy) -> None:
+            with RemotePool(
+                pair.here, proxy.address, key=KEY, checksum=True, engine="nixl"
+            ) as remote:
+                for _ in range(2):
+                    pair.here.free(remote.fetch(published.handle, timeout=LONG))
+
+        said = record(converse, pair.server.address)
+        service = Service([pair.there], KEY, None, LONG, 4, pair.server._nixl)
+        kept: list[socket.socket] = []
+        service.serve(stream_that_says(said, kept))
+        assert service.stats("").fetched == 2, "unchanged it is understood"
+        for _ in range(MUTATIONS):
+            service.serve(stream_that_says(changed(said, rng), kept))
+            let_go(kept)
+        let_go(kept)
+        stats = service.stats("")
+        assert stats.peers == ()
+        assert stats.given_back > 0
+        assert stats.fetched > 2
+        assert [info.leases for info in pair.there.allocations()] == [[]]
+        assert read(pair.there, published.handle) == published.content
+        assert pair.there.check() == []
+        pair.there.free(published.handle)
+
+
 class _Answers:
     """What a server says in one connection with one fetch, said again to a fresh reader."""
 
-    def __init__(self, here: BlockPool, published: Published) -> None:
+    def __init__(self, here: BlockPool, published: Published, engine: str) -> None:
         self._here = here
+        self._engine = engine
         self._published = published
         self._kept: list[socket.socket] = []
 
@@ -215,7 +271,7 @@ class _Answers:
     def _ask(
         self, said: bytes, question: Callable[[RemotePool], BlockHandle | None]
     ) -> BlockHandle | None:
-        with RemotePool(self._here, ("127.0.0.1", 1), key=KEY) as remote:
+        with RemotePool(self._here, ("127.0.0.1", 1), key=KEY, engine=self._engine) as remote:
             stream = stream_that_says(said, self._kept)
             vars(remote._dialer)["_connected"] = lambda _, use: use(stream) or stream
             try:
@@ -229,27 +285,31 @@ class _Answers:
 
 @contextlib.contextmanager
 def recorded_answers(
-    rng: random.Random, question: Callable[[RemotePool, BlockHandle], None]
+    rng: random.Random, question: Callable[[RemotePool, BlockHandle], None], engine: str = "tcp"
 ) -> Iterator[tuple[BlockPool, _Answers, bytes]]:
     """The own pool, a server that repeats itself, and what it says."""
     with two_pools() as (here, there):
         published = publish(there, TOKENS, rng, readers=READERS)
         publish_entry(there, ENTRY, TOKENS, rng)
         # A reader's half of the conversation is the same each time, and so is the server's.
-        service = Service([there], KEY, None, LONG, 4)
+        offer = NixlOffer([there], "lo", LONG) if engine == "nixl" else None
+        service = Service([there], KEY, None, LONG, 4, offer)
         ours, theirs = socket.socketpair()
-        said = _server_half(
-            here, service, lambda remote: question(remote, published.handle), ours, theirs
-        )
-        yield here, _Answers(here, published), said
+        with RemotePool(here, ("127.0.0.1", 1), key=KEY, engine=engine) as remote:
+            said = _server_half(
+                remote, service, lambda: question(remote, published.handle), ours, theirs
+            )
+        if offer is not None:
+            offer.close()
+        yield here, _Answers(here, published, engine), said
         there.free(published.handle)
         there.drop_all()
 
 
 def _server_half(
-    here: BlockPool,
+    remote: RemotePool,
     service: Service,
-    question: Callable[[RemotePool], None],
+    question: Callable[[], None],
     ours: socket.socket,
     theirs: socket.socket,
 ) -> bytes:
@@ -265,10 +325,10 @@ def _server_half(
 
     serving = threading.Thread(target=service.serve, args=(Stream(theirs, "the reader"),))
     serving.start()
-    with RemotePool(here, ("127.0.0.1", 1), key=KEY) as remote:
-        stream = Recording(ours, "the server")
-        vars(remote._dialer)["_connected"] = lambda _, use: use(stream) or stream
-        question(remote)
+    stream = Recording(ours, "the server")
+    vars(remote._dialer)["_connected"] = lambda _, use: use(stream) or stream
+    question()
+    remote.close()
     serving.join()
     return bytes(heard)
 
@@ -296,6 +356,18 @@ def test_a_reader_survives_every_changed_answer(rng: random.Random) -> None:
 def test_a_reader_by_key_survives_every_changed_answer(rng: random.Random) -> None:
     with recorded_answers(rng, _get) as (here, server, said):
         ask_changed(here, server.get, lambda _: here.drop(ENTRY), said, rng)
+
+
+@pytest.mark.usefixtures("_same_nonces", "fakes")
+@pytest.mark.watchdog(600 + MUTATIONS // 50)
+def test_a_reader_with_an_agent_survives_every_changed_answer(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows are no message: whatever the server says of them, as many come as were asked for.
+    monkeypatch.setattr(NixlReads, "prepare", lambda *_: None)
+    monkeypatch.setattr(NixlReads, "_try", lambda *_: AgentRead(cast("Lease", None), 1))
+    with recorded_answers(rng, _fetch, "nixl") as (here, server, said):
+        ask_changed(here, server.fetch, here.free, said, rng)
 
 
 def ask_changed(

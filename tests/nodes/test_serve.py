@@ -15,7 +15,7 @@ import pytest
 
 from shmblocks import AuthenticationError, BlockPool
 from shmblocks.cli.main import main
-from shmblocks.nodes import RemotePool
+from shmblocks.nodes import RemotePool, nixl_agent
 from tests.nodes.kit import KEY, LONG, assert_arrived, assert_nothing_held, publish, two_pools
 
 
@@ -123,3 +123,25 @@ def test_without_a_key_it_serves_loopback_only(capsys: pytest.CaptureFixture[str
     with two_pools() as (_, there):
         assert main(["serve", there.name, "--listen", "0.0.0.0:0"]) == 2
     assert "without a key" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("real")
+def test_a_sidecar_offers_nixl(rng: random.Random) -> None:
+    with (
+        two_pools() as (here, there),
+        sidecar(there.name, "--listen", "127.0.0.1:0", "--nixl") as running,
+    ):
+        published = publish(there, 9, rng)
+        with RemotePool(here, running.address, engine="nixl") as remote:
+            assert_arrived(here, remote.fetch(published.handle, timeout=LONG), published)
+        assert_nothing_held(there)
+        assert running.end(signal.SIGTERM)["fetched"] == 1
+
+
+def test_without_nixl_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nixl_agent, "PACKAGES", ("no_such_package_of_nixl",))
+    with two_pools() as (_, there):
+        assert main(["serve", there.name, "--listen", "127.0.0.1:0", "--nixl"]) == 2
+    assert "pip install 'shmblocks[nixl]'" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import pytest
 
 from _two_nodes import Node, two_nodes, why_not
+from shmblocks.nodes import nixl_agent
 from tests.nodes import namespaces
 from tests.nodes.namespaces import Program, python
 from tests.nodes.node_program import CONFIG
@@ -38,20 +39,27 @@ def ask(program: Program, *words: object) -> object:
 
 
 @contextlib.contextmanager
-def two_programs() -> Iterator[Two]:
+def two_programs(engine: str) -> Iterator[Two]:
     with (
         two_nodes() as (first, second),
         python(first, MODULE) as publisher,
         python(second, MODULE) as reader,
     ):
-        assert ask(publisher, "create", PATIENCE) == ask(reader, "create", PATIENCE) == "/node"
+        for node in (first, second):
+            # UCX looks there for network interfaces, and would find those of the machine.
+            node.run("mount", "-t", "sysfs", "sysfs", "/sys")
+        for program in (publisher, reader):
+            assert ask(program, "create", PATIENCE, engine) == "/node"
         yield Two(first, second, publisher, reader)
 
 
-@pytest.fixture(autouse=True)
-def _two_nodes() -> None:
+@pytest.fixture(params=["tcp", "nixl"], autouse=True)
+def engine(request: pytest.FixtureRequest) -> str:
     if reason := why_not():
         pytest.skip(reason)
+    if request.param == "nixl" and not nixl_agent.is_installed():
+        pytest.skip("NIXL is not installed (pip install 'shmblocks[nixl]')")
+    return str(request.param)
 
 
 def assert_free(program: Program) -> None:
@@ -62,8 +70,8 @@ def assert_free(program: Program) -> None:
     )
 
 
-def test_pools_of_the_same_name_on_two_nodes_exchange_blocks() -> None:
-    with two_programs() as two:
+def test_pools_of_the_same_name_on_two_nodes_exchange_blocks(engine: str) -> None:
+    with two_programs(engine) as two:
         for num_tokens in (1, 64, 1000, TOKENS):
             handle, digest = two.publish(num_tokens)
             assert two.fetch(handle) == ["ok", digest]
@@ -72,8 +80,8 @@ def test_pools_of_the_same_name_on_two_nodes_exchange_blocks() -> None:
 
 
 @pytest.mark.parametrize("how", ["link down", "black hole"])
-def test_a_network_that_is_gone_is_told_within_patience_or_deadline(how: str) -> None:
-    with two_programs() as two:
+def test_a_network_that_is_gone_is_told_within_patience_or_deadline(how: str, engine: str) -> None:
+    with two_programs(engine) as two:
         handle, digest = two.publish()
         small, small_digest = two.publish(1)
         assert two.fetch(small) == ["ok", small_digest]
@@ -99,8 +107,8 @@ def test_a_network_that_is_gone_is_told_within_patience_or_deadline(how: str) ->
         assert_free(two.publisher)
 
 
-def test_a_killed_node_is_told_and_costs_the_other_nothing() -> None:
-    with two_programs() as two:
+def test_a_killed_node_is_told_and_costs_the_other_nothing(engine: str) -> None:
+    with two_programs(engine) as two:
         handle, _ = two.publish()
         two.publisher.kill()
         kind, text, _ = two.fetch(handle, 20.0)
