@@ -185,8 +185,8 @@ def test_a_call_waits_for_the_lock_as_long_as_its_caller_says(pool: BlockPool) -
         with pool.lock_timeout(5.0):
             with pool.lock_timeout(0.02), pytest.raises(PoolTimeoutError, match=r"0\.02 s"):
                 pool.available_blocks()
-            assert pool.state.mutex._patience
-        assert not pool.state.mutex._patience
+            assert pool.state.mutex._timeouts
+        assert not pool.state.mutex._timeouts
         child.kill()
     assert pool.available_blocks() == 16
 
