@@ -14,6 +14,7 @@ What goes wrong stands in the folder that SHMBLOCKS_TEST_AGENT names:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -103,7 +104,11 @@ def _mapped(address: int, size: int) -> Part:
 
 def _path_of(inode: int) -> str:
     """The segment's name. The kernel shows the one that it had when it was made: none."""
-    return next(str(path) for path in Path("/dev/shm").iterdir() if path.stat().st_ino == inode)
+    for path in Path("/dev/shm").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # other tests remove theirs meanwhile
+            if path.stat().st_ino == inode:
+                return str(path)
+    raise AssertionError(f"no segment has the inode {inode}")
 
 
 def _read_from(parts: list[Part], address: int, count: int) -> bytes:

@@ -31,7 +31,6 @@ from tests.core import pools
 from tests.core.pools import BLOCK_SIZE
 from tests.support.inside import run_inside
 from tests.support.naming import new_pool_name
-from tests.support.points import one_per_state
 from tests.wait_queue.kit import reserve, waiting
 
 TOTAL = 4
@@ -192,10 +191,8 @@ OPERATIONS = {operation.__name__: operation for operation in SCENES}
 
 
 def kill(name: str) -> Coverage:
-    operation = OPERATIONS[name]
-    return kill_at_every_line(
-        SCENES[operation], operation, _judge_death, one_per_state=one_per_state()
-    )
+    # At every line: a recording that stopped at each of them would nap, and poll, more often.
+    return kill_at_every_line(SCENES[OPERATIONS[name]], OPERATIONS[name], _judge_death)
 
 
 def _judge_death(scene: Scene, _: Point) -> None:
