@@ -223,10 +223,8 @@ def _receive(
 # ---- the encoder ---------------------------------------------------------------------------------
 
 
-async def send_all(
-    ranks: list[Connection], urls: list[str], rows: int, count: int
-) -> dict[str, list[Sample]]:
-    """Embeddings of all kinds in turn."""
+def encoder_without_model() -> SimpleNamespace:
+    """SGLang's `MMEncoder` with what sending needs, and the plug-in; it has no embedding yet."""
     import zmq.asyncio
     from sglang.srt.disaggregation.encoder import server
 
@@ -244,22 +242,46 @@ async def send_all(
     )
     encoder.delivery = server.ZmqDelivery(encoder, cleanup_receive_state=True)
     plugin.after_init(None, encoder)
+    return encoder  # type: ignore[no-any-return]
+
+
+def give_embedding(
+    encoder: SimpleNamespace, part: str, embedding: object, urls: list[str]
+) -> object:
+    """The encoder has computed it, and these ranks have asked for it; the request's state."""
+    import torch
+    from sglang.srt.disaggregation.encoder import server
+    from sglang.srt.disaggregation.encoder.receiver import EmbeddingData
+    from sglang.srt.managers.schedule_batch import Modality
+
+    state = server.ReqState(part)
+    grid = torch.tensor([[1, 2, 2]])
+    state.embedding_data = EmbeddingData(part, 1, 0, grid, Modality.IMAGE, embedding)
+    state.embedding_ready.set()
+    encoder.req_states[part] = state
+    server.rid_to_receive_endpoint[part] = set(urls)
+    server.rid_to_receive_count[part] = len(urls)
+    return state
+
+
+async def send_all(
+    ranks: list[Connection], urls: list[str], rows: int, count: int
+) -> dict[str, list[Sample]]:
+    """Embeddings of all kinds in turn."""
+    encoder = encoder_without_model()
     samples: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
     for number in range(WARM_UP + count):
         for kind in KINDS:
-            sample = await _send(server, encoder, kind, ranks, urls, rows)
+            sample = await _send(encoder, kind, ranks, urls, rows)
             if number >= WARM_UP:
                 samples[kind].append(sample)
     return samples
 
 
 async def _send(
-    server: object, encoder: SimpleNamespace, kind: str, ranks: list[Connection], urls: list[str],
-    rows: int,
-) -> Sample:  # fmt: skip
+    encoder: SimpleNamespace, kind: str, ranks: list[Connection], urls: list[str], rows: int
+) -> Sample:
     import torch
-    from sglang.srt.disaggregation.encoder.receiver import EmbeddingData
-    from sglang.srt.managers.schedule_batch import Modality
 
     from shmblocks.sglang_plugin.encoder import Sender
 
@@ -276,14 +298,7 @@ async def _send(
     for rank in ranks:
         if rank.recv() != "ready":
             raise RuntimeError("a rank is out of step")
-    names = vars(server)
-    state = names["ReqState"](part)
-    grid = torch.tensor([[1, 2, 2]])
-    state.embedding_data = EmbeddingData(part, 1, 0, grid, Modality.IMAGE, embedding)
-    state.embedding_ready.set()
-    encoder.req_states[part] = state
-    names["rid_to_receive_endpoint"][part] = set(urls)
-    names["rid_to_receive_count"][part] = len(urls)
+    give_embedding(encoder, part, embedding, urls)
     await asyncio.sleep(0.01)
     cpu, began = time.process_time_ns(), time.monotonic_ns()
     await encoder.send_with_url(part)

@@ -18,7 +18,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sglang_cases.handover import ON_A_CPU, WIDTH, start, total_of
+from sglang_cases.handover import (
+    ON_A_CPU,
+    WIDTH,
+    encoder_without_model,
+    give_embedding,
+    start,
+    total_of,
+)
 from shmblocks import BlockHandle, BlockPool
 from shmblocks.sglang_plugin import encoder as plugin
 from shmblocks.sglang_plugin import gpu
@@ -69,31 +76,10 @@ def embedding() -> object:
 def real_send(scene: Scene) -> Callable[[], object]:
     """In the child: an encoder that has computed an embedding, and is asked for it."""
     import torch
-    import zmq.asyncio
-    from sglang.srt.disaggregation.encoder import server
-    from sglang.srt.disaggregation.encoder.receiver import EmbeddingData
-    from sglang.srt.managers.schedule_batch import Modality
 
     torch.set_num_threads(1)
-    encoder = server.MMEncoder.__new__(server.MMEncoder)
-    vars(encoder).update(
-        rank=0,
-        transfer_backend="zmq_to_scheduler",
-        context=zmq.asyncio.Context(1),
-        scheduler_send_sockets={},
-        scheduler_send_locks={},
-        send_timeout=30,
-        req_states={},
-    )
-    encoder.delivery = server.ZmqDelivery(encoder, cleanup_receive_state=True)
-    plugin.after_init(None, encoder)
-    state = server.ReqState(PART)
-    grid = torch.tensor([[1, 2, 2]])
-    state.embedding_data = EmbeddingData(PART, 1, 0, grid, Modality.IMAGE, embedding())
-    state.embedding_ready.set()
-    encoder.req_states[PART] = state
-    server.rid_to_receive_endpoint[PART] = {scene.url}
-    server.rid_to_receive_count[PART] = 1
+    encoder = encoder_without_model()
+    state = give_embedding(encoder, PART, embedding(), [scene.url])
     scene.kept += [encoder, state]
     return lambda: asyncio.run(encoder.send_with_url(PART))
 

@@ -23,6 +23,7 @@ from shmblocks import BlockHandle, BlockPool, MalformedMessageError, ShmBlocksEr
 from shmblocks.lease import Lease
 from shmblocks.nodes import RemotePool
 from shmblocks.nodes.agent_process import AgentRead
+from shmblocks.nodes.info import NodeServerStats
 from shmblocks.nodes.messages import (
     MAX_FIELDS,
     MAX_MESSAGE_BYTES,
@@ -192,14 +193,7 @@ def test_a_server_survives_every_changed_conversation(rng: random.Random) -> Non
 
         said = record(converse, pair.server.address)
         service = Service([pair.there], KEY, None, LONG, 4)
-        kept: list[socket.socket] = []
-        service.serve(stream_that_says(said, kept))
-        assert service.stats("").fetched == 3, "unchanged it is understood"
-        for _ in range(MUTATIONS):
-            service.serve(stream_that_says(changed(said, rng), kept))
-            let_go(kept)
-        let_go(kept)
-        stats = service.stats("")
+        stats = after_changed_conversations(service, said, rng, fetched=3)
         assert stats.peers == ()
         assert stats.strangers > 0
         assert stats.fetched > 3
@@ -209,6 +203,20 @@ def test_a_server_survives_every_changed_conversation(rng: random.Random) -> Non
         pair.there.free(published.handle)
         pair.there.drop_all()
         pair.here.drop_all()
+
+
+def after_changed_conversations(
+    service: Service, said: bytes, rng: random.Random, *, fetched: int
+) -> NodeServerStats:
+    """What a server counted that heard what a reader `said`, unchanged and in many other ways."""
+    kept: list[socket.socket] = []
+    service.serve(stream_that_says(said, kept))
+    assert service.stats("").fetched == fetched, "unchanged it is understood"
+    for _ in range(MUTATIONS):
+        service.serve(stream_that_says(changed(said, rng), kept))
+        let_go(kept)
+    let_go(kept)
+    return service.stats("")
 
 
 @pytest.mark.usefixtures("_same_nonces", "fakes")
@@ -226,14 +234,7 @@ def test_a_server_survives_every_changed_conversation_about_reads(rng: random.Ra
 
         said = record(converse, pair.server.address)
         service = Service([pair.there], KEY, None, LONG, 4, pair.server._nixl)
-        kept: list[socket.socket] = []
-        service.serve(stream_that_says(said, kept))
-        assert service.stats("").fetched == 2, "unchanged it is understood"
-        for _ in range(MUTATIONS):
-            service.serve(stream_that_says(changed(said, rng), kept))
-            let_go(kept)
-        let_go(kept)
-        stats = service.stats("")
+        stats = after_changed_conversations(service, said, rng, fetched=2)
         assert stats.peers == ()
         assert stats.given_back > 0
         assert stats.fetched > 2
